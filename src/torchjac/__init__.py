@@ -1,0 +1,17 @@
+"""torchjac: whole Jacobians of PyTorch programs, from one call."""
+
+from torchjac.api import Jacobian as Jacobian
+from torchjac.api import hessian as hessian
+from torchjac.api import jac as jac
+from torchjac.api import jacobian as jacobian
+from torchjac.errors import ArgumentError as ArgumentError
+from torchjac.errors import CoupledBatchError as CoupledBatchError
+from torchjac.errors import DtypeError as DtypeError
+from torchjac.errors import LoopWarning as LoopWarning
+from torchjac.errors import TorchjacError as TorchjacError
+from torchjac.errors import UnusedInputError as UnusedInputError
+from torchjac.errors import UnusedInputWarning as UnusedInputWarning
+from torchjac.explain import Record as Record
+from torchjac.explain import last_run as last_run
+
+__version__ = "0.1.0"

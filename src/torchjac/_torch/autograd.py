@@ -1,0 +1,52 @@
+"""The autograd engine and the nodes of its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+Node = torch.autograd.graph.Node
+
+# `torch.autograd.grad` spends most of a small call in Python (argument checks, shape checks, the
+# override protocol). Its last line is this call; every check it makes has been made by the time an
+# engine of torchjac gets here. Measured on the 2->4 example: 18 us a row instead of 23 us, and
+# 26 us instead of 50 us for the batched pass.
+_run_backward = Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+
+
+def backward(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    retain_graph: bool = True,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Pulls one cotangent per output back to the inputs: `torch.autograd.grad` without checks.
+
+    Returns one gradient per input, `None` where no output depends on it.
+    """
+    result: tuple[Tensor | None, ...] = _run_backward(
+        tuple(outputs), tuple(cotangents), retain_graph, create_graph, tuple(inputs), True, False
+    )
+    return result
+
+
+def node_outputs(node: Any) -> Sequence[Any]:
+    """Shape and dtype of the tensors that a node's forward operation produced."""
+    metadata: Sequence[Any] = node._input_metadata
+    return metadata
+
+
+def sequence_number(node: Any) -> int:
+    """Position in which the engine runs a node: higher numbers run first."""
+    number: int = node._sequence_nr()
+    return number
+
+
+def gradient_node(tensor: Tensor) -> Any:
+    """The node where a tensor's gradient arrives (a leaf's accumulator, else its `grad_fn`)."""
+    return torch.autograd.graph.get_gradient_edge(tensor).node

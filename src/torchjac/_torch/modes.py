@@ -1,0 +1,46 @@
+"""The thread's modes: gradients on, inference off, autocast off while passes run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Gradients are recorded within it, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def passes(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """What a backward pass needs around it: no inference mode, no autocast.
+
+    torch's own advice is to run backward outside autocast: each backward operation then takes the
+    dtype that its forward operation was given. Inside autocast it would be cast once more.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for device in {t.device.type for t in tensors}:
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def needs_passes_context(tensors: Iterable[Tensor]) -> bool:
+    """Whether `passes` would change anything (asking is cheaper than entering it)."""
+    return torch.is_inference_mode_enabled() or any(
+        torch.is_autocast_enabled(t.device.type)
+        for t in tensors
+        if torch.amp.is_autocast_available(t.device.type)
+    )
+
+
+def usable_in_graph(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy that autograd can save if it was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -1,0 +1,84 @@
+"""What outputs and inputs must be before anything is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torchjac.errors import ArgumentError, DtypeError
+
+Name = Callable[[int], str]
+
+
+def check_leaves(leaves: Sequence[Any], name: Name, role: str) -> tuple[Tensor, ...]:
+    """Returns the leaves if each is a real floating-point tensor and there is at least one.
+
+    Raises:
+        ArgumentError: There is no leaf, or one is not a tensor.
+        DtypeError: A leaf is integer, bool or complex.
+    """
+    if not leaves:
+        raise ArgumentError(f"torchjac: expected at least one tensor among the {role}s, got none.")
+    for position, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            raise ArgumentError(_not_a_tensor(name(position), leaf, role))
+        if not leaf.is_floating_point():
+            raise DtypeError(_wrong_dtype(name(position), leaf, role))
+    return tuple(leaves)
+
+
+def check_batch(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], name_output: Name, name_input: Name
+) -> int:
+    """Returns the number of samples that every leading axis agrees on.
+
+    Raises:
+        ArgumentError: A leaf has no leading axis, or leading axes differ.
+    """
+    size: int | None = None
+    first = ""
+    for leaves, name in ((inputs, name_input), (outputs, name_output)):
+        for position, leaf in enumerate(leaves):
+            if leaf.ndim == 0 or (size is not None and leaf.shape[0] != size):
+                expected = f"{size} as in {first}" if size is not None else "a leading axis"
+                raise ArgumentError(
+                    f"torchjac: with batched=True the leading axis of every input and output is "
+                    f"the batch; {name(position)} has shape {tuple(leaf.shape)}, expected "
+                    f"{expected}. Pass what is not batched as an argument outside argnums, or use "
+                    f"batched=False."
+                )
+            if size is None:
+                size, first = leaf.shape[0], name(position)
+    assert size is not None, "check_leaves has seen at least one leaf"
+    return size
+
+
+def _not_a_tensor(name: str, leaf: Any, role: str) -> str:
+    remedy = (
+        "return it beside the result with has_aux=True"
+        if role == "output"
+        else "pass it as an argument outside argnums, or as a keyword argument"
+    )
+    return (
+        f"torchjac: every {role} must be a tensor or a pytree of tensors; {name} is of type "
+        f"{type(leaf).__name__}. If it is not to be differentiated, {remedy}."
+    )
+
+
+def _wrong_dtype(name: str, leaf: Tensor, role: str) -> str:
+    if leaf.is_complex():
+        what = "complex: torchjac computes real Jacobians and does not guess a convention"
+        remedy = "Use torch.view_as_real / torch.view_as_complex around the complex part"
+    else:
+        what = f"of dtype {leaf.dtype}, which has no derivative"
+        remedy = (
+            "Return it beside the result with has_aux=True, or convert it inside the function"
+            if role == "output"
+            else "Convert it to a floating-point dtype, or pass it outside argnums"
+        )
+    return (
+        f"torchjac: Expected all {role}s to be real floating-point tensors; "
+        f"{name} is {what}. {remedy}."
+    )

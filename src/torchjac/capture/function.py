@@ -1,0 +1,185 @@
+"""Capture of a function and its arguments, for `torchjac.jacobian`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from torchjac._torch import modes
+from torchjac._torch.pytree import TreeSpec, flatten, leaf_names, tree_map, unflatten
+from torchjac.capture.checks import check_batch, check_leaves
+from torchjac.capture.graph import build_nest, pick
+from torchjac.capture.nesting import nested
+from torchjac.capture.program import Program
+from torchjac.errors import ArgumentError
+
+Argnums = int | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a user's function: what to differentiate, and what is passed through.
+
+    Attributes:
+        function: The user's function.
+        argnums: Positions of the arguments to differentiate, as the user gave them.
+        has_aux: Whether the function returns `(output, aux)`.
+        args: Positional arguments.
+        kwargs: Keyword arguments, never differentiated.
+    """
+
+    function: Callable[..., Any]
+    argnums: Argnums
+    has_aux: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def positions(self) -> tuple[int, ...]:
+        """Nonnegative positions of the differentiated arguments.
+
+        Raises:
+            ArgumentError: argnums is not an int or a nonempty tuple of different ints in range.
+        """
+        given = self.argnums if isinstance(self.argnums, tuple) else (self.argnums,)
+        count = len(self.args)
+        if not given:
+            raise ArgumentError("torchjac: argnums must be non-empty, got ().")
+        for number in given:
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise ArgumentError(
+                    f"torchjac: argnums must be int or Tuple[int, ...], got an element of type "
+                    f"{type(number).__name__}."
+                )
+            if not -count <= number < count:
+                raise ArgumentError(
+                    f"torchjac: Got argnum={number}, but only {count} positional inputs. Keyword "
+                    f"arguments are passed through and not differentiated."
+                )
+        found = tuple(number % count for number in given)
+        if len(set(found)) != len(found):
+            raise ArgumentError(f"torchjac: argnums elements must be unique, got {given}.")
+        return found
+
+    def differentiated(self) -> Any:
+        """The differentiated arguments as one tree: a single argument bare, several as a tuple."""
+        positions = self.positions()
+        if isinstance(self.argnums, tuple):
+            return tuple(self.args[p] for p in positions)
+        return self.args[positions[0]]
+
+    def run(self, inputs: Any) -> tuple[Any, Any]:
+        """Evaluates the function with other differentiated arguments: `(output, returned)`."""
+        positions = self.positions()
+        values = inputs if isinstance(self.argnums, tuple) else (inputs,)
+        args = list(self.args)
+        for position, value in zip(positions, values, strict=True):
+            args[position] = value
+        returned = self.function(*args, **self.kwargs)
+        if not self.has_aux:
+            return returned, returned
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            got = f"a {type(returned).__name__}"
+            if isinstance(returned, tuple):
+                got += f" of length {len(returned)}"
+            raise ArgumentError(
+                f"torchjac: output of function f should be a tuple: (output, aux) if has_aux is "
+                f"True, got {got}."
+            )
+        return returned[0], returned
+
+    def name_input(self, position: int) -> str:
+        """Name of a differentiated leaf by its position among all of them."""
+        names: list[str] = []
+        for number in self.positions():
+            names += leaf_names(f"argument {number}{self._parameter(number)}", self.args[number])
+        return names[position]
+
+    def _parameter(self, number: int) -> str:
+        try:
+            names = list(inspect.signature(self.function).parameters)
+        except (TypeError, ValueError):
+            return ""
+        return f" ({names[number]!r})" if number < len(names) else ""
+
+
+def capture_function(
+    call: Call, *, batched: bool, create_graph: bool
+) -> tuple[Program, Any]:
+    """Evaluates a function once and keeps its graph.
+
+    The graph is the one PyTorch records while the function runs as usual, so control flow,
+    in-place writes, hooks, checkpointing and custom functions mean what they mean in a training
+    step, and random operations run once.
+
+    Returns:
+        The program, and what the function returned (with aux, if it has one).
+
+    Raises:
+        ArgumentError: An argument or a result is not a tensor, or leading axes do not fit.
+        DtypeError: A tensor is not real floating-point.
+    """
+    given, input_spec = flatten(call.differentiated())
+    check_leaves(given, call.name_input, "input")
+    if any(t.is_inference() for t in flatten((call.args, call.kwargs))[0] if isinstance(t, Tensor)):
+        call = _without_inference_tensors(call)
+        given = flatten(call.differentiated())[0]
+    with modes.recording(), nested():
+        inputs = tuple(_differentiable(leaf, create_graph) for leaf in given)
+        output, returned = call.run(unflatten(inputs, input_spec))
+    leaves, output_spec = flatten(output)
+
+    def name_output(position: int) -> str:
+        return leaf_names("output", output)[position]
+
+    outputs = check_leaves(leaves, name_output, "output")
+    batch = check_batch(outputs, inputs, name_output, call.name_input) if batched else None
+    nest = build_nest(outputs, inputs, output_spec, input_spec, name_output, call.name_input)
+    program = Program(
+        outputs=pick(outputs, nest.live_outputs),
+        inputs=inputs,
+        nest=nest,
+        batch=batch,
+        retain_graph=True,
+        create_graph=create_graph,
+        replay=_replay(call, input_spec, output_spec, nest.live_outputs),
+    )
+    return program, returned
+
+
+def detached(tree: Any) -> Any:
+    """The tree with every tensor cut off its graph, so that results do not keep it alive."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _differentiable(leaf: Tensor, create_graph: bool) -> Tensor:
+    if create_graph and leaf.requires_grad:
+        return leaf.view_as(leaf)  # stays on the caller's graph, yet is ours alone
+    return leaf.detach().requires_grad_()
+
+
+def _without_inference_tensors(call: Call) -> Call:
+    def usable(leaf: Any) -> Any:
+        return modes.usable_in_graph(leaf) if isinstance(leaf, Tensor) else leaf
+
+    with modes.recording():
+        args, kwargs = tree_map(usable, (call.args, call.kwargs))
+    return Call(call.function, call.argnums, call.has_aux, args, kwargs)
+
+
+def _replay(
+    call: Call, input_spec: TreeSpec, output_spec: TreeSpec, live: tuple[int, ...]
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    def replay(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        with modes.recording(), nested(), nullcontext():
+            output, _ = call.run(unflatten(inputs, input_spec))
+        leaves, spec = flatten(output)
+        if spec != output_spec:
+            raise ValueError("the function returns another structure for copies of its input")
+        return pick(tuple(leaves), live)
+
+    return replay

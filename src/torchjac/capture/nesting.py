@@ -1,0 +1,31 @@
+"""Knowing that a function is being differentiated by torchjac while it runs.
+
+A Jacobian computed inside a function whose Jacobian is being computed must keep its own graph, as
+nested torch.func transforms do; outside it must not (a result that holds its graph alive leaks
+memory in loops).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_depth: ContextVar[int] = ContextVar("torchjac_depth", default=0)
+
+
+def differentiating() -> bool:
+    """Whether an enclosing torchjac call differentiates what happens now."""
+    return _depth.get() > 0 and torch.is_grad_enabled()
+
+
+@contextmanager
+def nested() -> Iterator[None]:
+    """Marks the evaluation of a user's function."""
+    token = _depth.set(_depth.get() + 1)
+    try:
+        yield
+    finally:
+        _depth.reset(token)

@@ -1,0 +1,98 @@
+"""One chunk of passes over a graph: batched, or one seed at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchjac._torch.autograd import backward
+from torchjac._torch.vmap import (
+    batched_backward,
+    batched_backward_with_loops,
+    missing_rule,
+)
+from torchjac.engines.plain.chunks import out_of_memory
+from torchjac.engines.plain.seeds import unit, unit_stack
+from torchjac.errors import PlanRefused
+from torchjac.plan import Plan
+
+
+class MissingRule(PlanRefused):
+    """An operation of the backward pass has no batching rule."""
+
+    def __init__(self, operation: str):
+        super().__init__(f"torch has no batching rule for {operation}")
+        self.operation = operation
+
+
+class Passes:
+    """Pulls unit vectors of `outputs` back to `inputs`.
+
+    In reverse mode these are a program's outputs and inputs; in forward mode the graph is the
+    transposed one and they are the gradient and the cotangent it was pulled from.
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        starts: Sequence[int],
+        batch: int | None,
+        plan: Plan,
+        create_graph: bool,
+    ):
+        self._outputs = outputs
+        self._inputs = inputs
+        self._starts = starts
+        self._batch = batch
+        self._backward = batched_backward_with_loops if plan.missing_rules else batched_backward
+        self._create_graph = create_graph
+
+    def batched(self, start: int, stop: int) -> tuple[Tensor | None, ...]:
+        """Pulls a stack back in one pass.
+
+        Raises:
+            MissingRule: torch has no batching rule for an operation on the way.
+            PlanRefused: The pass cannot be batched for another reason.
+        """
+        positions, stacks = unit_stack(self._outputs, self._starts, start, stop, self._batch)
+        outputs = [self._outputs[p] for p in positions]
+        try:
+            return self._backward(outputs, stacks, self._inputs, True, self._create_graph)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            operation = missing_rule(error)
+            if operation is not None:
+                raise MissingRule(operation) from error
+            # Whatever a backward cannot do on a stack (NumPy, an `if` on a gradient, .item()), the
+            # row loop can; if the error has nothing to do with stacks, the loop raises it again.
+            raise PlanRefused(_first_line(error)) from error
+
+    def single(self, number: int, retain_graph: bool = True) -> tuple[Tensor | None, ...]:
+        """Pulls one unit vector back in a plain pass."""
+        position, vector = unit(self._outputs, self._starts, number, self._batch)
+        return backward(
+            [self._outputs[position]], [vector], self._inputs, retain_graph, self._create_graph
+        )
+
+    def singles(
+        self, start: int, stop: int, retain_graph: bool = True
+    ) -> tuple[Tensor | None, ...]:
+        """Pulls unit vectors back one after the other, and stacks what comes."""
+        found = [self.single(i, retain_graph or i < stop - 1) for i in range(start, stop)]
+        return tuple(_stack(column, like) for column, like in zip(zip(*found), self._inputs))
+
+
+def _stack(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
+    if all(g is None for g in gradients):
+        return None
+    given = [torch.zeros_like(like) if g is None else g for g in gradients]
+    return given[0].unsqueeze(0) if len(given) == 1 else torch.stack(given)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

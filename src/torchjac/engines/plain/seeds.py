@@ -1,0 +1,84 @@
+"""Unit vectors, as the passes take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchjac.structure import Structure
+
+
+def unit_stack(
+    leaves: Sequence[Tensor], starts: Sequence[int], start: int, stop: int, batch: int | None
+) -> tuple[list[int], list[Tensor]]:
+    """Unit vectors `start..stop` of the space that the leaves span together.
+
+    Args:
+        leaves: Tensors whose elements (those of one sample, with a batch) are numbered through.
+        starts: Number of each leaf's first element, and the total at the end.
+        start: First unit vector.
+        stop: One after the last.
+        batch: Number of samples, all of which get the same unit vector; or None.
+
+    Returns:
+        Positions of the leaves in which a one stands, and for each the stack
+        `(stop - start, *leaf.shape)`. Leaves outside the range are left out: passes then skip
+        what only they depend on.
+    """
+    positions: list[int] = []
+    stacks: list[Tensor] = []
+    count = stop - start
+    for position, leaf in enumerate(leaves):
+        first, end = starts[position], starts[position + 1]
+        if end <= start or first >= stop:
+            continue
+        if first == start and end == stop:
+            stack = torch.eye(count, dtype=leaf.dtype, device=leaf.device)
+        else:
+            stack = torch.zeros(count, end - first, dtype=leaf.dtype, device=leaf.device)
+            low, high = max(first, start), min(end, stop)
+            block = stack[low - start : high - start, low - first : high - first]
+            block.fill_diagonal_(1)
+        if batch is None:
+            stack = stack.view(count, *leaf.shape)
+        else:
+            stack = stack.view(count, 1, *leaf.shape[1:]).expand(count, *leaf.shape)
+        positions.append(position)
+        stacks.append(stack)
+    return positions, stacks
+
+
+def unit(
+    leaves: Sequence[Tensor], starts: Sequence[int], number: int, batch: int | None
+) -> tuple[int, Tensor]:
+    """One unit vector: position of its leaf, and a fresh tensor in the shape of that leaf."""
+    position = 0
+    while starts[position + 1] <= number:
+        position += 1
+    leaf = leaves[position]
+    if starts[position + 1] - starts[position] == 1:
+        return position, torch.ones(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+    vector = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+    offset = number - starts[position]
+    if batch is None:
+        vector.view(-1)[offset] = 1
+    else:
+        vector.view(batch, -1)[:, offset] = 1
+    return position, vector
+
+
+def weights(leaves: Sequence[Tensor], structure: Structure) -> list[Tensor]:
+    """A random cotangent for checks, with magnitudes from 1 to 1.25 and random signs.
+
+    Never below one: a hook that clips gradients then shows itself here whenever it would act on a
+    unit cotangent. The generator is private: the user's random state does not move.
+    """
+    generator = torch.Generator().manual_seed(structure.m * 1_000_003 + structure.n)
+    found = []
+    for leaf in leaves:
+        uniform = torch.rand(leaf.shape, generator=generator, dtype=torch.float64) - 0.5
+        vector = uniform.sign() + uniform / 2
+        found.append(vector.to(device=leaf.device, dtype=leaf.dtype))
+    return found

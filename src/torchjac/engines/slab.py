@@ -1,0 +1,28 @@
+"""The value that engines hand to layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Consecutive rows, or consecutive columns, of a Jacobian.
+
+    Attributes:
+        axis: Whether the slab holds rows or columns.
+        start: First row (column).
+        stop: One after the last.
+        values: For rows one tensor `(stop - start, [B,] *in.shape)` per input leaf, for columns
+            one tensor `(stop - start, [B,] *out.shape)` per output leaf; None is all zeros.
+        passes: Passes through the graph that it took.
+    """
+
+    axis: Literal["rows", "columns"]
+    start: int
+    stop: int
+    values: tuple[Tensor | None, ...]
+    passes: int

@@ -1,0 +1,43 @@
+"""Every error and warning torchjac raises on purpose.
+
+All errors are `RuntimeError`s, because that is what `torch.autograd` and `torch.func` raise in the
+same places; the second base says what kind of mistake it is.
+"""
+
+from __future__ import annotations
+
+
+class TorchjacError(RuntimeError):
+    """Base of every error that torchjac raises on purpose."""
+
+
+class ArgumentError(TorchjacError, ValueError):
+    """An argument of a torchjac call is not what the call takes."""
+
+
+class DtypeError(TorchjacError, TypeError):
+    """A Jacobian was asked of tensors that have none here: integer, bool or complex ones."""
+
+
+class UnusedInputError(TorchjacError):
+    """No output depends on an input whose derivative was asked for."""
+
+
+class CoupledBatchError(TorchjacError):
+    """`batched=True` was promised, but one sample's output depends on another sample's input."""
+
+
+class PlanRefused(TorchjacError):
+    """A plan cannot be run on this program; the message is the reason.
+
+    Raised by engines and caught by the planner, which goes on to the next candidate. Users see it
+    only when they force a plan (`torchjac.testing.force_plan`).
+    """
+
+
+class UnusedInputWarning(UserWarning):
+    """No output depends on an input of a function; its Jacobian is zero."""
+
+
+class LoopWarning(UserWarning):
+    """torch has no batching rule for an operation, so rows are evaluated in a loop."""

@@ -1,0 +1,121 @@
+"""Sparse blocks: the nonzeros of one slab at a time, so that m x n is never allocated.
+
+The plain engine does not know the pattern, so the entries kept are those that are nonzero (or NaN)
+at this point. With a batch the matrix is block diagonal: `(B out, B in)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from torchjac.capture import Program
+from torchjac.engines import Slab
+from torchjac.structure import Structure
+
+
+def blocks_coo(
+    slabs: Iterator[Slab], program: Program, structure: Structure
+) -> list[list[Tensor]]:
+    """One coalesced COO matrix `(out.numel(), in.numel())` per output and input leaf."""
+    return [
+        [
+            torch.sparse_coo_tensor(
+                torch.stack([row, column]),
+                values,
+                (output.numel(), given.numel()),
+                is_coalesced=True,
+                check_invariants=False,
+            )
+            for given, (row, column, values) in zip(program.inputs, line, strict=True)
+        ]
+        for output, line in zip(program.outputs, _entries(slabs, program, structure), strict=True)
+    ]
+
+
+def blocks_csr(
+    slabs: Iterator[Slab], program: Program, structure: Structure
+) -> list[list[Tensor]]:
+    """One CSR matrix `(out.numel(), in.numel())` per output and input leaf."""
+    found = []
+    for output, line in zip(program.outputs, _entries(slabs, program, structure), strict=True):
+        found.append(
+            [
+                _csr(row, column, values, output.numel(), given.numel())
+                for given, (row, column, values) in zip(program.inputs, line, strict=True)
+            ]
+        )
+    return found
+
+
+def empty(rows: int, columns: int, like: Tensor, layout: torch.layout) -> Tensor:
+    """A matrix without entries."""
+    none = torch.zeros(0, dtype=torch.int64, device=like.device)
+    values = torch.zeros(0, dtype=like.dtype, device=like.device)
+    if layout is torch.sparse_csr:
+        return _csr(none, none, values, rows, columns)
+    return torch.sparse_coo_tensor(
+        torch.stack([none, none]), values, (rows, columns), is_coalesced=True
+    )
+
+
+Entries = tuple[Tensor, Tensor, Tensor]
+
+
+def _csr(row: Tensor, column: Tensor, values: Tensor, m: int, n: int) -> Tensor:
+    starts = torch.zeros(m + 1, dtype=torch.int64, device=row.device)
+    torch.cumsum(torch.bincount(row, minlength=m), 0, out=starts[1:])
+    return torch.sparse_csr_tensor(starts, column, values, (m, n), check_invariants=False)
+
+
+def _entries(
+    slabs: Iterator[Slab], program: Program, structure: Structure
+) -> list[list[Entries]]:
+    """Row, column and value of every entry, sorted by row, per output and input leaf."""
+    outputs, inputs = range(len(program.outputs)), range(len(program.inputs))
+    parts: dict[tuple[int, int], list[Entries]] = {(i, j): [] for i in outputs for j in inputs}
+    for slab in slabs:
+        for position, value in enumerate(slab.values):
+            if value is None:
+                continue
+            for i, j, entry in _of_slab(slab, position, value, structure):
+                parts[i, j].append(entry)
+    return [
+        [_joined(parts[i, j], program.inputs[j], structure) for j in inputs] for i in outputs
+    ]
+
+
+def _of_slab(
+    slab: Slab, position: int, value: Tensor, structure: Structure
+) -> Iterator[tuple[int, int, Entries]]:
+    """Splits a slab of one leaf by the leaves that its seeds belong to."""
+    by_rows = slab.axis == "rows"
+    starts = structure.row_starts if by_rows else structure.column_starts
+    samples = 1 if structure.batch is None else structure.batch
+    cube = value.detach().reshape(slab.stop - slab.start, samples, -1)  # (seeds, B, others)
+    seed, sample, other = torch.nonzero(cube, as_tuple=True)
+    kept = cube[seed, sample, other]
+    seed = seed + slab.start
+    others = cube.shape[2]
+    for leaf in range(len(starts) - 1):
+        first, stop = starts[leaf], starts[leaf + 1]
+        if stop <= slab.start or first >= slab.stop:
+            continue
+        here = (seed >= first) & (seed < stop)
+        mine = sample[here] * (stop - first) + seed[here] - first
+        theirs = sample[here] * others + other[here]
+        if by_rows:
+            yield leaf, position, (mine, theirs, kept[here])
+        else:
+            yield position, leaf, (theirs, mine, kept[here])
+
+
+def _joined(parts: list[Entries], given: Tensor, structure: Structure) -> Entries:
+    if not parts:
+        none = torch.zeros(0, dtype=torch.int64, device=given.device)
+        return none, none, torch.zeros(0, dtype=given.dtype, device=given.device)
+    row, column, values = (torch.cat([p[k] for p in parts]) for k in range(3))
+    order = torch.argsort(row * (int(column.max()) + 1 if len(column) else 1) + column)
+    return row[order], column[order], values[order].to(given.dtype)

@@ -1,0 +1,153 @@
+"""Choosing among candidates by measured cost, without ever computing anything twice.
+
+Every call runs one candidate and serves its result; the first calls take turns among the
+candidates, the later ones take the fastest. A race is remembered per program (per `Jacobian` and
+argument shapes, or per kind of graph for `jac`). A choice never decides whether a result is right,
+only how fast it comes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+
+import torch
+
+from torchjac.errors import PlanRefused
+from torchjac.plan.cost import candidates, predict
+from torchjac.plan.plan import Plan
+from torchjac.structure import Profile, Structure
+
+# Timings of one candidate, of which the best counts (the first one also warms caches up): more
+# where they are short and noisy than where they are long.
+_RUNS_SHORT, _RUNS_LONG, _SHORT = 5, 2, 5e-3
+# A candidate predicted this much slower than the best is not worth a run.
+_HOPELESS = 3.0
+# A candidate is not measured when the fastest so far takes this long and the prediction says that
+# the candidate is slower: a second look must not cost a user seconds.
+_LONG = 0.1
+_REMEMBERED = 256
+
+_forced: ContextVar[Plan | None] = ContextVar("torchjac_forced_plan", default=None)
+
+
+@contextmanager
+def forced_plan(plan: Plan) -> Iterator[None]:
+    """Makes every Jacobian in the context use one plan, or raise `PlanRefused`."""
+    token = _forced.set(plan)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+class Race:
+    """The candidates for one program, what they were predicted to cost and what they did cost."""
+
+    def __init__(
+        self,
+        ranked: list[tuple[Plan, float]],
+        structure: Structure,
+        size: Profile,
+        budget: int | None,
+    ):
+        self.predicted = dict(ranked)
+        self.budget = budget
+        self.measured: dict[Plan, list[float]] = {}
+        self.refused: dict[Plan, str] = {}
+        self._structure = structure
+        self._size = size
+        self._settled: Plan | None = None
+
+    def next(self) -> Plan:
+        """The candidate to run now."""
+        if self._settled is not None:
+            return self._settled
+        entrants = [p for p in self.predicted if p not in self.refused]
+        if not entrants:
+            raise PlanRefused("; ".join(f"{p}: {why}" for p, why in self.refused.items()))
+        if torch.are_deterministic_algorithms_enabled():
+            return entrants[0]
+        for plan in entrants:
+            if self._worth_running(plan, entrants[0]):
+                return plan
+        self._settled = min(
+            (p for p in entrants if p in self.measured), key=lambda p: min(self.measured[p])
+        )
+        return self._settled
+
+    def ran(self, plan: Plan, seconds: float) -> None:
+        """Notes what a candidate cost."""
+        if self._settled is None:
+            self.measured.setdefault(plan, []).append(seconds)
+
+    def refuse(self, plan: Plan, reason: str, missing_rule: str | None) -> None:
+        """Takes a candidate out, for all chunks of its kind, and remembers why.
+
+        Where an operation without a batching rule was the reason, the same passes with torch's
+        own loop over that operation enter instead.
+        """
+        self._settled = None
+        for other in list(self.predicted):
+            if other.mode == plan.mode and (other.chunk > 1) == (plan.chunk > 1):
+                self.refused.setdefault(other, reason)
+                if missing_rule is not None and missing_rule not in other.missing_rules:
+                    known = replace(other, missing_rules=(*other.missing_rules, missing_rule))
+                    self.predicted[known] = predict(known, self._structure, self._size)
+        self.predicted = dict(sorted(self.predicted.items(), key=lambda item: item[1]))
+
+    def _worth_running(self, plan: Plan, first: Plan) -> bool:
+        """Whether a candidate may still win; `first` is the one with the best prediction."""
+        runs = self.measured.get(plan, [])
+        if len(runs) >= (_RUNS_SHORT if runs and min(runs) < _SHORT else _RUNS_LONG):
+            return False
+        if plan == first or not self.measured:
+            return True
+        # The replicated pass calls the user's function with shapes the user did not pass: not for
+        # the sake of a measurement, only where it should win.
+        if plan.mode == "replicated" or self.predicted[plan] > _HOPELESS * self.predicted[first]:
+            return False
+        fastest, times = min(self.measured.items(), key=lambda item: min(item[1]))
+        best = min(times)
+        if runs and min(runs) > 2 * best:
+            return False
+        return best < _LONG or self.predicted[plan] < self.predicted[fastest]
+
+
+_races: OrderedDict[Hashable, Race] = OrderedDict()
+
+
+def race_for(
+    key: Hashable,
+    study: Callable[[], tuple[Structure, Profile, int]],
+    replayable: bool,
+) -> Race:
+    """The remembered race for a kind of program, or a new one.
+
+    Args:
+        key: Identifies the kind of program.
+        study: Gives structure, profile and budget; asked only for a program not seen before.
+        replayable: Whether the function can be run again on other inputs.
+    """
+    plan = _forced.get()
+    if plan is not None:
+        structure, size, budget = study()
+        return Race([(plan, predict(plan, structure, size))], structure, size, budget)
+    race = _races.get(key)
+    if race is None:
+        structure, size, budget = study()
+        ranked = candidates(structure, size, budget, replayable)
+        race = Race(ranked, structure, size, budget)
+        _races[key] = race
+        if len(_races) > _REMEMBERED:
+            _races.popitem(last=False)
+    return race
+
+
+def single_pass(structure: Structure) -> Race:
+    """The race of a Jacobian with one row (or none): a plain pass, with nothing to choose."""
+    plan = _forced.get() or Plan("reverse", 1)
+    return Race([(plan, 0.0)], structure, Profile(0, 0, 0, 0), None)

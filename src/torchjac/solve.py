@@ -1,0 +1,146 @@
+"""One pass through the stages: structure, plan, engine, layout, and the record of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from torchjac._torch import modes
+from torchjac.capture import Program
+from torchjac.engines import evaluate
+from torchjac.errors import LoopWarning, PlanRefused
+from torchjac.explain import Candidate, Record, remember
+from torchjac.layout import Arranged, arrange
+from torchjac.plan import Plan, Race, default_budget, race_for, single_pass
+from torchjac.structure import Profile, Structure, analyze, collect, fingerprint, profile
+
+_warned_of: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for beside the program itself.
+
+    Attributes:
+        entry: The public call, for the record.
+        layout: Layout of the result.
+        memory_budget: Bytes that a chunk may hold, or None for the default.
+        key: Identifies the program among those that come again, or None to ask its graph.
+    """
+
+    entry: str
+    layout: torch.layout
+    memory_budget: int | None
+    key: Hashable | None
+
+
+def solve(program: Program, request: Request) -> Arranged:
+    """Computes a Jacobian and remembers what ran.
+
+    Candidates are tried until one is not refused; the row loop never is.
+
+    Raises:
+        CoupledBatchError: Samples of a batch are not independent.
+        PlanRefused: A plan was forced and cannot be run.
+    """
+    structure = analyze(program)
+    race = _race(program, structure, request)
+    if modes.needs_passes_context((*program.outputs, *program.inputs)):
+        with modes.passes((*program.outputs, *program.inputs)):
+            return _run(program, structure, request, race)
+    return _run(program, structure, request, race)
+
+
+def _race(program: Program, structure: Structure, request: Request) -> Race:
+    if structure.m <= 1 or structure.n == 0:
+        return single_pass(structure)
+    key = request.key
+    nodes: list[Any] = []
+    if key is None:
+        nodes = collect(program)
+        key = (*fingerprint(nodes), structure)
+
+    def study() -> tuple[Structure, Profile, int]:
+        size = profile(nodes or collect(program))
+        return structure, size, request.memory_budget or default_budget(program.device)
+
+    return race_for(
+        (key, program.create_graph, program.replay is None, request.memory_budget),
+        study,
+        replayable=program.replay is not None and not program.create_graph,
+    )
+
+
+def _run(program: Program, structure: Structure, request: Request, race: Race) -> Arranged:
+    while True:
+        plan = race.next()
+        started = perf_counter()
+        try:
+            arranged = arrange(
+                evaluate(program, structure, plan) if structure.n else (),
+                program,
+                structure,
+                request.layout,
+            )
+        except PlanRefused as refusal:
+            operation = getattr(refusal, "operation", None)
+            race.refuse(plan, str(refusal), operation)
+            if operation is not None:
+                _warn_of_loop(operation)
+            continue
+        _synchronize(program)
+        seconds = perf_counter() - started
+        race.ran(plan, seconds)
+        remember(lambda: _record(structure, request, race, plan, arranged, seconds))
+        return arranged
+
+
+def _synchronize(program: Program) -> None:
+    """Waits for the device, where calls return before the work is done."""
+    if program.device.type == "cuda":
+        torch.cuda.synchronize(program.device)
+
+
+def _warn_of_loop(operation: str) -> None:
+    if operation in _warned_of:
+        return
+    _warned_of.add(operation)
+    warnings.warn(
+        f"torchjac: torch has no batching rule for {operation}, so rows are looped over: within "
+        f"that operation or as a whole, whichever measures faster. The result is the same.",
+        LoopWarning,
+        stacklevel=6,
+    )
+
+
+def _record(  # noqa: PLR0913
+    structure: Structure,
+    request: Request,
+    race: Race,
+    plan: Plan,
+    arranged: Arranged,
+    seconds: float,
+) -> Record:
+    measured = {p: min(runs) for p, runs in race.measured.items()}
+    return Record(
+        entry=request.entry,
+        engine=plan.engine,
+        mode=plan.mode,
+        passes=arranged.passes,
+        chunk=arranged.chunk,
+        budget=race.budget or request.memory_budget,
+        rows=structure.m,
+        columns=structure.n,
+        batch=structure.batch,
+        layout=request.layout,
+        seconds=seconds,
+        candidates=tuple(
+            Candidate(str(p), predicted, measured.get(p)) for p, predicted in race.predicted.items()
+        ),
+        refusals=tuple((str(p), reason) for p, reason in race.refused.items()),
+    )
