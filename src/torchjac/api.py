@@ -20,7 +20,7 @@ from torchjac.solve import Request, solve
 from torchjac.transform import delegate
 
 
-def jac(  # noqa: PLR0913 - stands beside torch.autograd.grad, whose arguments it takes
+def jac(
     outputs: Any,
     inputs: Any,
     *,
@@ -84,7 +84,7 @@ def jac(  # noqa: PLR0913 - stands beside torch.autograd.grad, whose arguments i
 class Jacobian:
     """The Jacobian of a function: callable, reusable, inspectable. Made by `torchjac.jacobian`."""
 
-    def __init__(  # noqa: PLR0913 - one object holds what jacobian() was asked for
+    def __init__(
         self,
         function: Callable[..., Any],
         argnums: Argnums = 0,
@@ -140,9 +140,7 @@ class Jacobian:
         if inside_transform() or torch.compiler.is_compiling():
             return delegate(call, self._batched, self._layout, self._entry)
         create_graph = self._create_graph or differentiating()
-        program, returned = capture_function(
-            call, batched=self._batched, create_graph=create_graph
-        )
+        program, returned = capture_function(call, batched=self._batched, create_graph=create_graph)
         request = Request(self._entry, self._layout, self._memory_budget, self._key(program))
         arranged = solve(program, request)
         self._report_unused(program, arranged)
@@ -166,7 +164,7 @@ class Jacobian:
             )
 
 
-def jacobian(  # noqa: PLR0913 - stands beside torch.func.jacrev
+def jacobian(
     f: Callable[..., Any],
     argnums: Argnums = 0,
     *,
@@ -225,7 +223,7 @@ def jacobian(  # noqa: PLR0913 - stands beside torch.func.jacrev
     )
 
 
-def hessian(  # noqa: PLR0913 - the arguments of jacobian
+def hessian(
     f: Callable[..., Any],
     argnums: Argnums = 0,
     *,

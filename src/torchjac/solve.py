@@ -39,6 +39,51 @@ class Request:
     key: Hashable | None
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a record is made of, if one is asked for; holds no tensor alive.
+
+    Attributes:
+        structure: Rows and columns.
+        request: What was asked for.
+        race: The candidates.
+        plan: The one that ran.
+        passes: Passes it took.
+        chunk: Most seeds that one of them carried.
+        seconds: Wall time of passes and layout.
+    """
+
+    structure: Structure
+    request: Request
+    race: Race
+    plan: Plan
+    passes: int
+    chunk: int
+    seconds: float
+
+    def record(self) -> Record:
+        """The record for the user."""
+        measured = {p: min(runs) for p, runs in self.race.measured.items()}
+        return Record(
+            entry=self.request.entry,
+            engine=self.plan.engine,
+            mode=self.plan.mode,
+            passes=self.passes,
+            chunk=self.chunk,
+            budget=self.race.budget or self.request.memory_budget,
+            rows=self.structure.m,
+            columns=self.structure.n,
+            batch=self.structure.batch,
+            layout=self.request.layout,
+            seconds=self.seconds,
+            candidates=tuple(
+                Candidate(str(p), predicted, measured.get(p))
+                for p, predicted in self.race.predicted.items()
+            ),
+            refusals=tuple((str(p), reason) for p, reason in self.race.refused.items()),
+        )
+
+
 def solve(program: Program, request: Request) -> Arranged:
     """Computes a Jacobian and remembers what ran.
 
@@ -96,7 +141,8 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
         _synchronize(program)
         seconds = perf_counter() - started
         race.ran(plan, seconds)
-        remember(lambda: _record(structure, request, race, plan, arranged, seconds))
+        ran = Ran(structure, request, race, plan, arranged.passes, arranged.chunk, seconds)
+        remember(ran.record)
         return arranged
 
 
@@ -115,32 +161,4 @@ def _warn_of_loop(operation: str) -> None:
         f"that operation or as a whole, whichever measures faster. The result is the same.",
         LoopWarning,
         stacklevel=6,
-    )
-
-
-def _record(  # noqa: PLR0913
-    structure: Structure,
-    request: Request,
-    race: Race,
-    plan: Plan,
-    arranged: Arranged,
-    seconds: float,
-) -> Record:
-    measured = {p: min(runs) for p, runs in race.measured.items()}
-    return Record(
-        entry=request.entry,
-        engine=plan.engine,
-        mode=plan.mode,
-        passes=arranged.passes,
-        chunk=arranged.chunk,
-        budget=race.budget or request.memory_budget,
-        rows=structure.m,
-        columns=structure.n,
-        batch=structure.batch,
-        layout=request.layout,
-        seconds=seconds,
-        candidates=tuple(
-            Candidate(str(p), predicted, measured.get(p)) for p, predicted in race.predicted.items()
-        ),
-        refusals=tuple((str(p), reason) for p, reason in race.refused.items()),
     )

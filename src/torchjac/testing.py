@@ -71,7 +71,7 @@ def finite_differences(
 
     def evaluate(*args: Any, **kwargs: Any) -> Tensor:
         x = args[argnums].detach().to(torch.float64)
-        columns = []
+        columns: list[Tensor] = []
         with torch.no_grad():
             for number in range(x.numel()):
                 values = []
@@ -82,7 +82,7 @@ def finite_differences(
                 columns.append((values[0] - values[1]) / (2 * step))
             if not columns:
                 y = f(*args, **kwargs)
-                return x.new_zeros((*y.shape, *x.shape))
+                return torch.zeros((*y.shape, *x.shape), dtype=x.dtype)
         return torch.stack(columns, -1).reshape(*columns[0].shape, *x.shape)
 
     return evaluate
@@ -106,9 +106,7 @@ def _row(out: Tensor, number: int, inputs: list[Tensor]) -> list[Tensor]:
     grads = torch.autograd.grad(
         out, inputs, seed.reshape(out.shape), retain_graph=True, allow_unused=True
     )
-    return [
-        torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)
-    ]
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)]
 
 
 def _diagonal(block: Tensor, out: Tensor, given: Tensor) -> Tensor:

@@ -14,9 +14,7 @@ from torchjac.errors import ArgumentError
 from torchjac.explain import Record, remember
 
 
-def delegate(
-    call: Call, batched: bool, layout: torch.layout, entry: str
-) -> tuple[Any, Any]:
+def delegate(call: Call, batched: bool, layout: torch.layout, entry: str) -> tuple[Any, Any]:
     """Evaluates with `torch.func.jacrev`: `(returned, J)`.
 
     Raises:

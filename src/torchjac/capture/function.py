@@ -107,9 +107,7 @@ class Call:
         return f" ({names[number]!r})" if number < len(names) else ""
 
 
-def capture_function(
-    call: Call, *, batched: bool, create_graph: bool
-) -> tuple[Program, Any]:
+def capture_function(call: Call, *, batched: bool, create_graph: bool) -> tuple[Program, Any]:
     """Evaluates a function once and keeps its graph.
 
     The graph is the one PyTorch records while the function runs as usual, so control flow,

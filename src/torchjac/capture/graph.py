@@ -51,7 +51,7 @@ def capture_graph(
     )
 
 
-def build_nest(  # noqa: PLR0913
+def build_nest(
     outputs: tuple[Tensor, ...],
     inputs: tuple[Tensor, ...],
     output_spec: Any,

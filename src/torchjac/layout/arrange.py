@@ -133,9 +133,7 @@ def _nested(live: list[list[Tensor]], program: Program, layout: torch.layout) ->
     return unflatten(rows, nest.output_spec)
 
 
-def zero_block(
-    output: Tensor, given: Tensor, batch: int | None, layout: torch.layout
-) -> Tensor:
+def zero_block(output: Tensor, given: Tensor, batch: int | None, layout: torch.layout) -> Tensor:
     """The block between an output and an input that do not depend on each other."""
     if layout is torch.strided:
         shape = (*output.shape, *(given.shape if batch is None else given.shape[1:]))

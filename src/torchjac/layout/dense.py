@@ -111,14 +111,14 @@ def _split_columns(
 ) -> list[list[Tensor]]:
     starts = structure.column_starts
     found = []
-    for output, buffer in zip(program.outputs, buffers, strict=True):
+    for buffer in buffers:
         row = []
         for j, given in enumerate(program.inputs):
             part = buffer if len(program.inputs) == 1 else buffer[starts[j] : starts[j + 1]]
             inner = given.shape if structure.batch is None else given.shape[1:]
-            block = part.movedim(0, -1).unflatten(-1, inner) if len(inner) != 1 else None
-            if block is None:
-                block = part.movedim(0, -1)
+            block = part.movedim(0, -1)
+            if len(inner) != 1:
+                block = block.view(*block.shape[:-1], *inner)
             row.append(block if block.dtype == given.dtype else block.to(given.dtype))
         found.append(row)
     return found
@@ -141,7 +141,9 @@ def _unshared(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
             for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
         )
         shared = len(buffers) > 1 and buffer.data_ptr() in seen
-        own = buffer.clone(memory_format=torch.contiguous_format) if overlapping or shared else buffer
+        own = (
+            buffer.clone(memory_format=torch.contiguous_format) if overlapping or shared else buffer
+        )
         if len(buffers) > 1:
             seen.add(own.data_ptr())
         found.append(own)

@@ -16,9 +16,7 @@ from torchjac.engines import Slab
 from torchjac.structure import Structure
 
 
-def blocks_coo(
-    slabs: Iterator[Slab], program: Program, structure: Structure
-) -> list[list[Tensor]]:
+def blocks_coo(slabs: Iterator[Slab], program: Program, structure: Structure) -> list[list[Tensor]]:
     """One coalesced COO matrix `(out.numel(), in.numel())` per output and input leaf."""
     return [
         [
@@ -35,9 +33,7 @@ def blocks_coo(
     ]
 
 
-def blocks_csr(
-    slabs: Iterator[Slab], program: Program, structure: Structure
-) -> list[list[Tensor]]:
+def blocks_csr(slabs: Iterator[Slab], program: Program, structure: Structure) -> list[list[Tensor]]:
     """One CSR matrix `(out.numel(), in.numel())` per output and input leaf."""
     found = []
     for output, line in zip(program.outputs, _entries(slabs, program, structure), strict=True):
@@ -70,9 +66,7 @@ def _csr(row: Tensor, column: Tensor, values: Tensor, m: int, n: int) -> Tensor:
     return torch.sparse_csr_tensor(starts, column, values, (m, n), check_invariants=False)
 
 
-def _entries(
-    slabs: Iterator[Slab], program: Program, structure: Structure
-) -> list[list[Entries]]:
+def _entries(slabs: Iterator[Slab], program: Program, structure: Structure) -> list[list[Entries]]:
     """Row, column and value of every entry, sorted by row, per output and input leaf."""
     outputs, inputs = range(len(program.outputs)), range(len(program.inputs))
     parts: dict[tuple[int, int], list[Entries]] = {(i, j): [] for i in outputs for j in inputs}
@@ -82,9 +76,7 @@ def _entries(
                 continue
             for i, j, entry in _of_slab(slab, position, value, structure):
                 parts[i, j].append(entry)
-    return [
-        [_joined(parts[i, j], program.inputs[j], structure) for j in inputs] for i in outputs
-    ]
+    return [[_joined(parts[i, j], program.inputs[j], structure) for j in inputs] for i in outputs]
 
 
 def _of_slab(

@@ -67,4 +67,6 @@ def profile(nodes: list[Any]) -> Profile:
 
 
 def _bytes(metadata: Any) -> int:
-    return int(prod(metadata.shape)) * metadata.dtype.itemsize
+    itemsize: int = metadata.dtype.itemsize
+    elements: int = prod(metadata.shape)
+    return elements * itemsize

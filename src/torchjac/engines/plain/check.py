@@ -51,8 +51,8 @@ class Check:
         """Takes one slab into account."""
         if slab.axis == "rows":
             weights = self._weights[:, slab.start : slab.stop]  # (B, k)
-            columns, leaves = self._structure.column_starts, slab.values
-            for first, stop, value in zip(columns, columns[1:], leaves, strict=False):
+            starts = self._structure.column_starts
+            for first, stop, value in zip(starts, starts[1:], slab.values, strict=False):
                 if value is not None:
                     rows = self._matrix(value, stop - first)  # (k, B, n)
                     self._sum[:, first:stop] += torch.einsum("bk,kbn->bn", weights, rows)
@@ -67,9 +67,7 @@ class Check:
                 columns = self._matrix(value, stop - first)  # (k, B, m)
                 part = slice(slab.start, slab.stop)
                 self._sum[:, part] += torch.einsum("bm,kbm->bk", weights, columns)
-                self._scale[:, part] += torch.einsum(
-                    "bm,kbm->bk", weights.abs(), columns.abs()
-                )
+                self._scale[:, part] += torch.einsum("bm,kbm->bk", weights.abs(), columns.abs())
 
     def finite(self) -> bool:
         """Whether every entry that went into the sums was finite."""

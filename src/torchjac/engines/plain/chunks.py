@@ -12,9 +12,7 @@ from torchjac.engines.slab import Slab
 _STACKED = 2**20
 
 
-def in_chunks(
-    seeds: int, chunk: int, evaluate: Callable[[int, int], Slab]
-) -> Iterator[Slab]:
+def in_chunks(seeds: int, chunk: int, evaluate: Callable[[int, int], Slab]) -> Iterator[Slab]:
     """Evaluates seeds `0..seeds` in chunks; a chunk that does not fit into memory is halved.
 
     Args:

@@ -56,9 +56,7 @@ def _received(
     return None
 
 
-def _message(
-    program: Program, check: Check, senders: list[int], sample: int, position: int
-) -> str:
+def _message(program: Program, check: Check, senders: list[int], sample: int, position: int) -> str:
     while len(senders) > 1:  # bisect for one sender
         half = senders[: len(senders) // 2]
         alone = _received(program, check.cotangent, half, sample) is not None

@@ -83,7 +83,8 @@ class Passes:
     ) -> tuple[Tensor | None, ...]:
         """Pulls unit vectors back one after the other, and stacks what comes."""
         found = [self.single(i, retain_graph or i < stop - 1) for i in range(start, stop)]
-        return tuple(_stack(column, like) for column, like in zip(zip(*found), self._inputs))
+        columns = zip(*found, strict=True)
+        return tuple(map(_stack, columns, self._inputs))
 
 
 def _stack(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor | None:

@@ -72,13 +72,16 @@ def _copies(
     if not torch.equal(state, torch.random.get_rng_state()):
         torch.random.set_rng_state(state)
         raise PlanRefused("the function draws random numbers: copies would each get their own")
-    outputs = [_stacked(y, like, count, batched) for y, like in zip(results, program.outputs)]
+    outputs = [
+        _stacked(y, like, count, batched) for y, like in zip(results, program.outputs, strict=True)
+    ]
     positions, seeds = unit_stack(
         program.outputs, structure.row_starts, start, stop, structure.batch
     )
     grads = backward([outputs[p] for p in positions], seeds, inputs, retain_graph=False)
     return tuple(
-        None if g is None else g.view(count, *x.shape) for g, x in zip(grads, program.inputs)
+        None if g is None else g.view(count, *x.shape)
+        for g, x in zip(grads, program.inputs, strict=True)
     )
 
 

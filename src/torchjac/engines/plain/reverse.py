@@ -57,9 +57,7 @@ def release(program: Program) -> None:
     backward(program.outputs, zeros, program.inputs, retain_graph=False)
 
 
-def _slabs(
-    program: Program, structure: Structure, plan: Plan, passes: Passes
-) -> Iterator[Slab]:
+def _slabs(program: Program, structure: Structure, plan: Plan, passes: Passes) -> Iterator[Slab]:
     if plan.chunk > 1:
 
         def batched(start: int, stop: int) -> Slab:
