@@ -112,20 +112,21 @@ class Jacobian:
         self._layout = layout
         self._memory_budget = check_budget(memory_budget)
         self._entry = entry
+        self._identity = object()  # unlike id(self), never another Jacobian's
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The Jacobian at these arguments; `(J, aux)` with `has_aux=True`."""
-        value, jacobian = self._evaluate(args, kwargs)
+        value, jacobian = self._evaluate(args, kwargs, replayable=not self._has_aux)
         return (jacobian, value[1]) if self._has_aux else jacobian
 
     def value_and(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """`(f(x), J)` from one forward pass; `((output, aux), J)` with `has_aux=True`."""
-        return self._evaluate(args, kwargs)
+        return self._evaluate(args, kwargs, replayable=False)
 
     def explain(self, *args: Any, **kwargs: Any) -> Record:
         """Computes the Jacobian once and tells how: engine, mode, passes, chunk, time, refusals."""
-        self._evaluate(args, kwargs)
+        self._evaluate(args, kwargs, replayable=not self._has_aux)
         record = last_run()
         assert record is not None, "every evaluation leaves a record"
         return record
@@ -135,12 +136,17 @@ class Jacobian:
         name = getattr(self._function, "__qualname__", repr(self._function))
         return f"torchjac.{self._entry}({name}, argnums={self._argnums})"
 
-    def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _evaluate(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], replayable: bool
+    ) -> tuple[Any, Any]:
+        """What f returned, and the Jacobian; `replayable` says whether f may run once more."""
         call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
         if inside_transform() or torch.compiler.is_compiling():
             return delegate(call, self._batched, self._layout, self._entry)
         create_graph = self._create_graph or differentiating()
-        program, returned = capture_function(call, batched=self._batched, create_graph=create_graph)
+        program, returned = capture_function(
+            call, batched=self._batched, create_graph=create_graph, replayable=replayable
+        )
         request = Request(self._entry, self._layout, self._memory_budget, self._key(program))
         arranged = solve(program, request)
         self._report_unused(program, arranged)
@@ -149,7 +155,7 @@ class Jacobian:
     def _key(self, program: Program) -> Hashable:
         """Calls that a choice of plan carries over to: those with the same shapes."""
         leaves = (*program.inputs, *program.outputs)
-        return (id(self), *((t.shape, t.dtype, t.device) for t in leaves))
+        return (self._identity, *((t.shape, t.dtype, t.device) for t in leaves))
 
     def _report_unused(self, program: Program, arranged: Arranged) -> None:
         if not arranged.unused:
@@ -158,7 +164,7 @@ class Jacobian:
             raise UnusedInputError(_unused_in_function(program, arranged.unused))
         # The derivative of a Jacobian that is constant is zero without anything being amiss; the
         # inner Jacobian has spoken if the input itself is unused.
-        if not isinstance(self._function, Jacobian):
+        if not isinstance(self._function, Jacobian) and self._entry != "hessian":
             warnings.warn(
                 _unused_in_function(program, arranged.unused), UnusedInputWarning, stacklevel=4
             )
@@ -258,9 +264,16 @@ def hessian(
     gradient = Jacobian(
         f, argnums, batched=batched, strict=strict, memory_budget=memory_budget, entry="gradient"
     )
-    return Jacobian(
-        gradient,
+
+    @functools.wraps(f)
+    def gradient_and_value(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        value, slope = gradient.value_and(*args, **kwargs)
+        return slope, value
+
+    return Hessian(
+        gradient_and_value,
         argnums,
+        has_aux=True,
         batched=batched,
         create_graph=create_graph,
         layout=layout,

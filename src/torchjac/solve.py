@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -133,10 +133,8 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
                 request.layout,
             )
         except PlanRefused as refusal:
-            operation = getattr(refusal, "operation", None)
-            race.refuse(plan, str(refusal), operation)
-            if operation is not None:
-                _warn_of_loop(operation)
+            race.refuse(replace(plan, checked=False), str(refusal))
+            _warn_of_loop(refusal)
             continue
         _synchronize(program)
         seconds = perf_counter() - started
@@ -152,12 +150,14 @@ def _synchronize(program: Program) -> None:
         torch.cuda.synchronize(program.device)
 
 
-def _warn_of_loop(operation: str) -> None:
-    if operation in _warned_of:
+def _warn_of_loop(refusal: PlanRefused) -> None:
+    """Says once per operation that rows are looped over because of it."""
+    operation = getattr(refusal, "operation", None)
+    if operation is None or operation in _warned_of:
         return
     _warned_of.add(operation)
     warnings.warn(
-        f"torchjac: torch has no batching rule for {operation}, so rows are looped over: within "
+        f"torchjac: torch has no batching rule for {operation}, so rows are looped over: inside "
         f"that operation or as a whole, whichever measures faster. The result is the same.",
         LoopWarning,
         stacklevel=6,

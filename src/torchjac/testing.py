@@ -13,6 +13,8 @@ from torchjac._torch.pytree import flatten, unflatten
 from torchjac.capture.function import Argnums
 from torchjac.plan import Mode, Plan, forced_plan
 
+_ALL = 2**40  # more seeds than any Jacobian has rows or columns
+
 
 def oracle(outputs: Any, inputs: Any, batched: bool = False) -> Any:
     """The Jacobian by definition: one `torch.autograd.grad` call per row. Not coded for speed.
@@ -34,7 +36,7 @@ def oracle(outputs: Any, inputs: Any, batched: bool = False) -> Any:
         for j, given in enumerate(ins):
             parts = [line[j].reshape(-1) for line in lines]
             flat = torch.stack(parts) if parts else given.new_zeros((0, given.numel()))
-            block = flat.reshape(*out.shape, *given.shape)
+            block = flat.reshape((*out.shape, *given.shape))
             blocks.append(_diagonal(block, out, given) if batched else block)
         rows.append(unflatten(blocks, input_spec))
     return unflatten(rows, output_spec)
@@ -83,19 +85,19 @@ def finite_differences(
             if not columns:
                 y = f(*args, **kwargs)
                 return torch.zeros((*y.shape, *x.shape), dtype=x.dtype)
-        return torch.stack(columns, -1).reshape(*columns[0].shape, *x.shape)
+        return torch.stack(columns, -1).reshape((*columns[0].shape, *x.shape))
 
     return evaluate
 
 
-def force_plan(mode: Mode, chunk: int) -> AbstractContextManager[None]:
+def force_plan(mode: Mode, chunk: int | None = None) -> AbstractContextManager[None]:
     """Makes every Jacobian in the context use this mode and chunk, or raise `PlanRefused`.
 
     Args:
         mode: `reverse`, `forward` or `replicated`.
-        chunk: Seeds at once; 1 is a loop of plain passes.
+        chunk: Seeds at once; 1 is a loop of plain passes, None takes all of them.
     """
-    return forced_plan(Plan(mode, chunk))
+    return forced_plan(Plan(mode, _ALL if chunk is None else chunk))
 
 
 def _row(out: Tensor, number: int, inputs: list[Tensor]) -> list[Tensor]:

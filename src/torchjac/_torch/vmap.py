@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.predispatch import lazy_load_decompositions
@@ -19,7 +20,6 @@ def batched_backward(
     outputs: Sequence[Tensor],
     cotangents: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    retain_graph: bool = True,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Pulls a stack of cotangents back in one pass: the leading axis of each is the stack.
@@ -29,33 +29,44 @@ def batched_backward(
     Returns:
         One stack of gradients per input, `None` where no output depends on it.
     """
-    before = _functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
-    _functorch._set_vmap_fallback_enabled(False)  # type: ignore[attr-defined]
-    try:
-        return batched_backward_with_loops(outputs, cotangents, inputs, retain_graph, create_graph)
-    finally:
-        _functorch._set_vmap_fallback_enabled(before)  # type: ignore[attr-defined]
-
-
-def batched_backward_with_loops(
-    outputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    retain_graph: bool = True,
-    create_graph: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """As `batched_backward`, but torch loops over the stack where a batching rule is missing."""
     lazy_load_decompositions()
     size = cotangents[0].shape[0]
+    before = _functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
+    _functorch._set_vmap_fallback_enabled(False)  # type: ignore[attr-defined]
     level = _functorch._vmap_increment_nesting(size, "error")
     try:
         stacked = [_functorch._add_batch_dim(c, 0, level) for c in cotangents]
-        grads = backward(outputs, stacked, inputs, retain_graph, create_graph)
+        grads = backward(outputs, stacked, inputs, True, create_graph)
         return tuple(
             None if g is None else _functorch._remove_batch_dim(g, level, size, 0) for g in grads
         )
     finally:
         _functorch._vmap_decrement_nesting()
+        _functorch._set_vmap_fallback_enabled(before)  # type: ignore[attr-defined]
+
+
+def legacy_batched_backward(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """As `batched_backward`, by the older vmap behind `is_grads_batched=True`.
+
+    It loops, in silence, over the stack in every operation that it has no rule for (tanh and gelu
+    among them), yet carries some graphs that functorch does not: autocast with a norm layer,
+    operations of `torch.library`, and `_cdist_backward`, whose functorch rule gives wrong values
+    in torch 2.13.
+    """
+    return torch.autograd.grad(
+        outputs,
+        inputs,
+        cotangents,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        is_grads_batched=True,
+    )
 
 
 def missing_rule(error: BaseException) -> str | None:

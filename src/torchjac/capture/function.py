@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchjac._torch import modes
@@ -96,23 +97,41 @@ class Call:
         """Name of a differentiated leaf by its position among all of them."""
         names: list[str] = []
         for number in self.positions():
-            names += leaf_names(f"argument {number}{self._parameter(number)}", self.args[number])
+            parameter = self._parameter(number)
+            names += [n + parameter for n in leaf_names(f"args[{number}]", self.args[number])]
         return names[position]
 
     def _parameter(self, number: int) -> str:
+        """Name of a positional parameter, for messages; empty where it has none."""
+        function = self.function
         try:
-            names = list(inspect.signature(self.function).parameters)
+            signature = inspect.signature(
+                function.forward if isinstance(function, torch.nn.Module) else function
+            )
         except (TypeError, ValueError):
             return ""
-        return f" ({names[number]!r})" if number < len(names) else ""
+        named = [
+            p.name
+            for p in signature.parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        return f" (parameter {named[number]!r})" if number < len(named) else ""
 
 
-def capture_function(call: Call, *, batched: bool, create_graph: bool) -> tuple[Program, Any]:
+def capture_function(
+    call: Call, *, batched: bool, create_graph: bool, replayable: bool
+) -> tuple[Program, Any]:
     """Evaluates a function once and keeps its graph.
 
     The graph is the one PyTorch records while the function runs as usual, so control flow,
     in-place writes, hooks, checkpointing and custom functions mean what they mean in a training
     step, and random operations run once.
+
+    Args:
+        call: The function and its arguments.
+        batched: Whether leading axes are a batch of independent samples.
+        create_graph: Whether the Jacobian must be differentiable.
+        replayable: Whether an engine may run the function once more, on other inputs.
 
     Returns:
         The program, and what the function returned (with aux, if it has one).
@@ -144,7 +163,7 @@ def capture_function(call: Call, *, batched: bool, create_graph: bool) -> tuple[
         batch=batch,
         retain_graph=True,
         create_graph=create_graph,
-        replay=_replay(call, input_spec, output_spec, nest.live_outputs),
+        replay=_replay(call, input_spec, output_spec, nest.live_outputs) if replayable else None,
     )
     return program, returned
 

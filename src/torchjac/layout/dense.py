@@ -98,10 +98,10 @@ def _split_rows(
         for given, buffer in zip(program.inputs, buffers, strict=True):
             part = buffer if len(program.outputs) == 1 else buffer[starts[i] : starts[i + 1]]
             if structure.batch is None:
-                row.append(part.reshape(*output.shape, *given.shape))
+                row.append(part.reshape((*output.shape, *given.shape)))
             else:
                 part = part.movedim(0, 1)
-                row.append(part.reshape(*output.shape, *given.shape[1:]))
+                row.append(part.reshape((*output.shape, *given.shape[1:])))
         found.append(row)
     return found
 
@@ -118,7 +118,7 @@ def _split_columns(
             inner = given.shape if structure.batch is None else given.shape[1:]
             block = part.movedim(0, -1)
             if len(inner) != 1:
-                block = block.view(*block.shape[:-1], *inner)
+                block = block.view((*block.shape[:-1], *inner))
             row.append(block if block.dtype == given.dtype else block.to(given.dtype))
         found.append(row)
     return found

@@ -19,8 +19,8 @@ _BANDWIDTH = 10e9
 # 128 bodies: 484 ms against 113 ms).
 _CACHED = 8 * 2**20
 _UNCACHED_FACTOR = 4.0
-# What torch's own loop over the rows of one operation without a batching rule costs.
-_ROW_OF_OPERATION = 10e-6
+# Legacy batching loops over the rows inside the operations it has no rule for, a third or so.
+_LEGACY_NODE = 1e-6
 # The transposed backward graph has about the same operations, and building it costs a backward
 # pass that records itself and a second, checking, product.
 _FORWARD_FACTOR = 1.2
@@ -40,7 +40,8 @@ def predict(plan: Plan, structure: Structure, size: Profile) -> float:
         overhead = passes * (_PASS + _NODE * size.nodes)
     else:
         overhead = passes * (_BATCHED_PASS + _BATCHED_NODE * size.nodes)
-    overhead += seeds * len(plan.missing_rules) * _ROW_OF_OPERATION
+    if plan.batching == "legacy" and plan.chunk > 1:
+        overhead += seeds * _LEGACY_NODE * size.nodes
     if not forward:
         return overhead + moved
     build = _PASS + 3 * _NODE * size.nodes

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["reverse", "forward", "replicated"]
+Batching = Literal["functorch", "legacy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +18,18 @@ class Plan:
             through the transposed backward graph; `replicated` runs the function on one copy of
             the input per row and pulls all rows back in one plain pass.
         chunk: Seeds evaluated at once; 1 is a loop of plain passes.
-        missing_rules: Operations known to have no batching rule: torch loops over those within
-            the batched pass.
+        batching: What carries several seeds through one pass: `functorch` has rules for nearly
+            every operation; `legacy` is what `is_grads_batched=True` uses, and loops inside each
+            operation that it has no rule for.
+        checked: Whether this plan has given a right result on this kind of program before; if
+            not, the engine compares its result with a plain pass.
         engine: The engine that runs it.
     """
 
     mode: Mode
     chunk: int
-    missing_rules: tuple[str, ...] = ()
+    batching: Batching = "functorch"
+    checked: bool = False
     engine: Literal["plain"] = "plain"
 
     def __str__(self) -> str:
@@ -33,5 +38,5 @@ class Plan:
         if self.mode == "replicated":
             return f"replicated, {self.chunk} copies"
         how = f"{unit} loop" if self.chunk == 1 else f"chunk {self.chunk}"
-        note = f", per-row {', '.join(self.missing_rules)}" if self.missing_rules else ""
+        note = f", {self.batching} batching" if self.batching != "functorch" else ""
         return f"{self.mode}, {how}{note}"

@@ -61,9 +61,14 @@ class Race:
         self._structure = structure
         self._size = size
         self._settled: Plan | None = None
+        self._checked: set[tuple[str, bool, str]] = set()
 
     def next(self) -> Plan:
         """The candidate to run now."""
+        plan = self._choose()
+        return replace(plan, checked=True) if _kind(plan) in self._checked else plan
+
+    def _choose(self) -> Plan:
         if self._settled is not None:
             return self._settled
         entrants = [p for p in self.predicted if p not in self.refused]
@@ -80,23 +85,25 @@ class Race:
         return self._settled
 
     def ran(self, plan: Plan, seconds: float) -> None:
-        """Notes what a candidate cost."""
+        """Notes that a candidate gave a result, and what it cost."""
         if self._settled is None:
+            self._checked.add(_kind(plan))
+            plan = replace(plan, checked=False)
             self.measured.setdefault(plan, []).append(seconds)
 
-    def refuse(self, plan: Plan, reason: str, missing_rule: str | None) -> None:
+    def refuse(self, plan: Plan, reason: str) -> None:
         """Takes a candidate out, for all chunks of its kind, and remembers why.
 
-        Where an operation without a batching rule was the reason, the same passes with torch's
-        own loop over that operation enter instead.
+        Where functorch could not carry a batched reverse pass, legacy batching enters instead.
         """
         self._settled = None
         for other in list(self.predicted):
-            if other.mode == plan.mode and (other.chunk > 1) == (plan.chunk > 1):
+            if _kind(other) == _kind(plan):
                 self.refused.setdefault(other, reason)
-                if missing_rule is not None and missing_rule not in other.missing_rules:
-                    known = replace(other, missing_rules=(*other.missing_rules, missing_rule))
-                    self.predicted[known] = predict(known, self._structure, self._size)
+                if _kind(other) == ("reverse", True, "functorch"):
+                    substitute = replace(other, batching="legacy")
+                    seconds = predict(substitute, self._structure, self._size)
+                    self.predicted.setdefault(substitute, seconds)
         self.predicted = dict(sorted(self.predicted.items(), key=lambda item: item[1]))
 
     def _worth_running(self, plan: Plan, first: Plan) -> bool:
@@ -115,6 +122,11 @@ class Race:
         if runs and min(runs) > 2 * best:
             return False
         return best < _LONG or self.predicted[plan] < self.predicted[fastest]
+
+
+def _kind(plan: Plan) -> tuple[str, bool, str]:
+    """What a refusal holds for: the same passes in any chunk."""
+    return plan.mode, plan.chunk > 1, plan.batching
 
 
 _races: OrderedDict[Hashable, Race] = OrderedDict()

@@ -80,7 +80,7 @@ class Check:
         error = (self._sum - self._expected).abs()
         finite = torch.isfinite(self._sum)
         scale = torch.where(finite, self._scale, 0)
-        allowed = self._tolerance * (scale + scale.amax())
+        allowed = self._tolerance * (scale + scale.amax(1, keepdim=True))
         bad = torch.where(finite & torch.isfinite(self._expected), error > allowed, False)
         bad |= finite != torch.isfinite(self._expected)
         if not bool(bad.any()):

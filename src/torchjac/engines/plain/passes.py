@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.autograd import backward
-from torchjac._torch.vmap import (
-    batched_backward,
-    batched_backward_with_loops,
-    missing_rule,
-)
+from torchjac._torch.vmap import batched_backward, legacy_batched_backward, missing_rule
 from torchjac.engines.plain.chunks import out_of_memory
 from torchjac.engines.plain.seeds import unit, unit_stack
 from torchjac.errors import PlanRefused
 from torchjac.plan import Plan
+
+_BATCHED = {"functorch": batched_backward, "legacy": legacy_batched_backward}
 
 
 class MissingRule(PlanRefused):
@@ -47,7 +45,7 @@ class Passes:
         self._inputs = inputs
         self._starts = starts
         self._batch = batch
-        self._backward = batched_backward_with_loops if plan.missing_rules else batched_backward
+        self._backward = _BATCHED[plan.batching]
         self._create_graph = create_graph
 
     def batched(self, start: int, stop: int) -> tuple[Tensor | None, ...]:
@@ -60,7 +58,7 @@ class Passes:
         positions, stacks = unit_stack(self._outputs, self._starts, start, stop, self._batch)
         outputs = [self._outputs[p] for p in positions]
         try:
-            return self._backward(outputs, stacks, self._inputs, True, self._create_graph)
+            return self._backward(outputs, stacks, self._inputs, self._create_graph)
         except Exception as error:
             if out_of_memory(error):
                 raise

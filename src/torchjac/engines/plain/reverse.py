@@ -14,6 +14,7 @@ from torchjac.engines.plain.coupling import refuse_if_coupled
 from torchjac.engines.plain.passes import Passes
 from torchjac.engines.plain.seeds import weights
 from torchjac.engines.slab import Slab
+from torchjac.errors import PlanRefused
 from torchjac.plan import Plan
 from torchjac.structure import Structure
 
@@ -22,10 +23,12 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
     """Evaluates a Jacobian by pulling unit cotangents back.
 
     With a batch all samples share a pass. That is right only if they are independent, so one more
-    pass, with a random cotangent, is compared with the same combination of the rows.
+    pass, with a random cotangent, is compared with the same combination of the rows. So are the
+    rows of batched passes the first time: batching rules of torch have been wrong
+    (`_cdist_backward`, torch 2.13).
 
     Raises:
-        PlanRefused: The passes cannot be batched.
+        PlanRefused: The passes cannot be batched, or give other values than a plain one.
         CoupledBatchError: Samples are not independent.
     """
     passes = Passes(
@@ -36,7 +39,7 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
         plan,
         program.create_graph,
     )
-    check = _batch_check(program, structure)
+    check = _check(program, structure, plan)
     for slab in _slabs(program, structure, plan, passes):
         if check is not None:
             check.add(slab)
@@ -44,6 +47,8 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
         del slab
     if check is not None and check.mismatch() is not None:
         refuse_if_coupled(program, structure, check)
+        if plan.chunk > 1:
+            raise PlanRefused(f"{plan.batching} batching gives other values than a plain pass")
     if not program.retain_graph and plan.chunk > 1:
         release(program)
 
@@ -76,8 +81,10 @@ def _slabs(program: Program, structure: Structure, plan: Plan, passes: Passes) -
     yield from in_chunks(structure.m, rows_at_once(structure.m, row_bytes), looped)
 
 
-def _batch_check(program: Program, structure: Structure) -> Check | None:
-    if structure.batch is None or structure.batch < 2 or structure.m == 0:
+def _check(program: Program, structure: Structure, plan: Plan) -> Check | None:
+    samples_share_a_pass = structure.batch is not None and structure.batch > 1
+    unproved = plan.chunk > 1 and not plan.checked
+    if not (samples_share_a_pass or unproved) or structure.m == 0:
         return None
     cotangent = weights(program.outputs, structure)
     expected = backward(program.outputs, cotangent, program.inputs)
