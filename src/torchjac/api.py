@@ -170,6 +170,19 @@ class Jacobian:
             )
 
 
+class Hessian(Jacobian):
+    """The Hessian of a function: the Jacobian of a gradient, whose value is the function's."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The Hessian at these arguments."""
+        return self._evaluate(args, kwargs, replayable=False)[1]
+
+    def value_and(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """`(f(x), H)` from one forward pass."""
+        (_, value), hessian = self._evaluate(args, kwargs, replayable=False)
+        return value, hessian
+
+
 def jacobian(
     f: Callable[..., Any],
     argnums: Argnums = 0,
