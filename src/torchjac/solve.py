@@ -127,7 +127,7 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
         started = perf_counter()
         try:
             arranged = arrange(
-                evaluate(program, structure, plan) if structure.n else (),
+                evaluate(program, structure, plan) if structure.m and structure.n else (),
                 program,
                 structure,
                 request.layout,

@@ -53,7 +53,11 @@ def empty(rows: int, columns: int, like: Tensor, layout: torch.layout) -> Tensor
     if layout is torch.sparse_csr:
         return _csr(none, none, values, rows, columns)
     return torch.sparse_coo_tensor(
-        torch.stack([none, none]), values, (rows, columns), is_coalesced=True
+        torch.stack([none, none]),
+        values,
+        (rows, columns),
+        is_coalesced=True,
+        check_invariants=False,
     )
 
 

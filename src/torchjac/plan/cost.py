@@ -21,6 +21,8 @@ _CACHED = 8 * 2**20
 _UNCACHED_FACTOR = 4.0
 # Legacy batching loops over the rows inside the operations it has no rule for, a third or so.
 _LEGACY_NODE = 1e-6
+# Random weights, products and comparison of a checked plan, beside its extra pass.
+_CHECK = 100e-6
 # The transposed backward graph has about the same operations, and building it costs a backward
 # pass that records itself and a second, checking, product.
 _FORWARD_FACTOR = 1.2
@@ -35,7 +37,8 @@ def predict(plan: Plan, structure: Structure, size: Profile) -> float:
     if size.largest * plan.chunk > 2 * _CACHED and plan.chunk > 1:
         moved *= _UNCACHED_FACTOR
     if plan.mode == "replicated":  # forward again, backward, and the check of both
-        return passes * (_PASS + 2 * _NODE * size.nodes) + (_PASS + _NODE * size.nodes) + 2 * moved
+        again = passes * (_PASS + 2 * _NODE * size.nodes) + 2 * moved
+        return again + _PASS + _NODE * size.nodes + _CHECK
     if plan.chunk == 1:
         overhead = passes * (_PASS + _NODE * size.nodes)
     else:
@@ -44,7 +47,7 @@ def predict(plan: Plan, structure: Structure, size: Profile) -> float:
         overhead += seeds * _LEGACY_NODE * size.nodes
     if not forward:
         return overhead + moved
-    build = _PASS + 3 * _NODE * size.nodes
+    build = _PASS + 3 * _NODE * size.nodes + _CHECK
     return build + _FORWARD_FACTOR * (overhead + moved)
 
 

@@ -100,8 +100,8 @@ class Check:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _matrix(self, value: Tensor, size: int) -> Tensor:
-        count = value.shape[0]
-        return value.detach().to(self._device, self._dtype).reshape(count, -1, size)
+        shape = (value.shape[0], len(self._weights), size)
+        return value.detach().to(self._device, self._dtype).reshape(shape)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

@@ -11,8 +11,7 @@ from torchjac._torch.autograd import backward
 from torchjac.capture import Program
 from torchjac.engines.plain.check import Check
 from torchjac.errors import CoupledBatchError
-from torchjac.structure import Structure
-from torchjac.structure.profile import collect
+from torchjac.structure import Structure, collect
 
 # How many of the samples that disagree are looked at exactly.
 _LOOKED_AT = 4

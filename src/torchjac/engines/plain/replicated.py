@@ -22,7 +22,7 @@ from torchjac.engines.plain.seeds import unit_stack, weights
 from torchjac.engines.slab import Slab
 from torchjac.errors import PlanRefused
 from torchjac.plan import Plan
-from torchjac.structure import Structure
+from torchjac.structure import Structure, collect
 
 
 def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
@@ -37,6 +37,9 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
         raise PlanRefused("only a graph is given, no function to run on copies of the input")
     if program.create_graph:
         raise PlanRefused("copies of the input are not on the graph that create_graph continues")
+    names = {type(node).__name__ for node in collect(program)}
+    if any("Norm" in name and "Batch" in name for name in names):
+        raise PlanRefused("batch normalization would move its running statistics once more")
     cotangent = weights(program.outputs, structure)
     check = Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))
 
