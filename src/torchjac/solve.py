@@ -95,7 +95,7 @@ def solve(program: Program, request: Request) -> Arranged:
     """
     structure = analyze(program)
     race = _race(program, structure, request)
-    if modes.needs_passes_context((*program.outputs, *program.inputs)):
+    if modes.needs_passes_context():
         with modes.passes((*program.outputs, *program.inputs)):
             return _run(program, structure, request, race)
     return _run(program, structure, request, race)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+_NOTHING = nullcontext()
+
+
+def recording() -> AbstractContextManager[None]:
+    """Gradients are recorded within it, whatever mode the caller is in."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return _NOTHING
+    return _recording()
+
 
 @contextmanager
-def recording() -> Iterator[None]:
-    """Gradients are recorded within it, whatever mode the caller is in."""
+def _recording() -> Iterator[None]:
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
@@ -32,13 +40,9 @@ def passes(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-def needs_passes_context(tensors: Iterable[Tensor]) -> bool:
+def needs_passes_context() -> bool:
     """Whether `passes` would change anything (asking is cheaper than entering it)."""
-    return torch.is_inference_mode_enabled() or any(
-        torch.is_autocast_enabled(t.device.type)
-        for t in tensors
-        if torch.amp.is_autocast_available(t.device.type)
-    )
+    return torch.is_inference_mode_enabled() or torch._C._is_any_autocast_enabled()
 
 
 def usable_in_graph(tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +141,7 @@ def capture_function(
     """
     given, input_spec = flatten(call.differentiated())
     check_leaves(given, call.name_input, "input")
-    if any(t.is_inference() for t in flatten((call.args, call.kwargs))[0] if isinstance(t, Tensor)):
+    if _has_inference_tensors(call):
         call = _without_inference_tensors(call)
         given = flatten(call.differentiated())[0]
     with modes.recording(), nested():
@@ -179,6 +178,18 @@ def _differentiable(leaf: Tensor, create_graph: bool) -> Tensor:
     return leaf.detach().requires_grad_()
 
 
+def _has_inference_tensors(call: Call) -> bool:
+    for argument in (*call.args, *call.kwargs.values()):
+        if isinstance(argument, Tensor):
+            if argument.is_inference():
+                return True
+        elif isinstance(argument, (dict, list, tuple)) and any(
+            leaf.is_inference() for leaf in flatten(argument)[0] if isinstance(leaf, Tensor)
+        ):
+            return True
+    return False
+
+
 def _without_inference_tensors(call: Call) -> Call:
     def usable(leaf: Any) -> Any:
         return modes.usable_in_graph(leaf) if isinstance(leaf, Tensor) else leaf
@@ -192,7 +203,7 @@ def _replay(
     call: Call, input_spec: TreeSpec, output_spec: TreeSpec, live: tuple[int, ...]
 ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
     def replay(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        with modes.recording(), nested(), nullcontext():
+        with modes.recording(), nested():
             output, _ = call.run(unflatten(inputs, input_spec))
         leaves, spec = flatten(output)
         if spec != output_spec:

@@ -7,8 +7,6 @@ memory in loops).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -21,11 +19,13 @@ def differentiating() -> bool:
     return _depth.get() > 0 and torch.is_grad_enabled()
 
 
-@contextmanager
-def nested() -> Iterator[None]:
+class nested:
     """Marks the evaluation of a user's function."""
-    token = _depth.set(_depth.get() + 1)
-    try:
-        yield
-    finally:
-        _depth.reset(token)
+
+    def __enter__(self) -> None:
+        """Goes one level deeper."""
+        self._token = _depth.set(_depth.get() + 1)
+
+    def __exit__(self, *_: object) -> None:
+        """Comes back up."""
+        _depth.reset(self._token)

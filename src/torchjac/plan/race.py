@@ -65,12 +65,12 @@ class Race:
 
     def next(self) -> Plan:
         """The candidate to run now."""
+        if self._settled is not None:
+            return self._settled
         plan = self._choose()
         return replace(plan, checked=True) if _kind(plan) in self._checked else plan
 
     def _choose(self) -> Plan:
-        if self._settled is not None:
-            return self._settled
         entrants = [p for p in self.predicted if p not in self.refused]
         if not entrants:
             raise PlanRefused("; ".join(f"{p}: {why}" for p, why in self.refused.items()))
@@ -79,10 +79,10 @@ class Race:
         for plan in entrants:
             if self._worth_running(plan, entrants[0]):
                 return plan
-        self._settled = min(
-            (p for p in entrants if p in self.measured), key=lambda p: min(self.measured[p])
-        )
-        return self._settled
+        ran = [p for p in entrants if p in self.measured]
+        fastest = min(ran, key=lambda p: min(self.measured[p]))
+        self._settled = replace(fastest, checked=True)
+        return fastest
 
     def ran(self, plan: Plan, seconds: float) -> None:
         """Notes that a candidate gave a result, and what it cost."""

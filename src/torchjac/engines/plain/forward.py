@@ -40,7 +40,7 @@ def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab
         PlanRefused: The backward pass cannot be transposed, or the check failed.
         CoupledBatchError: Samples are not independent.
     """
-    cotangent = [u.requires_grad_() for u in weights(program.outputs, structure)]
+    cotangent = [u.requires_grad_() for u in weights(program.outputs)]
     try:
         gradients = backward(program.outputs, cotangent, program.inputs, create_graph=True)
     except Exception as error:

@@ -40,7 +40,7 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
     names = {type(node).__name__ for node in collect(program)}
     if any("Norm" in name and "Batch" in name for name in names):
         raise PlanRefused("batch normalization would move its running statistics once more")
-    cotangent = weights(program.outputs, structure)
+    cotangent = weights(program.outputs)
     check = Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))
 
     def evaluate(start: int, stop: int) -> Slab:

@@ -86,6 +86,6 @@ def _check(program: Program, structure: Structure, plan: Plan) -> Check | None:
     unproved = plan.chunk > 1 and not plan.checked
     if not (samples_share_a_pass or unproved) or structure.m == 0:
         return None
-    cotangent = weights(program.outputs, structure)
+    cotangent = weights(program.outputs)
     expected = backward(program.outputs, cotangent, program.inputs)
     return Check(structure, cotangent, expected)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-from torchjac.structure import Structure
 
 
 def unit_stack(
@@ -69,16 +68,21 @@ def unit(
     return position, vector
 
 
-def weights(leaves: Sequence[Tensor], structure: Structure) -> list[Tensor]:
+def weights(leaves: Sequence[Tensor]) -> list[Tensor]:
     """A random cotangent for checks, with magnitudes from 1 to 1.25 and random signs.
 
     Never below one: a hook that clips gradients then shows itself here whenever it would act on a
-    unit cotangent. The generator is private: the user's random state does not move.
+    unit cotangent. The generator is private: the user's random state does not move. The vectors
+    are copies: a backward that writes into what it is given spoils only its own.
     """
-    generator = torch.Generator().manual_seed(structure.m * 1_000_003 + structure.n)
-    found = []
-    for leaf in leaves:
-        uniform = torch.rand(leaf.shape, generator=generator, dtype=torch.float64) - 0.5
-        vector = uniform.sign() + uniform / 2
-        found.append(vector.to(device=leaf.device, dtype=leaf.dtype))
-    return found
+    return [
+        _weights(leaf.shape, leaf.dtype, leaf.device, number).clone()
+        for number, leaf in enumerate(leaves)
+    ]
+
+
+@lru_cache(maxsize=64)
+def _weights(shape: torch.Size, dtype: torch.dtype, device: torch.device, number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1_000_003 * number + shape.numel())
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
+    return (uniform.sign() + uniform / 2).to(device=device, dtype=dtype)
