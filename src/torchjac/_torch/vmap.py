@@ -71,9 +71,7 @@ def legacy_batched_backward(
 
 def missing_rule(error: BaseException) -> str | None:
     """Name of the operation without a batching rule that an error complains of, if it does."""
-    if "atching rule" not in str(error):
-        return None
-    found = re.search(r"(\w+::\w+(?:\.\w+)?)", str(error))
+    found = re.search(r"(\w+::[\w.]+) hit the vmap fallback", str(error))
     return found.group(1) if found else None
 
 
