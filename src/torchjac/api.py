@@ -298,7 +298,12 @@ def hessian(
 def _unused_in_graph(program: Program, positions: tuple[int, ...]) -> str:
     names = [program.nest.name_input(p) for p in positions]
     ungraphed = [p for p in positions if not program.nest.inputs[p].requires_grad]
-    if not program.outputs:
+    if inside_transform():
+        cause = (
+            "inside torch.vmap or a torch.func transform, tensors do not carry the graph of the "
+            "tensors they stand for; use torchjac.jacobian(f) there"
+        )
+    elif not program.outputs:
         cause = (
             "the outputs have no graph at all (they were computed under no_grad, from detached "
             "tensors, or before requires_grad was set)"

@@ -56,7 +56,23 @@ class Passes:
             PlanRefused: The pass cannot be batched for another reason.
         """
         positions, stacks = unit_stack(self._outputs, self._starts, start, stop, self._batch)
-        outputs = [self._outputs[p] for p in positions]
+        found = self._pull([self._outputs[p] for p in positions], stacks)
+        if len(positions) == 1 or _finite(found):
+            return found
+        # A row of one output sends zeros through what the others were computed with, and zero
+        # times an infinite derivative is not zero. The row loop sends nothing there.
+        ranges = [
+            range(max(start, self._starts[p]), min(stop, self._starts[p + 1])) for p in positions
+        ]
+        parts = [self.batched(r.start, r.stop) for r in ranges]
+        return tuple(
+            _joined(column, ranges, like)
+            for column, like in zip(zip(*parts, strict=True), self._inputs, strict=True)
+        )
+
+    def _pull(
+        self, outputs: Sequence[Tensor], stacks: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
         try:
             return self._backward(outputs, stacks, self._inputs, self._create_graph)
         except Exception as error:
@@ -90,6 +106,21 @@ def _stack(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
         return None
     given = [torch.zeros_like(like) if g is None else g for g in gradients]
     return given[0].unsqueeze(0) if len(given) == 1 else torch.stack(given)
+
+
+def _finite(gradients: Sequence[Tensor | None]) -> bool:
+    return all(g is None or bool(torch.isfinite(g.detach().sum())) for g in gradients)
+
+
+def _joined(parts: Sequence[Tensor | None], ranges: Sequence[range], like: Tensor) -> Tensor | None:
+    if all(part is None for part in parts):
+        return None
+    return torch.cat(
+        [
+            like.new_zeros((len(r), *like.shape)) if part is None else part
+            for part, r in zip(parts, ranges, strict=True)
+        ]
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,174 @@
+"""What torchjac relies on in torch beyond its documentation, pinned.
+
+A failure here after an upgrade of torch says which corner of `torchjac._torch` to look at.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import Variable
+
+from torchjac._torch import autograd, modes, pytree, vmap
+
+
+def graph() -> tuple[Tensor, Tensor]:
+    q = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    return q, torch.cat([2 * q, 4 * q * q], -1)
+
+
+class TestAutograd:
+    def test_engine_takes_what_autograd_grad_passes(self) -> None:
+        q, x = graph()
+        seed = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+        (got,) = autograd.backward([x], [seed], [q])
+        (expected,) = torch.autograd.grad(x, q, seed)
+        assert torch.equal(got, expected)
+
+    def test_unused_input_gives_none(self) -> None:
+        _, x = graph()
+        other = torch.ones(3, requires_grad=True)
+        assert autograd.backward([x], [torch.ones_like(x)], [other]) == (None,)
+
+    def test_nothing_is_accumulated(self) -> None:
+        q, x = graph()
+        autograd.backward([x], [torch.ones_like(x)], [q])
+        assert q.grad is None
+
+    def test_retain_graph_false_frees(self) -> None:
+        q, x = graph()
+        autograd.backward([x], [torch.ones_like(x)], [q], retain_graph=False)
+        with pytest.raises(RuntimeError, match="second time"):
+            autograd.backward([x], [torch.ones_like(x)], [q])
+
+    def test_create_graph_records(self) -> None:
+        q, x = graph()
+        (plain,) = autograd.backward([x], [torch.ones_like(x)], [q])
+        (recorded,) = autograd.backward([x], [torch.ones_like(x)], [q], create_graph=True)
+        assert not plain.requires_grad
+        assert recorded.requires_grad
+
+    def test_nodes_tell_shapes_and_order(self) -> None:
+        _, x = graph()
+        (metadata,) = autograd.node_outputs(x.grad_fn)
+        assert tuple(metadata.shape) == (4,)
+        assert metadata.dtype.itemsize == 8
+        child = x.grad_fn.next_functions[0][0]
+        assert autograd.sequence_number(x.grad_fn) > autograd.sequence_number(child)
+
+    def test_a_leaf_has_a_node(self) -> None:
+        q, x = graph()
+        assert autograd.gradient_node(x) is x.grad_fn
+        assert type(autograd.gradient_node(q)).__name__ == "AccumulateGrad"
+
+    def test_the_private_name_exists(self) -> None:
+        assert callable(Variable._execution_engine.run_backward)
+
+
+class TestVmap:
+    def test_batched_backward_is_a_stack_of_backwards(self) -> None:
+        q, x = graph()
+        (got,) = vmap.batched_backward([x], [torch.eye(4, dtype=torch.float64)], [q])
+        expected = [[2, 0], [0, 2], [8, 0], [0, 16]]
+        assert torch.equal(got, torch.tensor(expected, dtype=torch.float64))
+
+    def test_gradient_that_ignores_the_cotangent_is_expanded(self) -> None:
+        class One(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, g: Tensor) -> Tensor:
+                return torch.ones(2, dtype=torch.float64)
+
+        q, _ = graph()
+        (got,) = vmap.batched_backward([One.apply(q)], [torch.eye(2, dtype=torch.float64)], [q])
+        assert torch.equal(got, torch.ones(2, 2, dtype=torch.float64))
+
+    def test_missing_rule_is_an_error_that_names_the_operation(self) -> None:
+        x = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
+        y = torch.pdist(x)
+        with pytest.raises(RuntimeError) as caught:
+            vmap.batched_backward([y], [torch.eye(6, dtype=torch.float64)], [x])
+        assert vmap.missing_rule(caught.value) == "aten::_pdist_backward"
+        assert _functorch._is_vmap_fallback_enabled(), "the switch is put back"
+
+    def test_other_errors_name_no_operation(self) -> None:
+        assert vmap.missing_rule(RuntimeError("vmap: .item() on a Tensor")) is None
+
+    def test_levels_are_balanced_after_an_error(self) -> None:
+        x = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
+        with pytest.raises(RuntimeError):
+            vmap.batched_backward([torch.pdist(x)], [torch.eye(6, dtype=torch.float64)], [x])
+        assert not vmap.inside_transform()
+
+    def test_inside_transform(self) -> None:
+        seen = []
+        torch.vmap(lambda x: seen.append(vmap.inside_transform()) or x)(torch.ones(2))
+        assert seen == [True]
+        assert not vmap.inside_transform()
+
+    def test_cdist_is_why_batched_passes_are_checked(self) -> None:
+        """If this fails, torch has mended the rule: other rules may still be wrong, keep checking."""
+        x = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+        y = torch.cdist(x, x.sin())
+        seeds = torch.eye(9, dtype=torch.float64).view(9, 3, 3)
+        (batched,) = vmap.batched_backward([y], [seeds], [x])
+        (legacy,) = vmap.legacy_batched_backward([y], [seeds], [x])
+        plain = torch.stack([torch.autograd.grad(y, x, s, retain_graph=True)[0] for s in seeds])
+        assert torch.allclose(legacy, plain)
+        assert not torch.allclose(batched, plain)
+
+
+class TestModes:
+    def test_autocast_is_seen(self) -> None:
+        assert not modes.needs_passes_context()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert modes.needs_passes_context()
+
+    def test_inference_mode_is_seen_and_left(self) -> None:
+        with torch.inference_mode():
+            assert modes.needs_passes_context()
+            made = torch.ones(2)
+            with modes.recording():
+                x = modes.usable_in_graph(made).requires_grad_()
+                assert (x * x).requires_grad
+
+    def test_passes_run_outside_autocast(self) -> None:
+        a = torch.ones(2, 2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (a @ a).dtype == torch.bfloat16
+            with modes.passes([a]):
+                assert (a @ a).dtype == torch.float32
+
+
+class TestPytree:
+    def test_names_are_python(self) -> None:
+        tree = {"w": [torch.ones(1), torch.ones(2)], "b": (torch.ones(3),)}
+        assert set(pytree.leaf_names("inputs", tree)) == {
+            "inputs['w'][0]",
+            "inputs['w'][1]",
+            "inputs['b'][0]",
+        }
+
+    def test_round_trip(self) -> None:
+        tree = {"w": [1, 2], "b": (3, None)}
+        leaves, spec = pytree.flatten(tree)
+        assert pytree.unflatten(leaves, spec) == tree
+
+    def test_a_tensor_is_its_own_leaf(self) -> None:
+        t = torch.ones(2)
+        leaves, spec = pytree.flatten(t)
+        assert leaves[0] is t
+        assert pytree.unflatten(leaves, spec) is t
+        assert spec == pytree.flatten(3)[1]
+
+
+def test_autograd_grad_still_has_the_arguments_jac_stands_beside() -> None:
+    names = set(inspect.signature(torch.autograd.grad).parameters)
+    assert {"retain_graph", "create_graph", "allow_unused", "is_grads_batched"} <= names
