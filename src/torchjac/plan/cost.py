@@ -14,11 +14,12 @@ _PASS, _NODE = 10e-6, 2.5e-6
 _BATCHED_PASS, _BATCHED_NODE = 25e-6, 6e-6
 # Bytes a second through element-wise backward operations whose tensors stay in cache.
 _BANDWIDTH = 10e9
-# Beyond this size of one tensor the allocator maps fresh pages for every operation, and a pass
-# costs about four times as much a byte (Brusselator 32: 94 ms in one chunk, 22 ms in chunks of 64;
-# 128 bodies: 484 ms against 113 ms).
-_CACHED = 8 * 2**20
-_UNCACHED_FACTOR = 4.0
+# A tensor of a chunk that leaves the cache costs about twice as much a byte, and one that the
+# allocator must map fresh for every operation four times (128 bodies: 112, 244 and 480 ms in
+# chunks of 5, 21 and 384 with 2, 8 and 150 MiB tensors; Brusselator 32: 22 ms in chunks of 64,
+# 94 ms in one; unstructured volumes 127 ms in chunks of 101, 163 ms in chunks of 404).
+_CACHED, _MAPPED = 2 * 2**20, 16 * 2**20
+_UNCACHED_FACTOR, _MAPPED_FACTOR = 2.0, 4.0
 # Legacy batching loops over the rows inside the operations it has no rule for, a third or so.
 _LEGACY_NODE = 1e-6
 # Random weights, products and comparison of a checked plan, beside its extra pass.
@@ -34,8 +35,10 @@ def predict(plan: Plan, structure: Structure, size: Profile) -> float:
     seeds = structure.n if forward else structure.m
     passes = -(-seeds // plan.chunk)
     moved = seeds * size.traffic / _BANDWIDTH
-    if size.largest * plan.chunk > 2 * _CACHED and plan.chunk > 1:
-        moved *= _UNCACHED_FACTOR
+    if plan.chunk > 1:
+        largest = size.largest * plan.chunk
+        moved *= _MAPPED_FACTOR if largest > _MAPPED else 1
+        moved *= _UNCACHED_FACTOR if 2 * _CACHED < largest <= _MAPPED else 1
     if plan.mode == "replicated":  # forward again, backward, and the check of both
         again = passes * (_PASS + 2 * _NODE * size.nodes) + 2 * moved
         return again + _PASS + _NODE * size.nodes + _CHECK

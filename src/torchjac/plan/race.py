@@ -26,9 +26,9 @@ from torchjac.structure import Profile, Structure
 _RUNS_SHORT, _RUNS_LONG, _SHORT = 5, 2, 5e-3
 # A candidate predicted this much slower than the best is not worth a run.
 _HOPELESS = 3.0
-# A candidate is not measured when the fastest so far takes this long and the prediction says that
-# the candidate is slower: a second look must not cost a user seconds.
-_LONG = 0.1
+# Where a call takes longer than this, only candidates predicted about as fast as the fastest so far
+# are measured, and beyond the second limit none: a second look must not cost a user seconds.
+_LONG, _CLOSE, _VERY_LONG = 0.1, 1.5, 2.0
 _REMEMBERED = 256
 
 _forced: ContextVar[Plan | None] = ContextVar("torchjac_forced_plan", default=None)
@@ -121,7 +121,8 @@ class Race:
         best = min(times)
         if runs and min(runs) > 2 * best:
             return False
-        return best < _LONG or self.predicted[plan] < self.predicted[fastest]
+        slower = self.predicted[plan] / max(self.predicted[fastest], 1e-9)
+        return best < _LONG or slower < 1 or (slower < _CLOSE and best < _VERY_LONG)
 
 
 def _kind(plan: Plan) -> tuple[str, bool, str]:
