@@ -94,7 +94,7 @@ class TestVmap:
         x = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
         y = torch.pdist(x)
         with pytest.raises(RuntimeError) as caught:
-            vmap.batched_backward([y], [torch.eye(6, dtype=torch.float64)], [x])
+            vmap.strict_batched_backward([y], [torch.eye(6, dtype=torch.float64)], [x])
         assert vmap.missing_rule(caught.value) == "aten::_pdist_backward"
         assert _functorch._is_vmap_fallback_enabled(), "the switch is put back"
 
@@ -104,7 +104,7 @@ class TestVmap:
     def test_levels_are_balanced_after_an_error(self) -> None:
         x = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
         with pytest.raises(RuntimeError):
-            vmap.batched_backward([torch.pdist(x)], [torch.eye(6, dtype=torch.float64)], [x])
+            vmap.strict_batched_backward([torch.pdist(x)], [torch.eye(6, dtype=torch.float64)], [x])
         assert not vmap.inside_transform()
 
     def test_inside_transform(self) -> None:
@@ -114,7 +114,7 @@ class TestVmap:
         assert not vmap.inside_transform()
 
     def test_cdist_is_why_batched_passes_are_checked(self) -> None:
-        """If this fails, torch has mended the rule: other rules may still be wrong, keep checking."""
+        """If this fails, torch has mended the rule; others may still be wrong."""
         x = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
         y = torch.cdist(x, x.sin())
         seeds = torch.eye(9, dtype=torch.float64).view(9, 3, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -24,15 +25,11 @@ def batched_backward(
 ) -> tuple[Tensor | None, ...]:
     """Pulls a stack of cotangents back in one pass: the leading axis of each is the stack.
 
-    An operation without a batching rule raises (see `missing_rule`) instead of looping in silence.
-
     Returns:
         One stack of gradients per input, `None` where no output depends on it.
     """
     lazy_load_decompositions()
     size = cotangents[0].shape[0]
-    before = _functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
-    _functorch._set_vmap_fallback_enabled(False)  # type: ignore[attr-defined]
     level = _functorch._vmap_increment_nesting(size, "error")
     try:
         stacked = [_functorch._add_batch_dim(c, 0, level) for c in cotangents]
@@ -42,7 +39,49 @@ def batched_backward(
         )
     finally:
         _functorch._vmap_decrement_nesting()
-        _functorch._set_vmap_fallback_enabled(before)  # type: ignore[attr-defined]
+
+
+def strict_batched_backward(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """As `batched_backward`; an operation without a batching rule raises (see `missing_rule`).
+
+    Without it torch loops over the stack inside that operation. torch has one switch for all
+    threads, so it is held down for as long as any thread needs it and then put back; use this only
+    for the first pass of a program.
+    """
+    with _fallback_off:
+        return batched_backward(outputs, cotangents, inputs, create_graph)
+
+
+class _FallbackOff:
+    """Holds vmap's fallback off while at least one thread is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        """The first thread turns it off."""
+        with self._lock:
+            if self._inside == 0:
+                self._before = _functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
+                _functorch._set_vmap_fallback_enabled(False)  # type: ignore[attr-defined]
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        """The last thread puts it back."""
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                _functorch._set_vmap_fallback_enabled(self._before)  # type: ignore[attr-defined]
+
+
+_fallback_off = _FallbackOff()
 
 
 def legacy_batched_backward(

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from torchjac._torch.autograd import backward
-from torchjac._torch.vmap import batched_backward, legacy_batched_backward, missing_rule
+from torchjac._torch.vmap import (
+    batched_backward,
+    legacy_batched_backward,
+    missing_rule,
+    strict_batched_backward,
+)
 from torchjac.engines.plain.chunks import out_of_memory
 from torchjac.engines.plain.seeds import unit, unit_stack
 from torchjac.errors import PlanRefused
 from torchjac.plan import Plan
 
-_BATCHED = {"functorch": batched_backward, "legacy": legacy_batched_backward}
+
+def _carrier(plan: Plan) -> Callable[..., tuple[Tensor | None, ...]]:
+    """What carries a stack of seeds through one pass."""
+    if plan.batching == "legacy":
+        return legacy_batched_backward
+    return batched_backward if plan.checked else strict_batched_backward
 
 
 class MissingRule(PlanRefused):
@@ -45,7 +55,7 @@ class Passes:
         self._inputs = inputs
         self._starts = starts
         self._batch = batch
-        self._backward = _BATCHED[plan.batching]
+        self._backward = _carrier(plan)
         self._create_graph = create_graph
 
     def batched(self, start: int, stop: int) -> tuple[Tensor | None, ...]:

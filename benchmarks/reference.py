@@ -1,0 +1,104 @@
+"""The values that every method must reproduce, by the row loop over `torch.autograd.grad`.
+
+Where the loop over all rows would take too long, a random choice of rows is computed, and every
+row is still covered by ``J @ v`` for one random vector v.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.methods import Arguments, graph_of, seeds
+from benchmarks.workloads import Workload
+from benchmarks.workloads.base import generator, normal
+
+LOOP_SECONDS = 15.0
+"""Longer row loops are replaced by a choice of rows and a product."""
+SAMPLED_ROWS = 64
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is known of J.
+
+    Attributes:
+        rows: Which rows were computed (of one sample, if batched).
+        values: Those rows: ``(rows, n)`` or ``(B, rows, n)``.
+        vector: Random v, and `product` ``J @ v`` (empty where all rows are known).
+        product: See `vector`.
+    """
+
+    rows: Array
+    values: Array
+    vector: Array
+    product: Array
+
+    def error(self, got: Array) -> float:
+        """Largest deviation, each row measured against its own largest entry (inf if unusable)."""
+        m = self.product.size or len(self.rows)
+        if got.shape != (*self.values.shape[:-2], m, self.values.shape[-1]):
+            return float("inf")
+        worst = _row_error(got[..., self.rows, :], self.values)
+        if self.product.size:
+            size = np.abs(got) @ np.abs(self.vector)
+            off = np.abs(got @ self.vector - self.product)
+            worst = max(worst, float(np.max(off / np.where(size > 0, size, 1))))
+        return worst if np.isfinite(worst) else float("inf")
+
+
+def _row_error(got: Array, expected: Array) -> float:
+    scale = np.abs(expected).max(-1, keepdims=True)
+    return float(np.max(np.abs(got - expected) / np.where(scale > 0, scale, 1)))
+
+
+def tolerance(dtype: np.dtype[Any]) -> float:
+    """How far a right result may be off: rounding, with room for another order of sums."""
+    return 1e-3 if dtype == np.float32 else 1e-9
+
+
+def reference(w: Workload, args: Arguments) -> Reference:
+    """The Reference of `w` at `args`."""
+    out, inputs = graph_of(w, args)
+    cotangents = seeds(w, out)
+
+    def row(i: int) -> torch.Tensor:
+        grads = torch.autograd.grad(out, inputs, cotangents[i], retain_graph=True)
+        shape = (-1,) if w.batch is None else (w.batch, -1)
+        return torch.cat([g.reshape(shape) for g in grads], -1)
+
+    row(0)
+    start = time.perf_counter()
+    row(w.m - 1)
+    if (time.perf_counter() - start) * w.m < LOOP_SECONDS:
+        rows = torch.arange(w.m)
+        vector = product = torch.empty(0)
+    else:
+        rows = torch.randperm(w.m, generator=generator(0))[:SAMPLED_ROWS]
+        vector, product = _product(w, args)
+    values = torch.stack([row(int(i)) for i in rows], -2)
+    return Reference(rows.numpy(), values.numpy(), vector.numpy(), product.numpy())
+
+
+def _product(w: Workload, args: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random v and ``J @ v`` by one forward-mode pass."""
+    gen = generator(1)
+    tangents = [normal(gen, *args[i].shape, dtype=args[i].dtype) for i in w.positions]
+    shape = (-1,) if w.batch is None else (w.batch, -1)
+
+    def f(*xs: torch.Tensor) -> torch.Tensor:
+        full = list(args)
+        for i, x in zip(w.positions, xs, strict=True):
+            full[i] = x
+        return w.f(*full)
+
+    _, product = torch.func.jvp(f, tuple(args[i] for i in w.positions), tuple(tangents))
+    if w.batched:
+        raise NotImplementedError("a batched workload this slow has no one vector for all samples")
+    return torch.cat([t.reshape(shape) for t in tangents], -1), product.reshape(w.m)
