@@ -82,7 +82,7 @@ class TorchBackend:
 
 
 def _torch_main(channel: Connection, job: Job) -> None:
-    # A session of its own: killing the group also ends the compiler's helpers.
+    # A process group of its own: killing it also ends the compiler's helpers.
     os.setsid()
     import warnings
 

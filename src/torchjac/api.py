@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,9 +69,9 @@ def jac(
                 [ 8.,  0.],
                 [ 0., 16.]])
     """
+    create_graph = create_graph or differentiating()
     check_layout(layout, create_graph)
     check_budget(memory_budget)
-    create_graph = create_graph or differentiating()
     program = capture_graph(
         outputs, inputs, batched=batched, retain_graph=retain_graph, create_graph=create_graph
     )
@@ -99,7 +99,7 @@ class Jacobian:
     ):
         if not callable(function):
             raise ArgumentError(
-                f"torchjac: jacobian takes a function, got {type(function).__name__}. For tensors "
+                f"torchjac: {entry} takes a function, got {type(function).__name__}. For tensors "
                 f"that are already computed use torchjac.jac(outputs, inputs)."
             )
         check_layout(layout, create_graph)
@@ -141,21 +141,20 @@ class Jacobian:
     ) -> tuple[Any, Any]:
         """What f returned, and the Jacobian; `replayable` says whether f may run once more."""
         call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
-        if inside_transform() or torch.compiler.is_compiling():
+        if inside_transform() or torch.compiler.is_compiling() or call.traced():
             return delegate(call, self._batched, self._layout, self._entry)
         create_graph = self._create_graph or differentiating()
+        check_layout(self._layout, create_graph)
+        # A module in training mode keeps statistics and counters: it must run once a call.
+        stateful = isinstance(self._function, torch.nn.Module) and self._function.training
+        replayable = replayable and not stateful
         program, returned = capture_function(
             call, batched=self._batched, create_graph=create_graph, replayable=replayable
         )
-        request = Request(self._entry, self._layout, self._memory_budget, self._key(program))
+        request = Request(self._entry, self._layout, self._memory_budget, self._identity)
         arranged = solve(program, request)
         self._report_unused(program, arranged)
         return (returned if create_graph else detached(returned)), arranged.value
-
-    def _key(self, program: Program) -> Hashable:
-        """Calls that a choice of plan carries over to: those with the same shapes."""
-        leaves = (*program.inputs, *program.outputs)
-        return (self._identity, *((t.shape, t.dtype, t.device) for t in leaves))
 
     def _report_unused(self, program: Program, arranged: Arranged) -> None:
         if not arranged.unused:
@@ -274,6 +273,8 @@ def hessian(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
+    if not callable(f):
+        Jacobian(f, entry="hessian")  # raises
     gradient = Jacobian(
         f, argnums, batched=batched, strict=strict, memory_budget=memory_budget, entry="gradient"
     )

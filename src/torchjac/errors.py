@@ -32,7 +32,18 @@ class PlanRefused(TorchjacError):
 
     Raised by engines and caught by the planner, which goes on to the next candidate. Users see it
     only when they force a plan (`torchjac.testing.force_plan`).
+
+    Attributes:
+        lasting: Whether it will not run on other values either; if not, it is tried again.
     """
+
+    lasting = True
+
+
+class RefusedHere(PlanRefused):
+    """A plan cannot be run at these values."""
+
+    lasting = False
 
 
 class UnusedInputWarning(UserWarning):

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -16,8 +15,8 @@ from torchjac.engines import evaluate
 from torchjac.errors import LoopWarning, PlanRefused
 from torchjac.explain import Candidate, Record, remember
 from torchjac.layout import Arranged, arrange
-from torchjac.plan import Plan, Race, default_budget, race_for, single_pass
-from torchjac.structure import Profile, Structure, analyze, collect, fingerprint, profile
+from torchjac.plan import Batching, Plan, Race, default_budget, race_for, single_pass
+from torchjac.structure import Profile, Structure, analyze, profile
 
 _warned_of: set[str] = set()
 
@@ -30,7 +29,7 @@ class Request:
         entry: The public call, for the record.
         layout: Layout of the result.
         memory_budget: Bytes that a chunk may hold, or None for the default.
-        key: Identifies the program among those that come again, or None to ask its graph.
+        key: Tells the functions of different callers apart, or None.
     """
 
     entry: str
@@ -102,28 +101,30 @@ def solve(program: Program, request: Request) -> Arranged:
 
 
 def _race(program: Program, structure: Structure, request: Request) -> Race:
-    if structure.m <= 1 or structure.n == 0:
+    graph = structure.graph
+    if graph is None:
         return single_pass(structure)
-    key = request.key
-    nodes: list[Any] = []
-    if key is None:
-        nodes = collect(program)
-        key = (*fingerprint(nodes), structure)
 
     def study() -> tuple[Structure, Profile, int]:
-        size = profile(nodes or collect(program))
-        return structure, size, request.memory_budget or default_budget(program.device)
+        budget = request.memory_budget or default_budget(program.device)
+        return structure.without_graph(), profile(graph), budget
 
+    shapes = (structure.rows, structure.columns, structure.batch)
+    context = (program.create_graph, program.replay is None, request.memory_budget)
     return race_for(
-        (key, program.create_graph, program.replay is None, request.memory_budget),
+        (request.key, graph.kind, shapes, context),
         study,
         replayable=program.replay is not None and not program.create_graph,
     )
 
 
 def _run(program: Program, structure: Structure, request: Request, race: Race) -> Arranged:
+    refused: dict[Plan, PlanRefused] = {}
     while True:
-        plan = race.next()
+        try:
+            plan = race.next(refused)
+        except PlanRefused as nothing_left:
+            raise next(reversed(refused.values()), nothing_left) from None
         started = perf_counter()
         try:
             arranged = arrange(
@@ -133,15 +134,31 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
                 request.layout,
             )
         except PlanRefused as refusal:
-            race.refuse(replace(plan, checked=False), str(refusal))
-            _warn_of_loop(refusal)
+            refused[replace(plan, checked=False)] = refusal
+            if refusal.lasting:
+                substitute = _substitute(plan, refusal, structure)
+                race.refuse(replace(plan, checked=False), str(refusal), substitute)
+                _warn_of_loop(refusal)
             continue
+        except Exception:
+            race.forgive(refused)  # the row loop fails as well: it was not the plans' fault
+            raise
         _synchronize(program)
         seconds = perf_counter() - started
         race.ran(plan, seconds)
-        ran = Ran(structure, request, race, plan, arranged.passes, arranged.chunk, seconds)
-        remember(ran.record)
+        shape = structure.without_graph()
+        remember(Ran(shape, request, race, plan, arranged.passes, arranged.chunk, seconds).record)
         return arranged
+
+
+def _substitute(plan: Plan, refusal: PlanRefused, structure: Structure) -> Batching | None:
+    """Another way to batch the passes of a refused plan, if there is a safe one."""
+    if plan.mode != "reverse" or plan.chunk == 1 or plan.batching != "functorch":
+        return None
+    if hasattr(refusal, "operation"):
+        return "looping"
+    # Old custom functions that read grad.data crash the process under legacy batching.
+    return None if structure.custom else "legacy"
 
 
 def _synchronize(program: Program) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
 
 Node = torch.autograd.graph.Node
 
@@ -50,3 +51,12 @@ def sequence_number(node: Any) -> int:
 def gradient_node(tensor: Tensor) -> Any:
     """The node where a tensor's gradient arrives (a leaf's accumulator, else its `grad_fn`)."""
     return torch.autograd.graph.get_gradient_edge(tensor).node
+
+
+def is_custom(kind: type) -> bool:
+    """Whether nodes of this type run a user's own backward: a Python or a C++ autograd function."""
+    return issubclass(kind, BackwardCFunction) or kind.__name__ in _CPP_CUSTOM
+
+
+# What the bindings call a node of an extension; those of torch have a name of their own.
+_CPP_CUSTOM = frozenset({"CppFunction", "CppNode"})

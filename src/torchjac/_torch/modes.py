@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 _NOTHING = nullcontext()
 
@@ -43,6 +44,16 @@ def passes(tensors: Iterable[Tensor]) -> Iterator[None]:
 def needs_passes_context() -> bool:
     """Whether `passes` would change anything (asking is cheaper than entering it)."""
     return torch.is_inference_mode_enabled() or torch._C._is_any_autocast_enabled()
+
+
+def tracing(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors stand for values that cannot be looked at: fake, on meta, or being traced."""
+    key = torch._C._TorchDispatchModeKey
+    return (
+        torch._C._get_dispatch_mode(key.PROXY) is not None
+        or torch._C._get_dispatch_mode(key.FAKE) is not None
+        or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
+    )
 
 
 def usable_in_graph(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,31 +57,42 @@ def strict_batched_backward(
         return batched_backward(outputs, cotangents, inputs, create_graph)
 
 
-class _FallbackOff:
-    """Holds vmap's fallback off while at least one thread is inside."""
+def looping_batched_backward(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """As `batched_backward`, without torch's warning at every operation that is looped over."""
+    with _warning_off:
+        return batched_backward(outputs, cotangents, inputs, create_graph)
 
-    def __init__(self) -> None:
+
+class _Off:
+    """Holds a process-wide switch of torch off while at least one thread is inside."""
+
+    def __init__(self, switch: Callable[[bool], None]) -> None:
+        self._switch = switch
         self._lock = threading.Lock()
         self._inside = 0
-        self._before = True
 
     def __enter__(self) -> None:
         """The first thread turns it off."""
         with self._lock:
-            if self._inside == 0:
-                self._before = _functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
-                _functorch._set_vmap_fallback_enabled(False)  # type: ignore[attr-defined]
             self._inside += 1
+            if self._inside == 1:
+                self._switch(False)
 
     def __exit__(self, *_: object) -> None:
-        """The last thread puts it back."""
+        """The last thread turns it on again, as it is by default."""
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                _functorch._set_vmap_fallback_enabled(self._before)  # type: ignore[attr-defined]
+                self._switch(True)
 
 
-_fallback_off = _FallbackOff()
+_fallback_off = _Off(_functorch._set_vmap_fallback_enabled)  # type: ignore[attr-defined]
+_warning_off = _Off(_functorch._set_vmap_fallback_warning_enabled)  # type: ignore[attr-defined]
 
 
 def legacy_batched_backward(

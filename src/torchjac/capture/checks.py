@@ -12,8 +12,14 @@ from torchjac.errors import ArgumentError, DtypeError
 Name = Callable[[int], str]
 
 
-def check_leaves(leaves: Sequence[Any], name: Name, role: str) -> tuple[Tensor, ...]:
+def check_leaves(leaves: Sequence[Any], name: Name, role: str, remedy: str) -> tuple[Tensor, ...]:
     """Returns the leaves if each is a real floating-point tensor and there is at least one.
+
+    Args:
+        leaves: What was found.
+        name: Names a leaf.
+        role: `output` or `input`.
+        remedy: What to do with a leaf that is not to be differentiated.
 
     Raises:
         ArgumentError: There is no leaf, or one is not a tensor.
@@ -23,9 +29,9 @@ def check_leaves(leaves: Sequence[Any], name: Name, role: str) -> tuple[Tensor, 
         raise ArgumentError(f"torchjac: expected at least one tensor among the {role}s, got none.")
     for position, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
-            raise ArgumentError(_not_a_tensor(name(position), leaf, role))
+            raise ArgumentError(_not_a_tensor(name(position), leaf, role, remedy))
         if not leaf.is_floating_point():
-            raise DtypeError(_wrong_dtype(name(position), leaf, role))
+            raise DtypeError(_wrong_dtype(name(position), leaf, role, remedy))
     return tuple(leaves)
 
 
@@ -55,29 +61,22 @@ def check_batch(
     return size
 
 
-def _not_a_tensor(name: str, leaf: Any, role: str) -> str:
-    remedy = (
-        "return it beside the result with has_aux=True"
-        if role == "output"
-        else "pass it as an argument outside argnums, or as a keyword argument"
-    )
+def _not_a_tensor(name: str, leaf: Any, role: str, remedy: str) -> str:
+    if callable(leaf):
+        remedy = "for the Jacobian of a function use torchjac.jacobian(f)"
     return (
         f"torchjac: every {role} must be a tensor or a pytree of tensors; {name} is of type "
         f"{type(leaf).__name__}. If it is not to be differentiated, {remedy}."
     )
 
 
-def _wrong_dtype(name: str, leaf: Tensor, role: str) -> str:
+def _wrong_dtype(name: str, leaf: Tensor, role: str, remedy: str) -> str:
     if leaf.is_complex():
         what = "complex: torchjac computes real Jacobians and does not guess a convention"
         remedy = "Use torch.view_as_real / torch.view_as_complex around the complex part"
     else:
         what = f"of dtype {leaf.dtype}, which has no derivative"
-        remedy = (
-            "Return it beside the result with has_aux=True, or convert it inside the function"
-            if role == "output"
-            else "Convert it to a floating-point dtype, or pass it outside argnums"
-        )
+        remedy = f"Convert it to a floating-point dtype, or {remedy}"
     return (
         f"torchjac: Expected all {role}s to be real floating-point tensors; "
         f"{name} is {what}. {remedy}."

@@ -20,6 +20,9 @@ from torchjac.errors import ArgumentError
 
 Argnums = int | tuple[int, ...]
 
+_PASS_THROUGH = "pass it as an argument outside argnums, or as a keyword argument"
+_BESIDE = "return it beside the result with has_aux=True"
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -92,6 +95,10 @@ class Call:
             )
         return returned[0], returned
 
+    def traced(self) -> bool:
+        """Whether the arguments are not real values (FakeTensor, meta, make_fx)."""
+        return modes.tracing(a for a in self.args if isinstance(a, Tensor))
+
     def name_input(self, position: int) -> str:
         """Name of a differentiated leaf by its position among all of them."""
         names: list[str] = []
@@ -140,7 +147,7 @@ def capture_function(
         DtypeError: A tensor is not real floating-point.
     """
     given, input_spec = flatten(call.differentiated())
-    check_leaves(given, call.name_input, "input")
+    check_leaves(given, call.name_input, "input", _PASS_THROUGH)
     if _has_inference_tensors(call):
         call = _without_inference_tensors(call)
         given = flatten(call.differentiated())[0]
@@ -152,7 +159,7 @@ def capture_function(
     def name_output(position: int) -> str:
         return leaf_names("output", output)[position]
 
-    outputs = check_leaves(leaves, name_output, "output")
+    outputs = check_leaves(leaves, name_output, "output", _BESIDE)
     batch = check_batch(outputs, inputs, name_output, call.name_input) if batched else None
     nest = build_nest(outputs, inputs, output_spec, input_spec, name_output, call.name_input)
     program = Program(

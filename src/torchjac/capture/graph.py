@@ -36,8 +36,8 @@ def capture_graph(
 
     output_leaves, output_spec = flatten(outputs)
     input_leaves, input_spec = flatten(inputs)
-    outs = check_leaves(output_leaves, name_output, "output")
-    ins = check_leaves(input_leaves, name_input, "input")
+    outs = check_leaves(output_leaves, name_output, "output", "leave it out of outputs")
+    ins = check_leaves(input_leaves, name_input, "input", "leave it out of inputs")
     batch = check_batch(outs, ins, name_output, name_input) if batched else None
     nest = build_nest(outs, ins, output_spec, input_spec, name_output, name_input)
     return Program(

@@ -19,6 +19,7 @@ class Slab:
         values: For rows one tensor `(stop - start, [B,] *in.shape)` per input leaf, for columns
             one tensor `(stop - start, [B,] *out.shape)` per output leaf; None is all zeros.
         passes: Passes through the graph that it took.
+        used: For columns, which input leaves the outputs depend on; rows show it themselves.
     """
 
     axis: Literal["rows", "columns"]
@@ -26,3 +27,4 @@ class Slab:
     stop: int
     values: tuple[Tensor | None, ...]
     passes: int
+    used: tuple[bool, ...] | None = None

@@ -46,15 +46,15 @@ def check_layout(layout: torch.layout, create_graph: bool) -> None:
     Raises:
         ArgumentError: It is not strided, CSR or COO, or a sparse result must be differentiable.
     """
-    if layout not in _LAYOUTS:
+    if not isinstance(layout, torch.layout) or layout not in _LAYOUTS:
         raise ArgumentError(
             f"torchjac: layout must be torch.strided, torch.sparse_csr or torch.sparse_coo, got "
             f"{layout!r}."
         )
     if create_graph and layout is not torch.strided:
         raise ArgumentError(
-            "torchjac: create_graph=True gives a dense Jacobian only; use layout=torch.strided, "
-            "and convert the result (.to_sparse()) where it is needed."
+            "torchjac: with create_graph=True or inside another Jacobian the result is dense only; "
+            "use layout=torch.strided, and convert the result (.to_sparse()) where it is needed."
         )
 
 
@@ -77,15 +77,10 @@ class _Watch:
             del slab  # an engine about to make the next one must not find this one alive
 
     def _look(self, slab: Slab) -> None:
-        if slab.axis == "rows":
-            for position, value in enumerate(slab.values):
-                if value is not None:
-                    self.used[position] = True
-        elif any(value is not None for value in slab.values):
-            starts = self._structure.column_starts
-            for position, start in enumerate(starts[:-1]):
-                if start < slab.stop and starts[position + 1] > slab.start:
-                    self.used[position] = True
+        used = slab.used or [value is not None for value in slab.values]
+        for position, yes in enumerate(used):
+            if yes:
+                self.used[position] = True
 
 
 def arrange(
@@ -105,7 +100,7 @@ def arrange(
     watch = _Watch(slabs, structure)
     live = _LAYOUTS[layout](iter(watch), program, structure)
     nest = program.nest
-    if nest.output_spec is LEAF and nest.input_spec is LEAF and live:
+    if nest.output_spec is LEAF and nest.input_spec is LEAF and live and live[0]:
         value: Any = live[0][0]
     else:
         value = _nested(live, program, layout)

@@ -20,8 +20,8 @@ _BANDWIDTH = 10e9
 # 94 ms in one; unstructured volumes 127 ms in chunks of 101, 163 ms in chunks of 404).
 _CACHED, _MAPPED = 2 * 2**20, 16 * 2**20
 _UNCACHED_FACTOR, _MAPPED_FACTOR = 2.0, 4.0
-# Legacy batching loops over the rows inside the operations it has no rule for, a third or so.
-_LEGACY_NODE = 1e-6
+# Batching with loops inside some operations: a third of them or so, a few microseconds each.
+_LOOPED_NODE = 1e-6
 # Random weights, products and comparison of a checked plan, beside its extra pass.
 _CHECK = 100e-6
 # The transposed backward graph has about the same operations, and building it costs a backward
@@ -46,8 +46,8 @@ def predict(plan: Plan, structure: Structure, size: Profile) -> float:
         overhead = passes * (_PASS + _NODE * size.nodes)
     else:
         overhead = passes * (_BATCHED_PASS + _BATCHED_NODE * size.nodes)
-    if plan.batching == "legacy" and plan.chunk > 1:
-        overhead += seeds * _LEGACY_NODE * size.nodes
+    if plan.batching != "functorch" and plan.chunk > 1:
+        overhead += seeds * _LOOPED_NODE * size.nodes
     if not forward:
         return overhead + moved
     build = _PASS + 3 * _NODE * size.nodes + _CHECK

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["reverse", "forward", "replicated"]
-Batching = Literal["functorch", "legacy"]
+Batching = Literal["functorch", "looping", "legacy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class Plan:
             the input per row and pulls all rows back in one plain pass.
         chunk: Seeds evaluated at once; 1 is a loop of plain passes.
         batching: What carries several seeds through one pass: `functorch` has rules for nearly
-            every operation; `legacy` is what `is_grads_batched=True` uses, and loops inside each
-            operation that it has no rule for.
+            every operation; `looping` is the same, looping inside the operations that have none;
+            `legacy` is what `is_grads_batched=True` uses, with fewer rules but other ones.
         checked: Whether this plan has given a right result on this kind of program before; if
             not, the engine compares its result with a plain pass.
         engine: The engine that runs it.

@@ -9,7 +9,7 @@ only how fast it comes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -18,7 +18,7 @@ import torch
 
 from torchjac.errors import PlanRefused
 from torchjac.plan.cost import candidates, predict
-from torchjac.plan.plan import Plan
+from torchjac.plan.plan import Batching, Plan
 from torchjac.structure import Profile, Structure
 
 # Timings of one candidate, of which the best counts (the first one also warms caches up): more
@@ -63,26 +63,34 @@ class Race:
         self._settled: Plan | None = None
         self._checked: set[tuple[str, bool, str]] = set()
 
-    def next(self) -> Plan:
-        """The candidate to run now."""
-        if self._settled is not None:
-            return self._settled
-        plan = self._choose()
-        return replace(plan, checked=True) if _kind(plan) in self._checked else plan
+    def next(self, skipped: Collection[Plan] = ()) -> Plan:
+        """The candidate to run now, other than those that failed at the present values.
 
-    def _choose(self) -> Plan:
-        entrants = [p for p in self.predicted if p not in self.refused]
+        Raises:
+            PlanRefused: None is left.
+        """
+        if self._settled is not None and not skipped:
+            return self._settled
+        kinds = {_kind(plan) for plan in skipped}
+        entrants = [p for p in self.predicted if p not in self.refused and _kind(p) not in kinds]
         if not entrants:
             raise PlanRefused("; ".join(f"{p}: {why}" for p, why in self.refused.items()))
+        plan = self._settle(entrants) if skipped else self._choose(entrants)
+        return replace(plan, checked=True) if _kind(plan) in self._checked else plan
+
+    def _choose(self, entrants: list[Plan]) -> Plan:
         if torch.are_deterministic_algorithms_enabled():
             return entrants[0]
         for plan in entrants:
             if self._worth_running(plan, entrants[0]):
                 return plan
-        ran = [p for p in entrants if p in self.measured]
-        fastest = min(ran, key=lambda p: min(self.measured[p]))
+        fastest = self._settle(entrants)
         self._settled = replace(fastest, checked=True)
         return fastest
+
+    def _settle(self, entrants: list[Plan]) -> Plan:
+        ran = [p for p in entrants if p in self.measured]
+        return min(ran, key=lambda p: min(self.measured[p])) if ran else entrants[0]
 
     def ran(self, plan: Plan, seconds: float) -> None:
         """Notes that a candidate gave a result, and what it cost."""
@@ -91,20 +99,28 @@ class Race:
             plan = replace(plan, checked=False)
             self.measured.setdefault(plan, []).append(seconds)
 
-    def refuse(self, plan: Plan, reason: str) -> None:
+    def refuse(self, plan: Plan, reason: str, instead: Batching | None) -> None:
         """Takes a candidate out, for all chunks of its kind, and remembers why.
 
-        Where functorch could not carry a batched reverse pass, legacy batching enters instead.
+        Args:
+            plan: What was refused.
+            reason: Why.
+            instead: Another way to batch the same passes, which enters in its place.
         """
         self._settled = None
         for other in list(self.predicted):
             if _kind(other) == _kind(plan):
                 self.refused.setdefault(other, reason)
-                if _kind(other) == ("reverse", True, "functorch"):
-                    substitute = replace(other, batching="legacy")
+                if instead is not None:
+                    substitute = replace(other, batching=instead)
                     seconds = predict(substitute, self._structure, self._size)
                     self.predicted.setdefault(substitute, seconds)
         self.predicted = dict(sorted(self.predicted.items(), key=lambda item: item[1]))
+
+    def forgive(self, plans: Collection[Plan]) -> None:
+        """Takes refusals back."""
+        kinds = {_kind(plan) for plan in plans}
+        self.refused = {p: why for p, why in self.refused.items() if _kind(p) not in kinds}
 
     def _worth_running(self, plan: Plan, first: Plan) -> bool:
         """Whether a candidate may still win; `first` is the one with the best prediction."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from torchjac.capture import Program
+from torchjac.structure.graph import Graph, survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Structure:
         row_starts: First row of each output leaf, and m at the end.
         column_starts: First column of each input leaf, and n at the end.
         batch: Number of independent samples, or None.
+        graph: The operations behind it; None where a single plain pass gives the whole Jacobian.
     """
 
     rows: tuple[int, ...]
@@ -27,6 +29,16 @@ class Structure:
     row_starts: tuple[int, ...]
     column_starts: tuple[int, ...]
     batch: int | None
+    graph: Graph | None
+
+    def without_graph(self) -> Structure:
+        """The same, keeping no operation (and so no tensor) alive."""
+        return replace(self, graph=None)
+
+    @property
+    def custom(self) -> bool:
+        """Whether a user's own backward may run in a pass."""
+        return self.graph is None or self.graph.custom
 
     @property
     def m(self) -> int:
@@ -40,19 +52,13 @@ class Structure:
 
 
 def analyze(program: Program) -> Structure:
-    """Reads rows and columns off the shapes of a program."""
+    """Reads rows and columns off the shapes of a program, and operations off its graph."""
     samples = program.batch
     divisor = 1 if samples is None else max(samples, 1)
-    if len(program.outputs) == 1 and len(program.inputs) == 1:  # the common case, in a microsecond
-        m = program.outputs[0].numel() // divisor
-        n = program.inputs[0].numel() // divisor
-        return Structure((m,), (n,), (0, m), (0, n), samples)
-    rows = tuple(t.numel() // divisor for t in program.outputs)
-    columns = tuple(t.numel() // divisor for t in program.inputs)
-    return Structure(
-        rows,
-        columns,
-        tuple(accumulate(rows, initial=0)),
-        tuple(accumulate(columns, initial=0)),
-        samples,
-    )
+    rows = tuple([t.numel() // divisor for t in program.outputs])
+    columns = tuple([t.numel() // divisor for t in program.inputs])
+    row_starts = tuple(accumulate(rows, initial=0))
+    column_starts = tuple(accumulate(columns, initial=0))
+    single_pass = row_starts[-1] <= 1 or column_starts[-1] == 0
+    graph = None if single_pass and samples is None else survey(program)
+    return Structure(rows, columns, row_starts, column_starts, samples, graph)

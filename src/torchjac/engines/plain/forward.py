@@ -8,14 +8,17 @@ what the backward pass means (detach, no_grad inside f, custom functions), and a
 dual-number operations (139-359 us for a dual times a constant, torch 2.13). See "a new trick for
 calculating Jacobian vector products", J. Townsend, 2017.
 
-It is right only where the backward pass really is differentiable in u. A custom backward that
-detaches, or is not linear (gradient clipping in a hook), is not. Every evaluation is therefore
-checked: g was pulled from a random u, so u' J must give g back.
+It is right only where the backward pass is linear in u. Operations of torch are; a user's own
+backward or a gradient hook need not be (clipping, guided backpropagation), and no sampling can
+prove that it is. So forward mode is refused where a custom function is on the graph or Python code
+ran in the recorded pass; where that cannot be seen (device threads), two more products with other
+signs and scales are compared. Every evaluation is checked besides: u' J must give g back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -23,42 +26,91 @@ from torchjac._torch.autograd import backward
 from torchjac.capture import Program
 from torchjac.engines.plain.check import Check
 from torchjac.engines.plain.chunks import in_chunks, out_of_memory, rows_at_once
-from torchjac.engines.plain.coupling import refuse_if_coupled
+from torchjac.engines.plain.coupling import Coupling
 from torchjac.engines.plain.passes import Passes
 from torchjac.engines.plain.reverse import release
 from torchjac.engines.plain.seeds import weights
+from torchjac.engines.plain.watch import Watch
 from torchjac.engines.slab import Slab
-from torchjac.errors import PlanRefused
+from torchjac.errors import PlanRefused, RefusedHere
 from torchjac.plan import Plan
-from torchjac.structure import Structure
+from torchjac.structure import Structure, coarsest
+
+# Units in the last place of single precision and better; coarser ones leave nothing to check with.
+_PRECISE = 1e-6
 
 
 def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
     """Evaluates a Jacobian by pushing unit tangents forward.
 
     Raises:
-        PlanRefused: The backward pass cannot be transposed, or the check failed.
+        PlanRefused: The backward pass cannot be transposed, or a check failed.
         CoupledBatchError: Samples are not independent.
     """
-    cotangent = [u.requires_grad_() for u in weights(program.outputs)]
+    _refuse_beforehand(program, structure)
+    shared = structure.batch is not None and structure.batch > 1
+    coupling = Coupling(program, structure) if shared else None
+    cotangent = weights(program.outputs)
+    silent: Tensor | None = None
+    if coupling is not None:
+        if not plan.checked:
+            coupling.prove()
+        elif structure.batch is not None and structure.batch < 16:
+            coupling.product()
+        silent = coupling.silence()
+        for leaf in cotangent:
+            leaf[silent.to(leaf.device)] = 0
+    gradients, saw_python = _recorded(program, cotangent)
+    if coupling is not None and silent is not None:
+        coupling.refuse_if_received(cotangent, gradients, silent)
+    checks = [Check(structure, [u.detach() for u in cotangent], gradients)]
+    if saw_python is None:
+        checks += [_other_product(program, structure, scale) for scale in (-64.0, -1 / 64)]
+
+    used = tuple(g is not None for g in gradients)
+    for slab in _slabs(program, structure, plan, cotangent, gradients):
+        for check in checks:
+            check.add(slab)
+        yield replace(slab, used=used)
+        del slab
+    if not all(check.finite() for check in checks):
+        raise RefusedHere("values are not finite: reverse mode defines what they are")
+    if not all(check.agrees() for check in checks):
+        if coupling is not None:
+            coupling.prove()
+        raise PlanRefused("its product with a random vector differs from that of a plain pass")
+    if not program.retain_graph:
+        release(program)
+
+
+def _refuse_beforehand(program: Program, structure: Structure) -> None:
+    if structure.custom:
+        raise PlanRefused("a custom autograd function need not be linear in its cotangent")
+    if coarsest(program) > _PRECISE:
+        raise PlanRefused("half precision leaves too few digits to check the result")
+
+
+def _recorded(
+    program: Program, cotangent: list[Tensor]
+) -> tuple[tuple[Tensor | None, ...], bool | None]:
+    """The gradient of a backward pass that records itself, and whether Python code ran in it."""
+    for leaf in cotangent:
+        leaf.requires_grad_()
     try:
-        gradients = backward(program.outputs, cotangent, program.inputs, create_graph=True)
+        with Watch(program.device) as watch:
+            gradients = backward(program.outputs, cotangent, program.inputs, create_graph=True)
     except Exception as error:
         if out_of_memory(error):
             raise
         raise PlanRefused(f"the backward pass cannot be recorded: {error}") from error
-    check = Check(structure, [u.detach() for u in cotangent], gradients)
-    for slab in _slabs(program, structure, plan, cotangent, gradients):
-        check.add(slab)
-        yield slab
-        del slab
-    if not check.finite():
-        raise PlanRefused("values are not finite: reverse mode defines what they are")
-    if check.mismatch() is not None:
-        refuse_if_coupled(program, structure, check)
-        raise PlanRefused("the backward pass is not differentiable in its cotangent")
-    if not program.retain_graph:
-        release(program)
+    if watch.saw_python:
+        raise PlanRefused("gradient hooks or other Python code run in the backward pass")
+    return gradients, watch.saw_python
+
+
+def _other_product(program: Program, structure: Structure, scale: float) -> Check:
+    cotangent = [w * scale for w in weights(program.outputs)]
+    return Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))
 
 
 def _slabs(

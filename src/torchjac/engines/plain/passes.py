@@ -11,6 +11,7 @@ from torchjac._torch.autograd import backward
 from torchjac._torch.vmap import (
     batched_backward,
     legacy_batched_backward,
+    looping_batched_backward,
     missing_rule,
     strict_batched_backward,
 )
@@ -24,6 +25,8 @@ def _carrier(plan: Plan) -> Callable[..., tuple[Tensor | None, ...]]:
     """What carries a stack of seeds through one pass."""
     if plan.batching == "legacy":
         return legacy_batched_backward
+    if plan.batching == "looping":
+        return looping_batched_backward
     return batched_backward if plan.checked else strict_batched_backward
 
 
@@ -105,10 +108,27 @@ class Passes:
     def singles(
         self, start: int, stop: int, retain_graph: bool = True
     ) -> tuple[Tensor | None, ...]:
-        """Pulls unit vectors back one after the other, and stacks what comes."""
-        found = [self.single(i, retain_graph or i < stop - 1) for i in range(start, stop)]
-        columns = zip(*found, strict=True)
-        return tuple(map(_stack, columns, self._inputs))
+        """Pulls unit vectors back one after the other, and stacks what comes.
+
+        Rows are written into the stack at once: many small ones alive among the large temporaries
+        of the passes would pin the heap.
+        """
+        if self._create_graph or stop - start == 1:
+            found = [self.single(i, retain_graph or i < stop - 1) for i in range(start, stop)]
+            return tuple(map(_stack, zip(*found, strict=True), self._inputs))
+        stacks: list[Tensor | None] = [None] * len(self._inputs)
+        for i in range(start, stop):
+            for j, row in enumerate(self.single(i, retain_graph or i < stop - 1)):
+                if row is None:
+                    continue
+                stack = stacks[j]
+                if stack is None:
+                    stack = torch.zeros(
+                        (stop - start, *row.shape), dtype=row.dtype, device=row.device
+                    )
+                    stacks[j] = stack
+                stack[i - start] = row
+        return tuple(stacks)
 
 
 def _stack(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor | None:

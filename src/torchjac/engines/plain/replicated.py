@@ -17,12 +17,12 @@ from torchjac._torch.autograd import backward
 from torchjac.capture import Program
 from torchjac.engines.plain.check import Check, tolerance
 from torchjac.engines.plain.chunks import in_chunks, out_of_memory
-from torchjac.engines.plain.coupling import refuse_if_coupled
+from torchjac.engines.plain.coupling import Coupling
 from torchjac.engines.plain.seeds import unit_stack, weights
 from torchjac.engines.slab import Slab
 from torchjac.errors import PlanRefused
 from torchjac.plan import Plan
-from torchjac.structure import Structure, collect
+from torchjac.structure import Structure, coarsest
 
 
 def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
@@ -37,9 +37,13 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
         raise PlanRefused("only a graph is given, no function to run on copies of the input")
     if program.create_graph:
         raise PlanRefused("copies of the input are not on the graph that create_graph continues")
-    names = {type(node).__name__ for node in collect(program)}
-    if any("Norm" in name and "Batch" in name for name in names):
+    if coarsest(program) > 1e-6:
+        raise PlanRefused("half precision leaves too few digits to check the result")
+    operations = structure.graph.operations if structure.graph is not None else ()
+    if any("BatchNorm" in kind.__name__ for kind in operations):
         raise PlanRefused("batch normalization would move its running statistics once more")
+    if structure.batch is not None and structure.batch > 1:
+        Coupling(program, structure).prove()
     cotangent = weights(program.outputs)
     check = Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))
 
@@ -57,9 +61,7 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
         check.add(slab)
         yield slab
         del slab
-    if check.mismatch() is not None:
-        if structure.batch is not None:
-            refuse_if_coupled(program, structure, check)
+    if not check.agrees():
         raise PlanRefused("the function does not map copies of its input independently")
 
 
@@ -101,6 +103,7 @@ def _stacked(y: Tensor, like: Tensor, count: int, batched: bool) -> Tensor:
     stacked = y.reshape(count, *like.shape)
     if like.numel() and count:
         error = (stacked.detach() - like.detach()).abs()
-        if not bool((error <= tolerance(like.dtype) * like.detach().abs().amax()).all()):
+        allowed = tolerance(torch.finfo(like.dtype).eps) * like.detach().abs().amax()
+        if not bool((error <= allowed).all()):
             raise PlanRefused("the function gives other values on copies of its input")
     return stacked

@@ -10,9 +10,11 @@ from torchjac._torch.autograd import backward
 from torchjac.capture import Program
 from torchjac.engines.plain.check import Check
 from torchjac.engines.plain.chunks import in_chunks, rows_at_once
-from torchjac.engines.plain.coupling import refuse_if_coupled
+from torchjac.engines.plain.coupling import Coupling
 from torchjac.engines.plain.passes import Passes
+from torchjac.engines.plain.sameness import Sameness
 from torchjac.engines.plain.seeds import weights
+from torchjac.engines.plain.watch import Watch
 from torchjac.engines.slab import Slab
 from torchjac.errors import PlanRefused
 from torchjac.plan import Plan
@@ -22,13 +24,12 @@ from torchjac.structure import Structure
 def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
     """Evaluates a Jacobian by pulling unit cotangents back.
 
-    With a batch all samples share a pass. That is right only if they are independent, so one more
-    pass, with a random cotangent, is compared with the same combination of the rows. So are the
-    rows of batched passes the first time: batching rules of torch have been wrong
-    (`_cdist_backward`, torch 2.13).
+    With a batch all samples share a pass. That is right only if they are independent, which is
+    tested exactly (see `coupling`). Batched passes are compared with plain ones the first time:
+    batching rules of torch have been wrong (`_cdist_backward`, torch 2.13).
 
     Raises:
-        PlanRefused: The passes cannot be batched, or give other values than a plain one.
+        PlanRefused: The passes cannot be batched, or give other values than plain ones.
         CoupledBatchError: Samples are not independent.
     """
     passes = Passes(
@@ -39,17 +40,41 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
         plan,
         program.create_graph,
     )
-    check = _check(program, structure, plan)
-    for slab in _slabs(program, structure, plan, passes):
+    unproved = plan.chunk > 1 and not plan.checked
+    shared = structure.batch is not None and structure.batch > 1
+    coupling = Coupling(program, structure) if shared else None
+    saw_python: bool | None = False
+    check: Check | None = None
+    if coupling is not None:
+        if not plan.checked:
+            coupling.prove()
+        with Watch(program.device) as watch:
+            product = coupling.product()
+        saw_python = watch.saw_python
+        check = Check(structure, *product)
+    elif unproved:
+        cotangent = weights(program.outputs)
+        check = Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))
+    sameness = Sameness(structure, program.inputs) if unproved else None
+
+    free_last = not program.retain_graph and check is None and plan.chunk == 1
+    for slab in _slabs(program, structure, plan, passes, free_last):
         if check is not None:
             check.add(slab)
+        if sameness is not None:
+            sameness.add(slab)
         yield slab
         del slab
-    if check is not None and check.mismatch() is not None:
-        refuse_if_coupled(program, structure, check)
-        if plan.chunk > 1:
-            raise PlanRefused(f"{plan.batching} batching gives other values than a plain pass")
-    if not program.retain_graph and plan.chunk > 1:
+
+    doubt = check is not None and not check.agrees()
+    if sameness is not None and not sameness.holds(passes, doubt):
+        raise PlanRefused(f"{plan.batching} batching gives other values than a plain pass")
+    if doubt and coupling is not None:
+        coupling.prove()
+        if structure.custom or saw_python is not False:
+            coupling.refuse_backward()
+        # Nothing but operations of torch, and no sample reaches another: rounding.
+    if not program.retain_graph and not free_last:
         release(program)
 
 
@@ -62,7 +87,9 @@ def release(program: Program) -> None:
     backward(program.outputs, zeros, program.inputs, retain_graph=False)
 
 
-def _slabs(program: Program, structure: Structure, plan: Plan, passes: Passes) -> Iterator[Slab]:
+def _slabs(
+    program: Program, structure: Structure, plan: Plan, passes: Passes, free_last: bool
+) -> Iterator[Slab]:
     if plan.chunk > 1:
 
         def batched(start: int, stop: int) -> Slab:
@@ -74,18 +101,8 @@ def _slabs(program: Program, structure: Structure, plan: Plan, passes: Passes) -
         return
 
     def looped(start: int, stop: int) -> Slab:
-        retain = program.retain_graph or stop < structure.m
+        retain = stop < structure.m or not free_last
         return Slab("rows", start, stop, passes.singles(start, stop, retain), stop - start)
 
     row_bytes = sum(t.numel() * t.element_size() for t in program.inputs)
     yield from in_chunks(structure.m, rows_at_once(structure.m, row_bytes), looped)
-
-
-def _check(program: Program, structure: Structure, plan: Plan) -> Check | None:
-    samples_share_a_pass = structure.batch is not None and structure.batch > 1
-    unproved = plan.chunk > 1 and not plan.checked
-    if not (samples_share_a_pass or unproved) or structure.m == 0:
-        return None
-    cotangent = weights(program.outputs)
-    expected = backward(program.outputs, cotangent, program.inputs)
-    return Check(structure, cotangent, expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -71,18 +70,14 @@ def unit(
 def weights(leaves: Sequence[Tensor]) -> list[Tensor]:
     """A random cotangent for checks, with magnitudes from 1 to 1.25 and random signs.
 
-    Never below one: a hook that clips gradients then shows itself here whenever it would act on a
-    unit cotangent. The generator is private: the user's random state does not move. The vectors
-    are copies: a backward that writes into what it is given spoils only its own.
+    The generator is private: the user's random state does not move.
     """
-    return [
-        _weights(leaf.shape, leaf.dtype, leaf.device, number).clone()
-        for number, leaf in enumerate(leaves)
-    ]
+    found = []
+    for leaf in leaves:
+        uniform = torch.rand(leaf.shape, generator=_generator, dtype=torch.float32).sub_(0.5)
+        vector = uniform.sign().add_(uniform, alpha=0.5)
+        found.append(vector.to(device=leaf.device, dtype=leaf.dtype))
+    return found
 
 
-@lru_cache(maxsize=64)
-def _weights(shape: torch.Size, dtype: torch.dtype, device: torch.device, number: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1_000_003 * number + shape.numel())
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
-    return (uniform.sign() + uniform / 2).to(device=device, dtype=dtype)
+_generator = torch.Generator().manual_seed(2026)

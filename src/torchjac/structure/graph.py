@@ -1,0 +1,106 @@
+"""The autograd graph behind a program: which operations, how many, and what a pass moves."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from torchjac._torch.autograd import gradient_node, is_custom, node_outputs, sequence_number
+from torchjac.capture import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The operations between outputs and inputs.
+
+    Attributes:
+        nodes: Each operation once.
+        operations: Their kinds.
+        traffic: Bytes of all gradients that one cotangent produces on its way.
+        custom: Whether one of them runs a user's own code (a Python or C++ autograd function),
+            which need not be linear in the cotangent, nor survive being batched.
+    """
+
+    nodes: tuple[Any, ...]
+    operations: frozenset[type]
+    traffic: int
+    custom: bool
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for graphs that one plan suits, and on which one proof of it holds."""
+        return len(self.nodes), self.operations, self.traffic.bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Size of one backward pass.
+
+    Attributes:
+        nodes: Operations on the way.
+        traffic: Bytes of all gradients that one cotangent produces.
+        largest: Bytes of the largest of them.
+        peak: Bytes of those alive at once, at most, while the pass runs.
+    """
+
+    nodes: int
+    traffic: int
+    largest: int
+    peak: int
+
+
+def survey(program: Program) -> Graph:
+    """Walks the graph from the outputs as far as the inputs (about 0.6 us an operation)."""
+    roots = [gradient_node(t) if t.grad_fn is None else t.grad_fn for t in program.outputs]
+    inputs = {t.grad_fn for t in program.inputs if t.grad_fn is not None}
+    seen = set(roots)
+    stack = [node for node in seen if node not in inputs]
+    while stack:
+        for child, _ in stack.pop().next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                if child not in inputs:  # what is behind an input does not matter
+                    stack.append(child)
+    nodes = tuple(seen)
+    operations = frozenset(map(type, nodes))
+    traffic = sum(map(_size, nodes))
+    return Graph(nodes, operations, traffic, any(map(is_custom, operations)))
+
+
+def profile(graph: Graph) -> Profile:
+    """Adds up what a pass over a graph holds.
+
+    The peak replays the engine's order (highest sequence number first): a node's incoming gradient
+    is freed when it has run, those it produces live until their own node runs.
+    """
+    size = {node: _size(node) for node in graph.nodes}
+    alive: set[Any] = set()
+    held = peak = 0
+    for node in sorted(graph.nodes, key=sequence_number, reverse=True):
+        if node not in alive:
+            held += size[node]  # a root: its cotangent is given
+        for child, _ in node.next_functions:
+            if child in size and child not in alive:
+                alive.add(child)
+                held += size[child]
+        peak = max(peak, held)
+        held -= size[node]
+    return Profile(len(graph.nodes), graph.traffic, max(size.values(), default=0), peak)
+
+
+def coarsest(program: Program) -> float:
+    """Unit in the last place of the least precise output or input."""
+    dtypes = {t.dtype for t in (*program.outputs, *program.inputs)}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _size(node: Any) -> int:
+    total = 0
+    for out in node_outputs(node):
+        elements: int = prod(out.shape)
+        total += elements * out.dtype.itemsize
+    return total
