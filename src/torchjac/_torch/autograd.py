@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def gradient_node(tensor: Tensor) -> Any:
     return torch.autograd.graph.get_gradient_edge(tensor).node
 
 
+@lru_cache(maxsize=4096)
 def is_custom(kind: type) -> bool:
     """Whether nodes of this type run a user's own backward: a Python or a C++ autograd function."""
     return issubclass(kind, BackwardCFunction) or kind.__name__ in _CPP_CUSTOM

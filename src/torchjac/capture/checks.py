@@ -44,10 +44,10 @@ def check_batch(
         ArgumentError: A leaf has no leading axis, or leading axes differ.
     """
     size: int | None = None
-    first = ""
     for leaves, name in ((inputs, name_input), (outputs, name_output)):
         for position, leaf in enumerate(leaves):
             if leaf.ndim == 0 or (size is not None and leaf.shape[0] != size):
+                first = (name_input if inputs else name_output)(0)
                 expected = f"{size} as in {first}" if size is not None else "a leading axis"
                 raise ArgumentError(
                     f"torchjac: with batched=True the leading axis of every input and output is "
@@ -55,8 +55,7 @@ def check_batch(
                     f"{expected}. Pass what is not batched as an argument outside argnums, or use "
                     f"batched=False."
                 )
-            if size is None:
-                size, first = leaf.shape[0], name(position)
+            size = leaf.shape[0]
     assert size is not None, "check_leaves has seen at least one leaf"
     return size
 

@@ -20,7 +20,7 @@ class Graph:
     Attributes:
         nodes: Each operation once.
         operations: Their kinds.
-        traffic: Bytes of all gradients that one cotangent produces on its way.
+        traffic: Bytes of all gradients that one cotangent produces, about.
         custom: Whether one of them runs a user's own code (a Python or C++ autograd function),
             which need not be linear in the cotangent, nor survive being batched.
     """
@@ -54,21 +54,27 @@ class Profile:
 
 
 def survey(program: Program) -> Graph:
-    """Walks the graph from the outputs as far as the inputs (about 0.6 us an operation)."""
+    """Walks the graph from the outputs as far as the inputs (about 0.25 us an operation)."""
     roots = [gradient_node(t) if t.grad_fn is None else t.grad_fn for t in program.outputs]
     inputs = {t.grad_fn for t in program.inputs if t.grad_fn is not None}
     seen = set(roots)
-    stack = [node for node in seen if node not in inputs]
-    while stack:
-        for child, _ in stack.pop().next_functions:
+    nodes = list(seen)
+    for node in nodes:  # grows while it is walked: breadth first
+        if node in inputs:
+            continue  # what is behind an input does not matter
+        for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
-                if child not in inputs:  # what is behind an input does not matter
-                    stack.append(child)
-    nodes = tuple(seen)
+                nodes.append(child)
     operations = frozenset(map(type, nodes))
-    traffic = sum(map(_size, nodes))
-    return Graph(nodes, operations, traffic, any(map(is_custom, operations)))
+    stride = 1 + len(nodes) // _LOOKED_AT
+    traffic = stride * sum(map(_size, nodes[::stride]))
+    return Graph(tuple(nodes), operations, traffic, any(map(is_custom, operations)))
+
+
+# Operations whose sizes are read on every call; a sample of larger graphs tells them apart as well
+# (reading takes 0.4 us each). A profile reads all of them.
+_LOOKED_AT = 48
 
 
 def profile(graph: Graph) -> Profile:
@@ -89,7 +95,7 @@ def profile(graph: Graph) -> Profile:
                 held += size[child]
         peak = max(peak, held)
         held -= size[node]
-    return Profile(len(graph.nodes), graph.traffic, max(size.values(), default=0), peak)
+    return Profile(len(graph.nodes), sum(size.values()), max(size.values(), default=0), peak)
 
 
 def coarsest(program: Program) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from torchjac.capture import Program
@@ -33,7 +33,9 @@ class Structure:
 
     def without_graph(self) -> Structure:
         """The same, keeping no operation (and so no tensor) alive."""
-        return replace(self, graph=None)
+        return Structure(
+            self.rows, self.columns, self.row_starts, self.column_starts, self.batch, None
+        )
 
     @property
     def custom(self) -> bool:

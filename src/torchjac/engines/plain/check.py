@@ -18,8 +18,9 @@ from torchjac.structure import Structure
 # Disagreement beyond which even half precision cannot be to blame.
 _GROSS = 0.05
 
-# Rows that are added up one by one; more of them by a matrix product for each sample.
-_FEW = 8
+# A few large rows are added up one by one; otherwise a matrix product for each sample is faster
+# (2 x 31 843 x 15: 1.2 ms against 2.1 ms; 5 x 128 x 3: 30 us against 12 us).
+_FEW, _LARGE = 8, 2**15
 
 
 def tolerance(eps: float) -> float:
@@ -59,7 +60,7 @@ class Check:
             if value is None:
                 continue
             part = self._matrices(value, stop - first)  # (k, B, n) or (k, B, m)
-            if by_rows and len(part) <= _FEW:
+            if by_rows and part[0].numel() > _LARGE and len(part) <= _FEW:
                 for row, number in zip(part, range(slab.start, slab.stop), strict=True):
                     self._sum[:, first:stop].addcmul_(row, self._weights[:, number : number + 1])
             elif by_rows:

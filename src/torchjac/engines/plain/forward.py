@@ -51,7 +51,7 @@ def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab
     shared = structure.batch is not None and structure.batch > 1
     coupling = Coupling(program, structure) if shared else None
     cotangent = weights(program.outputs)
-    silent: Tensor | None = None
+    silent: slice | None = None
     if coupling is not None:
         if not plan.checked:
             coupling.prove()
@@ -59,7 +59,7 @@ def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab
             coupling.product()
         silent = coupling.silence()
         for leaf in cotangent:
-            leaf[silent.to(leaf.device)] = 0
+            leaf[silent] = 0
     gradients, saw_python = _recorded(program, cotangent)
     if coupling is not None and silent is not None:
         coupling.refuse_if_received(cotangent, gradients, silent)
