@@ -11,7 +11,7 @@ import torch
 
 from torchjac._torch.vmap import inside_transform
 from torchjac.capture import Call, Program, capture_function, capture_graph, differentiating
-from torchjac.capture.function import Argnums, detached
+from torchjac.capture.function import Argnums, check_argnums, detached
 from torchjac.errors import ArgumentError, UnusedInputError, UnusedInputWarning
 from torchjac.explain import Record, last_run
 from torchjac.layout import Arranged, check_layout
@@ -103,6 +103,7 @@ class Jacobian:
                 f"that are already computed use torchjac.jac(outputs, inputs)."
             )
         check_layout(layout, create_graph)
+        check_argnums(argnums)
         self._function = function
         self._argnums = argnums
         self._has_aux = has_aux

@@ -35,9 +35,11 @@ class PlanRefused(TorchjacError):
 
     Attributes:
         lasting: Whether it will not run on other values either; if not, it is tried again.
+        user_code: Whether code of the user runs in the backward pass (or may).
     """
 
     lasting = True
+    user_code = True
 
 
 class RefusedHere(PlanRefused):

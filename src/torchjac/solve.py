@@ -12,7 +12,7 @@ import torch
 from torchjac._torch import modes
 from torchjac.capture import Program
 from torchjac.engines import evaluate
-from torchjac.errors import LoopWarning, PlanRefused
+from torchjac.errors import ArgumentError, LoopWarning, PlanRefused, TorchjacError
 from torchjac.explain import Candidate, Record, remember
 from torchjac.layout import Arranged, arrange
 from torchjac.plan import Batching, Plan, Race, default_budget, race_for, single_pass
@@ -91,8 +91,15 @@ def solve(program: Program, request: Request) -> Arranged:
     Raises:
         CoupledBatchError: Samples of a batch are not independent.
         PlanRefused: A plan was forced and cannot be run.
+        TorchjacError: A differentiable Jacobian of a compiled function was asked for.
     """
     structure = analyze(program)
+    if program.create_graph and structure.graph and not structure.graph.differentiable:
+        raise TorchjacError(
+            "torchjac: the function was compiled by torch.compile, whose backward torch cannot "
+            "differentiate again, so create_graph=True, nested Jacobians and Hessians are not "
+            "possible. Use the function as it was before torch.compile."
+        )
     race = _race(program, structure, request)
     if modes.needs_passes_context():
         with modes.passes((*program.outputs, *program.inputs)):
@@ -102,12 +109,19 @@ def solve(program: Program, request: Request) -> Arranged:
 
 def _race(program: Program, structure: Structure, request: Request) -> Race:
     graph = structure.graph
+    if modes.tracing(program.inputs):
+        if structure.batch is not None:
+            raise ArgumentError(
+                "torchjac: batched=True needs real values (independence of the samples is tested "
+                "on them), got fake, meta or traced tensors. Use torch.vmap(torchjac.jacobian(f))."
+            )
+        return single_pass(structure)
     if graph is None:
         return single_pass(structure)
 
     def study() -> tuple[Structure, Profile, int]:
         budget = request.memory_budget or default_budget(program.device)
-        return structure.without_graph(), profile(graph), budget
+        return structure.without_graph(), profile(program, graph), budget
 
     shapes = (structure.rows, structure.columns, structure.batch)
     context = (program.create_graph, program.replay is None, request.memory_budget)
@@ -136,8 +150,9 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
         except PlanRefused as refusal:
             refused[replace(plan, checked=False)] = refusal
             if refusal.lasting:
-                substitute = _substitute(plan, refusal, structure)
-                race.refuse(replace(plan, checked=False), str(refusal), substitute)
+                substitute = _substitute(plan, refusal)
+                passing = refusal.user_code and not hasattr(refusal, "operation")
+                race.refuse(replace(plan, checked=False), str(refusal), substitute, passing)
                 _warn_of_loop(refusal)
             continue
         except Exception:
@@ -151,14 +166,14 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
         return arranged
 
 
-def _substitute(plan: Plan, refusal: PlanRefused, structure: Structure) -> Batching | None:
+def _substitute(plan: Plan, refusal: PlanRefused) -> Batching | None:
     """Another way to batch the passes of a refused plan, if there is a safe one."""
     if plan.mode != "reverse" or plan.chunk == 1 or plan.batching != "functorch":
         return None
     if hasattr(refusal, "operation"):
         return "looping"
-    # Old custom functions that read grad.data crash the process under legacy batching.
-    return None if structure.custom else "legacy"
+    # A custom function or hook that reads grad.data crashes the process under legacy batching.
+    return None if refusal.user_code else "legacy"
 
 
 def _synchronize(program: Program) -> None:

@@ -51,7 +51,10 @@ def sequence_number(node: Any) -> int:
 
 def gradient_node(tensor: Tensor) -> Any:
     """The node where a tensor's gradient arrives (a leaf's accumulator, else its `grad_fn`)."""
-    return torch.autograd.graph.get_gradient_edge(tensor).node
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn
+    with torch.inference_mode(False), torch.enable_grad():  # it takes a view of the leaf
+        return torch.autograd.graph.get_gradient_edge(tensor).node
 
 
 @lru_cache(maxsize=4096)
@@ -62,3 +65,8 @@ def is_custom(kind: type) -> bool:
 
 # What the bindings call a node of an extension; those of torch have a name of their own.
 _CPP_CUSTOM = frozenset({"CppFunction", "CppNode"})
+
+
+def is_compiled(kind: type) -> bool:
+    """Whether nodes of this type are the backward of a function that torch.compile compiled."""
+    return kind.__name__ == "CompiledFunctionBackward"

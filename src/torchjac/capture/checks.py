@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchjac.errors import ArgumentError, DtypeError
@@ -22,7 +23,7 @@ def check_leaves(leaves: Sequence[Any], name: Name, role: str, remedy: str) -> t
         remedy: What to do with a leaf that is not to be differentiated.
 
     Raises:
-        ArgumentError: There is no leaf, or one is not a tensor.
+        ArgumentError: There is no leaf, or one is not a dense tensor.
         DtypeError: A leaf is integer, bool or complex.
     """
     if not leaves:
@@ -30,6 +31,11 @@ def check_leaves(leaves: Sequence[Any], name: Name, role: str, remedy: str) -> t
     for position, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             raise ArgumentError(_not_a_tensor(name(position), leaf, role, remedy))
+        if role == "input" and leaf.layout is not torch.strided:
+            raise ArgumentError(
+                f"torchjac: every input must be dense; {name(position)} has layout {leaf.layout}. "
+                f"Differentiate with respect to its values, or convert it with .to_dense()."
+            )
         if not leaf.is_floating_point():
             raise DtypeError(_wrong_dtype(name(position), leaf, role, remedy))
     return tuple(leaves)

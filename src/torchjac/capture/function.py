@@ -24,6 +24,25 @@ _PASS_THROUGH = "pass it as an argument outside argnums, or as a keyword argumen
 _BESIDE = "return it beside the result with has_aux=True"
 
 
+def check_argnums(argnums: Any) -> None:
+    """Refuses argnums that are wrong whatever the arguments are.
+
+    Raises:
+        ArgumentError: It is not an int or a nonempty tuple of different ints.
+    """
+    given = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not given:
+        raise ArgumentError("torchjac: argnums must be non-empty, got ().")
+    for number in given:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ArgumentError(
+                f"torchjac: argnums must be int or Tuple[int, ...], got {type(number).__name__} "
+                f"in {argnums!r}."
+            )
+    if len(set(given)) != len(given):
+        raise ArgumentError(f"torchjac: argnums elements must be unique, got {given}.")
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call of a user's function: what to differentiate, and what is passed through.
@@ -46,25 +65,18 @@ class Call:
         """Nonnegative positions of the differentiated arguments.
 
         Raises:
-            ArgumentError: argnums is not an int or a nonempty tuple of different ints in range.
+            ArgumentError: A position is out of range, or named twice.
         """
         given = self.argnums if isinstance(self.argnums, tuple) else (self.argnums,)
         count = len(self.args)
-        if not given:
-            raise ArgumentError("torchjac: argnums must be non-empty, got ().")
         for number in given:
-            if not isinstance(number, int) or isinstance(number, bool):
-                raise ArgumentError(
-                    f"torchjac: argnums must be int or Tuple[int, ...], got an element of type "
-                    f"{type(number).__name__}."
-                )
             if not -count <= number < count:
                 raise ArgumentError(
                     f"torchjac: Got argnum={number}, but only {count} positional inputs. Keyword "
                     f"arguments are passed through and not differentiated."
                 )
-        found = tuple(number % count for number in given)
-        if len(set(found)) != len(found):
+        found = tuple([number % count for number in given])
+        if len(found) > 1 and len(set(found)) != len(found):
             raise ArgumentError(f"torchjac: argnums elements must be unique, got {given}.")
         return found
 

@@ -107,7 +107,8 @@ def arrange(
     unused = [p for p, used in zip(nest.live_inputs, watch.used, strict=True) if not used]
     unused += [p for p in range(len(nest.inputs)) if p not in nest.live_inputs]
     if watch.passes == 0 and program.outputs and (structure.m == 0 or structure.n == 0):
-        unused = []  # nothing was differentiated, so nothing can be said
+        # Empty leaves: nothing was differentiated, so nothing can be said of those with a graph.
+        unused = [p for p in unused if p not in nest.live_inputs]
     return Arranged(value, tuple(sorted(unused)), watch.passes, watch.chunk)
 
 

@@ -61,7 +61,9 @@ class Race:
         self._structure = structure
         self._size = size
         self._settled: Plan | None = None
-        self._checked: set[tuple[str, bool, str]] = set()
+        self._checked: set[Kind] = set()
+        self._calls = 0
+        self._again: dict[Kind, int] = {}  # call at which a refused kind is tried again
 
     def next(self, skipped: Collection[Plan] = ()) -> Plan:
         """The candidate to run now, other than those that failed at the present values.
@@ -69,6 +71,9 @@ class Race:
         Raises:
             PlanRefused: None is left.
         """
+        if not skipped:
+            self._calls += 1
+            self.forgive([p for p in self.refused if self._again.get(_kind(p)) == self._calls])
         if self._settled is not None and not skipped:
             return self._settled
         kinds = {_kind(plan) for plan in skipped}
@@ -99,15 +104,21 @@ class Race:
             plan = replace(plan, checked=False)
             self.measured.setdefault(plan, []).append(seconds)
 
-    def refuse(self, plan: Plan, reason: str, instead: Batching | None) -> None:
+    def refuse(
+        self, plan: Plan, reason: str, instead: Batching | None, passing: bool = False
+    ) -> None:
         """Takes a candidate out, for all chunks of its kind, and remembers why.
 
         Args:
             plan: What was refused.
             reason: Why.
             instead: Another way to batch the same passes, which enters in its place.
+            passing: Whether the reason may pass (code of the user that branches on values): then
+                it is tried again, after twice as many calls each time.
         """
         self._settled = None
+        if passing:
+            self._again[_kind(plan)] = 2 * self._calls + 1
         for other in list(self.predicted):
             if _kind(other) == _kind(plan):
                 self.refused.setdefault(other, reason)
@@ -119,6 +130,9 @@ class Race:
 
     def forgive(self, plans: Collection[Plan]) -> None:
         """Takes refusals back."""
+        if not plans:
+            return
+        self._settled = None
         kinds = {_kind(plan) for plan in plans}
         self.refused = {p: why for p, why in self.refused.items() if _kind(p) not in kinds}
 
@@ -141,7 +155,10 @@ class Race:
         return best < _LONG or slower < 1 or (slower < _CLOSE and best < _VERY_LONG)
 
 
-def _kind(plan: Plan) -> tuple[str, bool, str]:
+Kind = tuple[str, bool, str]
+
+
+def _kind(plan: Plan) -> Kind:
     """What a refusal holds for: the same passes in any chunk."""
     return plan.mode, plan.chunk > 1, plan.batching
 

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from torchjac._torch.autograd import gradient_node, is_custom, node_outputs, sequence_number
+from torchjac._torch.autograd import (
+    gradient_node,
+    is_compiled,
+    is_custom,
+    node_outputs,
+    sequence_number,
+)
 from torchjac.capture import Program
 
 
@@ -20,7 +26,7 @@ class Graph:
     Attributes:
         nodes: Each operation once.
         operations: Their kinds.
-        traffic: Bytes of all gradients that one cotangent produces, about.
+        traffic: Bytes of the gradients at the first and the last operation of each kind.
         custom: Whether one of them runs a user's own code (a Python or C++ autograd function),
             which need not be linear in the cotangent, nor survive being batched.
     """
@@ -29,6 +35,11 @@ class Graph:
     operations: frozenset[type]
     traffic: int
     custom: bool
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether torch can differentiate its backward pass (not where torch.compile made it)."""
+        return not any(map(is_compiled, self.operations))
 
     @property
     def kind(self) -> Hashable:
@@ -55,7 +66,7 @@ class Profile:
 
 def survey(program: Program) -> Graph:
     """Walks the graph from the outputs as far as the inputs (about 0.25 us an operation)."""
-    roots = [gradient_node(t) if t.grad_fn is None else t.grad_fn for t in program.outputs]
+    roots = [gradient_node(t) for t in program.outputs]
     inputs = {t.grad_fn for t in program.inputs if t.grad_fn is not None}
     seen = set(roots)
     nodes = list(seen)
@@ -66,27 +77,29 @@ def survey(program: Program) -> Graph:
             if child is not None and child not in seen:
                 seen.add(child)
                 nodes.append(child)
-    operations = frozenset(map(type, nodes))
-    stride = 1 + len(nodes) // _LOOKED_AT
-    traffic = stride * sum(map(_size, nodes[::stride]))
-    return Graph(tuple(nodes), operations, traffic, any(map(is_custom, operations)))
+    first: dict[type, Any] = {}
+    last: dict[type, Any] = {}
+    for node in nodes:
+        kind = type(node)
+        first.setdefault(kind, node)
+        last[kind] = node
+    # Reading a size takes 0.4 us. Those of the first and the last operation of each kind tell a
+    # graph from a larger one of the same shape; a profile reads all of them.
+    traffic = sum(map(_size, first.values())) + sum(map(_size, last.values()))
+    return Graph(tuple(nodes), frozenset(first), traffic, any(map(is_custom, first)))
 
 
-# Operations whose sizes are read on every call; a sample of larger graphs tells them apart as well
-# (reading takes 0.4 us each). A profile reads all of them.
-_LOOKED_AT = 48
-
-
-def profile(graph: Graph) -> Profile:
-    """Adds up what a pass over a graph holds.
+def profile(program: Program, graph: Graph) -> Profile:
+    """Adds up what a pass over the part of a graph that leads to the inputs holds.
 
     The peak replays the engine's order (highest sequence number first): a node's incoming gradient
     is freed when it has run, those it produces live until their own node runs.
     """
-    size = {node: _size(node) for node in graph.nodes}
+    leading = _leading(graph.nodes, {gradient_node(t) for t in program.inputs})
+    size = {node: _size(node) for node in leading}
     alive: set[Any] = set()
     held = peak = 0
-    for node in sorted(graph.nodes, key=sequence_number, reverse=True):
+    for node in sorted(leading, key=sequence_number, reverse=True):
         if node not in alive:
             held += size[node]  # a root: its cotangent is given
         for child, _ in node.next_functions:
@@ -95,7 +108,19 @@ def profile(graph: Graph) -> Profile:
                 held += size[child]
         peak = max(peak, held)
         held -= size[node]
-    return Profile(len(graph.nodes), sum(size.values()), max(size.values(), default=0), peak)
+    return Profile(len(leading), sum(size.values()), max(size.values(), default=0), peak)
+
+
+def _leading(nodes: tuple[Any, ...], inputs: set[Any]) -> set[Any]:
+    """The nodes from which an input can be reached."""
+    found = inputs & set(nodes)
+    before = -1
+    while before != len(found):  # breadth-first order backward is nearly topological: few rounds
+        before = len(found)
+        for node in reversed(nodes):
+            if node not in found and any(child in found for child, _ in node.next_functions):
+                found.add(node)
+    return found
 
 
 def coarsest(program: Program) -> float:

@@ -43,6 +43,11 @@ class Structure:
         return self.graph is None or self.graph.custom
 
     @property
+    def operations(self) -> frozenset[object]:
+        """Kinds of operation on the graph."""
+        return frozenset() if self.graph is None else self.graph.operations
+
+    @property
     def m(self) -> int:
         """Number of rows."""
         return self.row_starts[-1]
@@ -62,5 +67,6 @@ def analyze(program: Program) -> Structure:
     row_starts = tuple(accumulate(rows, initial=0))
     column_starts = tuple(accumulate(columns, initial=0))
     single_pass = row_starts[-1] <= 1 or column_starts[-1] == 0
-    graph = None if single_pass and samples is None else survey(program)
+    simple = single_pass and samples is None and not program.create_graph
+    graph = None if simple else survey(program)
     return Structure(rows, columns, row_starts, column_starts, samples, graph)

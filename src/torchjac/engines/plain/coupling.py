@@ -3,7 +3,7 @@
 With a zero cotangent at a sample the gradient at that sample is exactly zero, unless another
 sample's output depends on it: no tolerance is involved, and no scale can hide a dependence. The
 first time a program is seen all pairs of samples are tried, half of the samples at a time (one bit
-of their number after the other: 2 log2 B passes). Later calls try some, another part each time.
+of their number after the other: 2 log2 B passes). Later calls try one, another one each time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch import Tensor
 
 from torchjac._torch.autograd import backward
 from torchjac.capture import Program
+from torchjac.engines.plain.passes import Passes
+from torchjac.engines.plain.sameness import same
 from torchjac.engines.plain.seeds import weights
+from torchjac.engines.plain.watch import Watch
 from torchjac.errors import CoupledBatchError
 from torchjac.structure import Structure
 
-# In later calls one sample in so many gets a zero cotangent. Fewer samples than that are split in
-# two halves, each of which gets its turn in the same call.
-_STRIDE = 16
+# Rows of single samples that get a pass of their own where code of the user runs in the backward.
+_ALONE = 24
 _turn = count()
 
 _KNOWN = {
@@ -37,12 +39,17 @@ Samples = slice | Tensor
 
 
 class Coupling:
-    """Exact tests of one program's batch."""
+    """Exact tests of one program's batch.
+
+    Attributes:
+        user_code: Whether code of the user ran in a pass that was made here (or may have).
+    """
 
     def __init__(self, program: Program, structure: Structure):
         self._program = program
         self._structure = structure
         self._size = structure.batch or 0
+        self.user_code = structure.custom
 
     def prove(self) -> None:
         """Tries all pairs of samples.
@@ -56,20 +63,21 @@ class Coupling:
                 self._try((numbers >> bit) & 1 == side)
 
     def product(self) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
-        """A random cotangent u, zero at some samples, and u' J; tries those samples on the way.
+        """A random cotangent u, zero at one sample, and u' J; tries that sample on the way.
 
         Raises:
-            CoupledBatchError: A sample's output depends on one of them.
+            CoupledBatchError: Another sample's output depends on it.
         """
-        if self._size < _STRIDE:
-            self._try(slice(1, None, 2))
-            return self._try(slice(0, None, 2))
         return self._try(self.silence())
 
     def silence(self) -> slice:
-        """Samples to give a zero cotangent in this call."""
-        stride = _STRIDE if self._size >= _STRIDE else 2
-        return slice(next(_turn) % stride, None, stride)
+        """The sample to give a zero cotangent in this call.
+
+        One alone: a dependence between two silent samples would show nowhere. All others show in
+        u' J, because the rows themselves contain what came from other samples.
+        """
+        sample = next(_turn) % self._size
+        return slice(sample, sample + 1)
 
     def refuse_if_received(
         self, cotangent: Sequence[Tensor], gradients: Sequence[Tensor | None], silent: Samples
@@ -82,8 +90,28 @@ class Coupling:
             if bool(got.any()) and bool(((got != 0) & ~got.isnan()).any()):
                 self._refuse(cotangent, silent, position)
 
-    def refuse_backward(self) -> NoReturn:
-        """Raises because a user's own backward does not treat samples one by one."""
+    def compare_alone(self, passes: Passes) -> None:
+        """Raises if a sample gets another gradient when it does not share its pass with others.
+
+        No sample need reach another for that: a hook may clip by a norm over the whole batch. Some
+        rows of some samples are tried, others the next time.
+
+        Raises:
+            CoupledBatchError: It does.
+        """
+        pairs = self._structure.m * self._size
+        turn, stride = next(_turn), max(1, pairs // _ALONE)
+        shared: dict[int, tuple[Tensor | None, ...]] = {}
+        for step in range(min(pairs, _ALONE)):
+            number, sample = divmod((turn + step * stride) % pairs, self._size)
+            if number not in shared:
+                shared[number] = passes.single(number)
+            alone = passes.single(number, only=sample)
+            for a, b in zip(shared[number], alone, strict=True):
+                if a is not None and b is not None and not same(a[sample], b[sample]):
+                    self._refuse_backward()
+
+    def _refuse_backward(self) -> NoReturn:
         raise CoupledBatchError(
             "torchjac: batched=True promises independent samples, but samples meet in the backward "
             "pass: a gradient hook or a custom autograd.Function gives one sample another gradient "
@@ -95,9 +123,19 @@ class Coupling:
         cotangent = weights(self._program.outputs)
         for leaf in cotangent:
             leaf[silent] = 0
-        gradients = backward(self._program.outputs, cotangent, self._program.inputs)
+        with Watch(self._program.device) as watch:
+            gradients = backward(self._program.outputs, cotangent, self._program.inputs)
+        self.user_code |= watch.saw_user_code is not False
         self.refuse_if_received(cotangent, gradients, silent)
+        if len(cotangent) > 1 and not _finite(gradients):
+            self._try_each_output(cotangent, silent)
         return cotangent, gradients
+
+    def _try_each_output(self, cotangent: Sequence[Tensor], silent: Samples) -> None:
+        """The infinite slope of one output must not hide what another one sends."""
+        for output, part in zip(self._program.outputs, cotangent, strict=True):
+            gradients = backward([output], [part], self._program.inputs)
+            self.refuse_if_received(cotangent, gradients, silent)
 
     def _receives(
         self, cotangent: Sequence[Tensor], senders: Tensor, sample: int, position: int
@@ -137,7 +175,7 @@ class Coupling:
         nest = program.nest
         received = nest.name_input(nest.live_inputs[position])
         sent = nest.name_output(nest.live_outputs[output])
-        names = {kind.__name__ for kind in self._operations()}
+        names = {getattr(kind, "__name__", "") for kind in self._structure.operations}
         causes = [text for part, text in _KNOWN.items() if any(part in name for name in names)]
         hint = f" The graph contains {' and '.join(causes)}." if causes else ""
         raise CoupledBatchError(
@@ -147,9 +185,9 @@ class Coupling:
             f"independent, or use batched=False for the full Jacobian across samples."
         )
 
-    def _operations(self) -> frozenset[type]:
-        graph = self._structure.graph
-        return frozenset() if graph is None else graph.operations
+
+def _finite(gradients: Sequence[Tensor | None]) -> bool:
+    return all(g is None or bool(torch.isfinite(g.detach().sum())) for g in gradients)
 
 
 def _only(cotangent: Sequence[Tensor], position: int) -> list[Tensor]:

@@ -55,16 +55,16 @@ def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab
     if coupling is not None:
         if not plan.checked:
             coupling.prove()
-        elif structure.batch is not None and structure.batch < 16:
-            coupling.product()
         silent = coupling.silence()
         for leaf in cotangent:
             leaf[silent] = 0
-    gradients, saw_python = _recorded(program, cotangent)
+    if not plan.checked:
+        _refuse_user_code(program, cotangent)
+    gradients, saw_user_code = _recorded(program, cotangent)
     if coupling is not None and silent is not None:
         coupling.refuse_if_received(cotangent, gradients, silent)
     checks = [Check(structure, [u.detach() for u in cotangent], gradients)]
-    if saw_python is None:
+    if saw_user_code is None:
         checks += [_other_product(program, structure, scale) for scale in (-64.0, -1 / 64)]
 
     used = tuple(g is not None for g in gradients)
@@ -90,6 +90,17 @@ def _refuse_beforehand(program: Program, structure: Structure) -> None:
         raise PlanRefused("half precision leaves too few digits to check the result")
 
 
+def _refuse_user_code(program: Program, cotangent: list[Tensor]) -> None:
+    """Looks for hooks in a plain pass first: in a recorded one they run with gradients enabled."""
+    with Watch(program.device) as watch:
+        backward(program.outputs, cotangent, program.inputs)
+    if watch.saw_user_code:
+        raise PlanRefused(_USER_CODE)
+
+
+_USER_CODE = "gradient hooks or other code of the user run in the backward pass"
+
+
 def _recorded(
     program: Program, cotangent: list[Tensor]
 ) -> tuple[tuple[Tensor | None, ...], bool | None]:
@@ -103,9 +114,9 @@ def _recorded(
         if out_of_memory(error):
             raise
         raise PlanRefused(f"the backward pass cannot be recorded: {error}") from error
-    if watch.saw_python:
-        raise PlanRefused("gradient hooks or other Python code run in the backward pass")
-    return gradients, watch.saw_python
+    if watch.saw_user_code:
+        raise PlanRefused(_USER_CODE)
+    return gradients, watch.saw_user_code
 
 
 def _other_product(program: Program, structure: Structure, scale: float) -> Check:
@@ -128,7 +139,13 @@ def _slabs(
         for g, live, x in zip(gradients, recorded, program.inputs, strict=True)
     ]
     passes = Passes(
-        outputs, cotangent, structure.column_starts, structure.batch, plan, program.create_graph
+        outputs,
+        cotangent,
+        structure.column_starts,
+        structure.batch,
+        plan,
+        program.create_graph,
+        structure.operations | {"transposed"},
     )
 
     def evaluate(start: int, stop: int) -> Slab:

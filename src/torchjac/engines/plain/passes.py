@@ -20,14 +20,16 @@ from torchjac.engines.plain.seeds import unit, unit_stack
 from torchjac.errors import PlanRefused
 from torchjac.plan import Plan
 
+Carrier = Callable[..., tuple[Tensor | None, ...]]
+_CARRIERS: dict[str, Carrier] = {
+    "functorch": batched_backward,
+    "looping": looping_batched_backward,
+    "legacy": legacy_batched_backward,
+}
 
-def _carrier(plan: Plan) -> Callable[..., tuple[Tensor | None, ...]]:
-    """What carries a stack of seeds through one pass."""
-    if plan.batching == "legacy":
-        return legacy_batched_backward
-    if plan.batching == "looping":
-        return looping_batched_backward
-    return batched_backward if plan.checked else strict_batched_backward
+# Sets of operations all of which were seen to have a batching rule. Finding out takes a switch of
+# torch that all threads share, so it is done once per set.
+_ruled: set[frozenset[object]] = set()
 
 
 class MissingRule(PlanRefused):
@@ -53,12 +55,16 @@ class Passes:
         batch: int | None,
         plan: Plan,
         create_graph: bool,
+        operations: frozenset[object],
     ):
         self._outputs = outputs
         self._inputs = inputs
         self._starts = starts
         self._batch = batch
-        self._backward = _carrier(plan)
+        self._operations = operations
+        self._backward = _CARRIERS[plan.batching]
+        if plan.batching == "functorch" and self._operations not in _ruled:
+            self._backward = strict_batched_backward
         self._create_graph = create_graph
 
     def batched(self, start: int, stop: int) -> tuple[Tensor | None, ...]:
@@ -70,6 +76,9 @@ class Passes:
         """
         positions, stacks = unit_stack(self._outputs, self._starts, start, stop, self._batch)
         found = self._pull([self._outputs[p] for p in positions], stacks)
+        if self._backward is strict_batched_backward:
+            _ruled.add(self._operations)
+            self._backward = batched_backward
         if len(positions) == 1 or _finite(found):
             return found
         # A row of one output sends zeros through what the others were computed with, and zero
@@ -98,9 +107,14 @@ class Passes:
             # row loop can; if the error has nothing to do with stacks, the loop raises it again.
             raise PlanRefused(_first_line(error)) from error
 
-    def single(self, number: int, retain_graph: bool = True) -> tuple[Tensor | None, ...]:
-        """Pulls one unit vector back in a plain pass."""
+    def single(
+        self, number: int, retain_graph: bool = True, only: int | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Pulls one unit vector back in a plain pass; of a batch, perhaps for one sample only."""
         position, vector = unit(self._outputs, self._starts, number, self._batch)
+        if only is not None:
+            vector[:only] = 0
+            vector[only + 1 :] = 0
         return backward(
             [self._outputs[position]], [vector], self._inputs, retain_graph, self._create_graph
         )

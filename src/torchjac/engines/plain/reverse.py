@@ -39,43 +39,55 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
         structure.batch,
         plan,
         program.create_graph,
+        structure.operations,
     )
     unproved = plan.chunk > 1 and not plan.checked
     shared = structure.batch is not None and structure.batch > 1
     coupling = Coupling(program, structure) if shared else None
-    saw_python: bool | None = False
-    check: Check | None = None
-    if coupling is not None:
-        if not plan.checked:
-            coupling.prove()
-        with Watch(program.device) as watch:
-            product = coupling.product()
-        saw_python = watch.saw_python
-        check = Check(structure, *product)
-    elif unproved:
-        cotangent = weights(program.outputs)
-        check = Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))
+    if coupling is not None and not plan.checked:
+        coupling.prove()
+    check, user_code = _product(program, structure, coupling, unproved)
     sameness = Sameness(structure, program.inputs) if unproved else None
 
     free_last = not program.retain_graph and check is None and plan.chunk == 1
-    for slab in _slabs(program, structure, plan, passes, free_last):
-        if check is not None:
-            check.add(slab)
-        if sameness is not None:
-            sameness.add(slab)
-        yield slab
-        del slab
-
+    try:
+        for slab in _slabs(program, structure, plan, passes, free_last):
+            if check is not None:
+                check.add(slab)
+            if sameness is not None:
+                sameness.add(slab)
+            yield slab
+            del slab
+    except PlanRefused as refusal:
+        refusal.user_code = user_code
+        raise
     doubt = check is not None and not check.agrees()
     if sameness is not None and not sameness.holds(passes, doubt):
-        raise PlanRefused(f"{plan.batching} batching gives other values than a plain pass")
-    if doubt and coupling is not None:
-        coupling.prove()
-        if structure.custom or saw_python is not False:
-            coupling.refuse_backward()
-        # Nothing but operations of torch, and no sample reaches another: rounding.
+        wrong = PlanRefused(f"{plan.batching} batching gives other values than a plain pass")
+        wrong.user_code = user_code
+        raise wrong
+    if coupling is not None:
+        if doubt:  # if this finds nothing, and only torch's operations ran, it was rounding
+            coupling.prove()
+        if user_code:
+            coupling.compare_alone(passes)
     if not program.retain_graph and not free_last:
         release(program)
+
+
+def _product(
+    program: Program, structure: Structure, coupling: Coupling | None, unproved: bool
+) -> tuple[Check | None, bool]:
+    """A product u'J of a plain pass to compare with, and whether code of the user ran in it."""
+    if coupling is not None:
+        return Check(structure, *coupling.product()), coupling.user_code
+    if not unproved:
+        return None, True
+    cotangent = weights(program.outputs)
+    with Watch(program.device) as watch:
+        expected = backward(program.outputs, cotangent, program.inputs)
+    user_code = structure.custom or watch.saw_user_code is not False
+    return Check(structure, cotangent, expected), user_code
 
 
 def release(program: Program) -> None:

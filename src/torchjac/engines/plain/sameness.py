@@ -32,31 +32,38 @@ class Sameness:
         size = sum(t.numel() * t.element_size() for t in inputs)
         count = max(2, min(_MOST, _KEPT // max(1, size)))
         self._wanted = _spread(structure, count)
-        self._rows: dict[int, list[Tensor | None]] = {}
+        # Allocated at once: rows that are copied one by one would pin the heap between the
+        # temporaries of the passes.
+        self._kept = [
+            torch.zeros((count, *t.shape), dtype=t.dtype, device=t.device) for t in inputs
+        ]
+        self._present: dict[int, list[bool]] = {}
         self._recorded = False
 
     def add(self, slab: Slab) -> None:
         """Copies the rows that are wanted."""
         self._recorded |= any(v is not None and v.requires_grad for v in slab.values)
-        for number in self._wanted:
+        for place, number in enumerate(self._wanted):
             if slab.start <= number < slab.stop:
-                self._rows[number] = [
-                    None if v is None else v[number - slab.start].detach().clone()
-                    for v in slab.values
-                ]
+                self._present[number] = [v is not None for v in slab.values]
+                for kept, value in zip(self._kept, slab.values, strict=True):
+                    if value is not None:
+                        kept[place] = value[number - slab.start].detach()
 
     def holds(self, passes: Passes, doubt: bool) -> bool:
         """Whether kept rows equal those of plain passes; all of them if there is a doubt.
 
         With create_graph they must also continue the graph where the plain ones do.
         """
-        for number in self._wanted if doubt else self._wanted[:_ALWAYS]:
-            if number not in self._rows:
+        for place, number in enumerate(self._wanted if doubt else self._wanted[:_ALWAYS]):
+            if number not in self._present:
                 continue
             expected = passes.single(number)
             if any(e is not None and e.requires_grad for e in expected) and not self._recorded:
                 return False
-            if not _equal(self._rows[number], expected):
+            present = self._present[number]
+            got = [k[place] if p else None for k, p in zip(self._kept, present, strict=True)]
+            if not _equal(got, expected):
                 return False
         return True
 
@@ -75,15 +82,17 @@ def _equal(got: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> b
         if a is None or b is None:
             if (a is not None and bool((a != 0).any())) or (b is not None and bool((b != 0).any())):
                 return False
-            continue
-        b = b.detach()
-        if not a.numel():
-            continue
-        allowed = tolerance(torch.finfo(a.dtype).eps)
-        finite = torch.isfinite(b)
-        largest = torch.where(finite, b.abs(), 0).amax()
-        near = (a - b).abs() <= allowed * largest
-        alike = (a == b) | (a.isnan() & b.isnan())
-        if not bool((near | alike).all()):
+        elif not same(a, b):
             return False
     return True
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two results of the same arithmetic are equal up to rounding."""
+    a, b = a.detach(), b.detach()
+    if not a.numel():
+        return True
+    largest = torch.where(torch.isfinite(b), b.abs(), 0).amax()
+    near = (a - b).abs() <= tolerance(torch.finfo(a.dtype).eps) * largest
+    alike = (a == b) | (a.isnan() & b.isnan())
+    return bool((near | alike).all())

@@ -68,14 +68,14 @@ def unit(
 
 
 def weights(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """A random cotangent for checks, with magnitudes from 1 to 1.25 and random signs.
+    """A random cotangent for checks, with magnitudes from 1 to 2 and random signs.
 
     The generator is private: the user's random state does not move.
     """
     found = []
     for leaf in leaves:
         uniform = torch.rand(leaf.shape, generator=_generator, dtype=torch.float32).sub_(0.5)
-        vector = uniform.sign().add_(uniform, alpha=0.5)
+        vector = uniform.sign().add_(uniform, alpha=2)
         found.append(vector.to(device=leaf.device, dtype=leaf.dtype))
     return found
 
