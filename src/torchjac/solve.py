@@ -158,7 +158,8 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
         except Exception:
             race.forgive(refused)  # the row loop fails as well: it was not the plans' fault
             raise
-        _synchronize(program)
+        if not race.settled:
+            _synchronize(program)
         seconds = perf_counter() - started
         race.ran(plan, seconds)
         shape = structure.without_graph()
@@ -177,7 +178,7 @@ def _substitute(plan: Plan, refusal: PlanRefused) -> Batching | None:
 
 
 def _synchronize(program: Program) -> None:
-    """Waits for the device, where calls return before the work is done."""
+    """Waits for the device, where calls return before the work is done (only to measure it)."""
     if program.device.type == "cuda":
         torch.cuda.synchronize(program.device)
 

@@ -48,12 +48,12 @@ def needs_passes_context() -> bool:
 
 def tracing(tensors: Iterable[Tensor]) -> bool:
     """Whether tensors stand for values that cannot be looked at: fake, on meta, or being traced."""
-    key = torch._C._TorchDispatchModeKey
-    return (
-        torch._C._get_dispatch_mode(key.PROXY) is not None
-        or torch._C._get_dispatch_mode(key.FAKE) is not None
-        or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
-    )
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
 
 
 def usable_in_graph(tensor: Tensor) -> Tensor:

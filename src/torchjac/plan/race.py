@@ -65,6 +65,11 @@ class Race:
         self._calls = 0
         self._again: dict[Kind, int] = {}  # call at which a refused kind is tried again
 
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing left to measure."""
+        return self._settled is not None
+
     def next(self, skipped: Collection[Plan] = ()) -> Plan:
         """The candidate to run now, other than those that failed at the present values.
 
@@ -102,7 +107,8 @@ class Race:
         if self._settled is None:
             self._checked.add(_kind(plan))
             plan = replace(plan, checked=False)
-            self.measured.setdefault(plan, []).append(seconds)
+            # Other threads may be looking at the old dictionary: it is replaced, not changed.
+            self.measured = {**self.measured, plan: [*self.measured.get(plan, ()), seconds]}
 
     def refuse(
         self, plan: Plan, reason: str, instead: Batching | None, passing: bool = False
@@ -119,14 +125,16 @@ class Race:
         self._settled = None
         if passing:
             self._again[_kind(plan)] = 2 * self._calls + 1
-        for other in list(self.predicted):
+        predicted, refused = dict(self.predicted), dict(self.refused)
+        for other in self.predicted:
             if _kind(other) == _kind(plan):
-                self.refused.setdefault(other, reason)
+                refused.setdefault(other, reason)
                 if instead is not None:
                     substitute = replace(other, batching=instead)
                     seconds = predict(substitute, self._structure, self._size)
-                    self.predicted.setdefault(substitute, seconds)
-        self.predicted = dict(sorted(self.predicted.items(), key=lambda item: item[1]))
+                    predicted.setdefault(substitute, seconds)
+        self.predicted = dict(sorted(predicted.items(), key=lambda item: item[1]))
+        self.refused = refused
 
     def forgive(self, plans: Collection[Plan]) -> None:
         """Takes refusals back."""

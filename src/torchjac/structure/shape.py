@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+from torch import Tensor
+
 from torchjac.capture import Program
 from torchjac.structure.graph import Graph, survey
 
@@ -62,11 +64,18 @@ def analyze(program: Program) -> Structure:
     """Reads rows and columns off the shapes of a program, and operations off its graph."""
     samples = program.batch
     divisor = 1 if samples is None else max(samples, 1)
-    rows = tuple([t.numel() // divisor for t in program.outputs])
-    columns = tuple([t.numel() // divisor for t in program.inputs])
-    row_starts = tuple(accumulate(rows, initial=0))
-    column_starts = tuple(accumulate(columns, initial=0))
+    rows, row_starts = _numbered(program.outputs, divisor)
+    columns, column_starts = _numbered(program.inputs, divisor)
     single_pass = row_starts[-1] <= 1 or column_starts[-1] == 0
     simple = single_pass and samples is None and not program.create_graph
     graph = None if simple else survey(program)
     return Structure(rows, columns, row_starts, column_starts, samples, graph)
+
+
+def _numbered(leaves: tuple[Tensor, ...], divisor: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Elements of each leaf, and the number of its first one among all (at the end the total)."""
+    if len(leaves) == 1:
+        size = leaves[0].numel() // divisor
+        return (size,), (0, size)
+    sizes = tuple([t.numel() // divisor for t in leaves])
+    return sizes, tuple(accumulate(sizes, initial=0))

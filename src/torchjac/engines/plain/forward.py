@@ -10,9 +10,9 @@ calculating Jacobian vector products", J. Townsend, 2017.
 
 It is right only where the backward pass is linear in u. Operations of torch are; a user's own
 backward or a gradient hook need not be (clipping, guided backpropagation), and no sampling can
-prove that it is. So forward mode is refused where a custom function is on the graph or Python code
-ran in the recorded pass; where that cannot be seen (device threads), two more products with other
-signs and scales are compared. Every evaluation is checked besides: u' J must give g back.
+prove that it is. So forward mode is refused where a custom function is on the graph or code of the
+user ran in the backward pass; where that cannot be seen (device threads), two more products with
+other signs and scales are compared. Every evaluation is checked besides: u' J must give g back.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ _USER_CODE = "gradient hooks or other code of the user run in the backward pass"
 def _recorded(
     program: Program, cotangent: list[Tensor]
 ) -> tuple[tuple[Tensor | None, ...], bool | None]:
-    """The gradient of a backward pass that records itself, and whether Python code ran in it."""
+    """The gradient of a backward pass that records itself, and whether code of the user ran in it."""
     for leaf in cotangent:
         leaf.requires_grad_()
     try:
