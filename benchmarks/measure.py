@@ -33,6 +33,8 @@ SLOW = 2.0
 METHOD_SECONDS = 1.2
 """Time a method gets for its rounds."""
 LEAST_ROUNDS = 3
+WARM_CALLS = 30
+"""Calls before the first sample: compilers, caches and torchjac's choice of a plan settle."""
 SAMPLE_SECONDS = 0.004
 """A sample repeats the call until it takes about this long."""
 
@@ -187,7 +189,7 @@ def _warm(
 ) -> tuple[int, int] | None:
     """Warm a method up; calls per sample and number of samples, None if it does not run."""
     limit = COMPILE_LIMIT if method.compiles else 4 * CALL_LIMIT
-    calls = 1 if probed.seconds > 0.5 else 5
+    calls = 1 if probed.seconds > 0.5 else max(5, min(WARM_CALLS, int(2 / probed.seconds)))
     try:
         reply = worker.ask({"do": "warm", "method": method.key, "calls": calls}, limit)
         if "failure" in reply:

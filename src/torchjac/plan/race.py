@@ -23,9 +23,9 @@ from torchjac.structure import Profile, Structure
 
 # Timings of one candidate, of which the best counts (the first one also warms caches up): more
 # where they are short and noisy than where they are long.
-_RUNS_SHORT, _RUNS_LONG, _SHORT = 5, 2, 5e-3
+_RUNS_SHORT, _RUNS_LONG, _SHORT = 3, 2, 5e-3
 # A candidate predicted this much slower than the best is not worth a run.
-_HOPELESS = 3.0
+_HOPELESS = 2.5
 # Where a call takes longer than this, only candidates predicted about as fast as the fastest so far
 # are measured, and beyond the second limit none: a second look must not cost a user seconds.
 _LONG, _CLOSE, _VERY_LONG = 0.1, 1.5, 2.0
@@ -157,7 +157,7 @@ class Race:
             return False
         fastest, times = min(self.measured.items(), key=lambda item: min(item[1]))
         best = min(times)
-        if runs and min(runs) > 2 * best:
+        if runs and min(runs) > 1.5 * best:
             return False
         slower = self.predicted[plan] / max(self.predicted[fastest], 1e-9)
         return best < _LONG or slower < 1 or (slower < _CLOSE and best < _VERY_LONG)
