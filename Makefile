@@ -45,7 +45,7 @@ test: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(PYTEST_FLAGS)
 
 bench: .venv/.installed-test
-	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks --update-readme $(BENCH_FLAGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -104,7 +104,7 @@ _USER_CODE = "gradient hooks or other code of the user run in the backward pass"
 def _recorded(
     program: Program, cotangent: list[Tensor]
 ) -> tuple[tuple[Tensor | None, ...], bool | None]:
-    """The gradient of a backward pass that records itself, and whether code of the user ran in it."""
+    """The gradient of a pass that records itself, and whether code of the user ran in it."""
     for leaf in cotangent:
         leaf.requires_grad_()
     try:
