@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,14 +17,19 @@ from torchjac._torch.autograd import backward
 # `torch.autograd.grad(..., is_grads_batched=True)` does the same through two layers of pytree
 # handling, which cost more than the pass itself on small graphs (2->4 example: 50 us, this 26 us).
 
+_NOTHING = nullcontext()
+
 
 def batched_backward(
     outputs: Sequence[Tensor],
     cotangents: Sequence[Tensor],
     inputs: Sequence[Tensor],
     create_graph: bool = False,
+    around: AbstractContextManager[object] = _NOTHING,
 ) -> tuple[Tensor | None, ...]:
     """Pulls a stack of cotangents back in one pass: the leading axis of each is the stack.
+
+    `around` is entered around the pass alone.
 
     Returns:
         One stack of gradients per input, `None` where no output depends on it.
@@ -33,7 +39,8 @@ def batched_backward(
     level = _functorch._vmap_increment_nesting(size, "error")
     try:
         stacked = [_functorch._add_batch_dim(c, 0, level) for c in cotangents]
-        grads = backward(outputs, stacked, inputs, True, create_graph)
+        with around:
+            grads = backward(outputs, stacked, inputs, True, create_graph)
         return tuple(
             None if g is None else _functorch._remove_batch_dim(g, level, size, 0) for g in grads
         )

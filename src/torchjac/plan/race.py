@@ -29,6 +29,8 @@ _HOPELESS = 2.5
 # Where a call takes longer than this, only candidates predicted about as fast as the fastest so far
 # are measured, and beyond the second limit none: a second look must not cost a user seconds.
 _LONG, _CLOSE, _VERY_LONG = 0.1, 1.5, 2.0
+# Timings this close are not told apart by a few runs.
+_ALIKE = 1.15
 _REMEMBERED = 256
 
 _forced: ContextVar[Plan | None] = ContextVar("torchjac_forced_plan", default=None)
@@ -99,8 +101,10 @@ class Race:
         return fastest
 
     def _settle(self, entrants: list[Plan]) -> Plan:
+        """The fastest; among those that are about as fast, the one with the best prediction."""
         ran = [p for p in entrants if p in self.measured]
-        return min(ran, key=lambda p: min(self.measured[p])) if ran else entrants[0]
+        best = min((min(self.measured[p]) for p in ran), default=0.0)
+        return next((p for p in ran if min(self.measured[p]) <= _ALIKE * best), entrants[0])
 
     def ran(self, plan: Plan, seconds: float) -> None:
         """Notes that a candidate gave a result, and what it cost."""

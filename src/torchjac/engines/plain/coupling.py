@@ -70,6 +70,25 @@ class Coupling:
         """
         return self._try(self.silence())
 
+    def product_beside(
+        self, passes: Passes
+    ) -> tuple[tuple[Tensor | None, ...], list[Tensor], tuple[Tensor | None, ...]]:
+        """All rows, and what `product` gives, from one batched pass.
+
+        Raises:
+            CoupledBatchError: Another sample's output depends on the silent one.
+            PlanRefused: The pass cannot be batched.
+        """
+        silent = self.silence()
+        cotangent = weights(self._program.outputs)
+        for leaf in cotangent:
+            leaf[silent] = 0
+        watch = Watch(self._program.device)
+        rows, gradients = passes.batched_beside(cotangent, watch)
+        self.user_code |= watch.saw_user_code is not False
+        self.refuse_if_received(cotangent, gradients, silent)
+        return rows, cotangent, gradients
+
     def silence(self) -> slice:
         """The sample to give a zero cotangent in this call.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -90,6 +91,26 @@ class Passes:
         return tuple(
             _joined(column, ranges, like)
             for column, like in zip(zip(*parts, strict=True), self._inputs, strict=True)
+        )
+
+    def batched_beside(
+        self, cotangent: Sequence[Tensor], around: AbstractContextManager[object]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """Pulls all unit vectors and one more cotangent back in one pass: the stack, the other."""
+        total = self._starts[-1]
+        _, stacks = unit_stack(self._outputs, self._starts, 0, total, self._batch)
+        stacks = [torch.cat([s, c.unsqueeze(0)]) for s, c in zip(stacks, cotangent, strict=True)]
+        try:
+            found = batched_backward(
+                self._outputs, stacks, self._inputs, self._create_graph, around
+            )
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise PlanRefused(_first_line(error)) from error
+        return (
+            tuple([None if g is None else g[:-1] for g in found]),
+            tuple([None if g is None else g[-1].detach() for g in found]),
         )
 
     def _pull(

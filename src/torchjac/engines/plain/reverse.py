@@ -46,12 +46,20 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
     coupling = Coupling(program, structure) if shared else None
     if coupling is not None and not plan.checked:
         coupling.prove()
-    check, user_code = _product(program, structure, coupling, unproved)
+    fused: Slab | None = None
+    check: Check | None
+    if coupling is not None and _fits_beside(program, structure, plan):
+        values, cotangent, product = coupling.product_beside(passes)
+        fused = Slab("rows", 0, structure.m, values, 1)
+        check, user_code = Check(structure, cotangent, product), coupling.user_code
+    else:
+        check, user_code = _product(program, structure, coupling, unproved)
     sameness = Sameness(structure, program.inputs) if unproved else None
 
     free_last = not program.retain_graph and check is None and plan.chunk == 1
     try:
-        for slab in _slabs(program, structure, plan, passes, free_last):
+        slabs = _slabs(program, structure, plan, passes, free_last) if fused is None else [fused]
+        for slab in slabs:
             if check is not None:
                 check.add(slab)
             if sameness is not None:
@@ -73,6 +81,25 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
             coupling.compare_alone(passes)
     if not program.retain_graph and not free_last:
         release(program)
+
+
+# Elements of all cotangents up to which a pass costs the same with one row more.
+_SMALL = 2**14
+
+
+def _fits_beside(program: Program, structure: Structure, plan: Plan) -> bool:
+    """Whether the product that checks a batch is best computed beside the rows, in their pass.
+
+    Not the first time, when it must come from a plain pass, and for one output only: zeros of one
+    must not meet the infinities of another.
+    """
+    return (
+        plan.checked
+        and plan.batching == "functorch"
+        and 1 < structure.m <= plan.chunk
+        and len(program.outputs) == 1
+        and structure.m * program.outputs[0].numel() <= _SMALL
+    )
 
 
 def _product(
