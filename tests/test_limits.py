@@ -70,13 +70,16 @@ import json, resource, torch, torchjac
 def held():
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * resource.getpagesize()
+def peak_of_this_process():  # ru_maxrss would count the test runner that it was started from
+    with open("/proc/self/status") as f:
+        return 1024 * next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))
 x = torch.randn(700, requires_grad=True)
 torchjac.jac(x[:3].sin(), x)
 y = torch.outer(x, x).sin().sum(1)
 torch.autograd.grad(y[0], x, retain_graph=True)
 before = held()
 J = torchjac.jac(y, x, memory_budget=2**20)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = peak_of_this_process()
 print(json.dumps({"took": peak - before, "chunk": torchjac.last_run().chunk}))
 """
 
