@@ -26,9 +26,13 @@ ABOVE: dict[str, set[str]] = {
     "explain": set(),
     "solve": {"explain"},
     "transform": {"explain"},
-    "api": {"explain", "solve", "transform"},
+    "sparsity": {"solve"},
+    "remembered": {"sparsity"},
+    "unused": set(),
+    "function": {"explain", "remembered", "solve", "sparsity", "transform", "unused"},
+    "api": {"function", "solve", "sparsity", "unused"},
     "testing": set(),
-    "__init__": {"api", "explain"},
+    "__init__": {"api", "explain", "function"},
 }
 # The only place where names that PyTorch does not promise may be used.
 PRIVATE_TORCH = {"_torch"}

@@ -48,6 +48,41 @@ class RefusedHere(PlanRefused):
     lasting = False
 
 
+class CaptureRefused(TorchjacError):
+    """A program cannot be captured as a graph; the message is the reason.
+
+    Caught where a program can be differentiated without being captured.
+    """
+
+
+class PatternError(TorchjacError, ValueError):
+    """A sparsity pattern does not fit the program, or does not fit into memory."""
+
+
+class PatternMissed(PatternError):
+    """A pattern lacks an entry that is not zero.
+
+    Attributes:
+        place: Name of the input leaf, and the element of it, whose column lacks an entry.
+    """
+
+    def __init__(self, name: str, element: int):
+        super().__init__(
+            f"torchjac: the pattern misses a nonzero: the column of element {element} of {name} "
+            f"differs from what a plain backward pass gives. Every entry that can be nonzero must "
+            f"be in the pattern; torchjac.jacobian(f).pattern(...) finds them."
+        )
+        self.place = (name, element)
+
+
+class PatternWarning(UserWarning):
+    """A pattern that torchjac found itself lacks an entry; the result was computed without it."""
+
+
+class LocalPatternWarning(UserWarning):
+    """A pattern could be found for the given values only, not for every input."""
+
+
 class UnusedInputWarning(UserWarning):
     """No output depends on an input of a function; its Jacobian is zero."""
 

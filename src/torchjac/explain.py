@@ -30,7 +30,7 @@ class Record:
 
     Attributes:
         entry: The call: `jac`, `jacobian` or `hessian`.
-        engine: `plain`, or `torch.func` inside a torch.func transform.
+        engine: `plain`, `color`, or `torch.func` inside a torch.func transform.
         mode: `reverse`, `forward`, `replicated`, or `torch.func`.
         passes: Passes through the graph, without the one that checks.
         chunk: Seeds that one pass carried; 1 is a loop of plain passes.
@@ -40,6 +40,8 @@ class Record:
         batch: Number of samples, or None.
         layout: Layout of the result.
         seconds: Wall time of passes and layout, without the function itself.
+        independence: How a batch is known to be independent: `proved` by lanes, or `tested`.
+        pattern: The pattern that passes were restricted to, in words; None without one.
         candidates: The plans that were considered, best prediction first.
         refusals: Plans that could not be run, and why.
     """
@@ -55,6 +57,8 @@ class Record:
     batch: int | None
     layout: torch.layout
     seconds: float
+    independence: str | None = None
+    pattern: str | None = None
     candidates: tuple[Candidate, ...] = ()
     refusals: tuple[tuple[str, str], ...] = ()
 
@@ -71,7 +75,11 @@ class Record:
             f"  budget   {'-' if self.budget is None else _bytes(self.budget)}",
             f"  time     {_seconds(self.seconds)}",
         ]
-        if self.engine != "plain":
+        if self.independence is not None:
+            lines.insert(3, f"  batch    independence {self.independence}")
+        if self.pattern is not None:
+            lines.insert(3, f"  pattern  {self.pattern}")
+        if self.engine == "torch.func":
             lines = lines[:2]
         if self.candidates:
             lines.append("  considered" + " " * 21 + "predicted   measured")

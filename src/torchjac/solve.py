@@ -12,11 +12,18 @@ import torch
 from torchjac._torch import modes
 from torchjac.capture import Program
 from torchjac.engines import evaluate
-from torchjac.errors import ArgumentError, LoopWarning, PlanRefused, TorchjacError
+from torchjac.errors import (
+    ArgumentError,
+    LoopWarning,
+    PatternMissed,
+    PatternWarning,
+    PlanRefused,
+    TorchjacError,
+)
 from torchjac.explain import Candidate, Record, remember
 from torchjac.layout import Arranged, arrange
 from torchjac.plan import Batching, Plan, Race, default_budget, race_for, single_pass
-from torchjac.structure import Profile, Structure, analyze, profile
+from torchjac.structure import Pattern, Profile, Structure, analyze, profile
 
 _warned_of: set[str] = set()
 
@@ -28,6 +35,9 @@ class Request:
     Attributes:
         entry: The public call, for the record.
         layout: Layout of the result.
+        pattern: Structural nonzeros, if they are known.
+        pattern_given: Whether the user says so.
+        independent: Whether the samples of the batch are proved to be independent.
         memory_budget: Bytes that a chunk may hold, or None for the default.
         key: Tells the functions of different callers apart, or None.
     """
@@ -36,6 +46,9 @@ class Request:
     layout: torch.layout
     memory_budget: int | None
     key: Hashable | None
+    pattern: Pattern | None = None
+    pattern_given: bool = False
+    independent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,7 @@ class Ran:
         passes: Passes it took.
         chunk: Most seeds that one of them carried.
         seconds: Wall time of passes and layout.
+        pattern: The pattern that passes were restricted to, in words.
     """
 
     structure: Structure
@@ -59,6 +73,7 @@ class Ran:
     passes: int
     chunk: int
     seconds: float
+    pattern: str | None
 
     def record(self) -> Record:
         """The record for the user."""
@@ -75,6 +90,8 @@ class Ran:
             batch=self.structure.batch,
             layout=self.request.layout,
             seconds=self.seconds,
+            independence=_independence(self.structure),
+            pattern=self.pattern,
             candidates=tuple(
                 Candidate(str(p), predicted, measured.get(p))
                 for p, predicted in self.race.predicted.items()
@@ -93,13 +110,30 @@ def solve(program: Program, request: Request) -> Arranged:
         PlanRefused: A plan was forced and cannot be run.
         TorchjacError: A differentiable Jacobian of a compiled function was asked for.
     """
-    structure = analyze(program)
+    if request.pattern is not None:  # samples are rows and columns like all others
+        program = replace(program, batch=None)
+    structure = analyze(program, request.pattern, request.independent)
     if program.create_graph and structure.graph and not structure.graph.differentiable:
         raise TorchjacError(
             "torchjac: the function was compiled by torch.compile, whose backward torch cannot "
             "differentiate again, so create_graph=True, nested Jacobians and Hessians are not "
             "possible. Use the function as it was before torch.compile."
         )
+    try:
+        return _solved(program, structure, request)
+    except PatternMissed as missed:
+        if request.pattern_given:
+            raise
+        warnings.warn(
+            f"{missed} torchjac found this pattern itself: please report the function. The rows "
+            f"are evaluated without it.",
+            PatternWarning,
+            stacklevel=4,
+        )
+        return solve(program, replace(request, pattern=None))
+
+
+def _solved(program: Program, structure: Structure, request: Request) -> Arranged:
     race = _race(program, structure, request)
     if modes.needs_passes_context():
         with modes.passes((*program.outputs, *program.inputs)):
@@ -121,10 +155,18 @@ def _race(program: Program, structure: Structure, request: Request) -> Race:
 
     def study() -> tuple[Structure, Profile, int]:
         budget = request.memory_budget or default_budget(program.device)
-        return structure.without_graph(), profile(program, graph), budget
+        light = replace(structure.without_graph(), pattern=structure.pattern)
+        return light, profile(program, graph), budget
 
     shapes = (structure.rows, structure.columns, structure.batch)
-    context = (program.create_graph, program.replay is None, request.memory_budget)
+    pattern = structure.pattern
+    context = (
+        program.create_graph,
+        program.replay is None,
+        request.memory_budget,
+        None if pattern is None else pattern.digest,
+        structure.independent,
+    )
     return race_for(
         (request.key, graph.kind, shapes, context),
         study,
@@ -163,8 +205,24 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
         seconds = perf_counter() - started
         race.ran(plan, seconds)
         shape = structure.without_graph()
-        remember(Ran(shape, request, race, plan, arranged.passes, arranged.chunk, seconds).record)
+        light = request if request.pattern is None else replace(request, pattern=None)
+        ran = (arranged.passes, arranged.chunk, seconds, _described(request))
+        remember(Ran(shape, light, race, plan, *ran).record)
         return arranged
+
+
+def _independence(structure: Structure) -> str | None:
+    if structure.batch is None or structure.batch < 2:
+        return None
+    return "proved" if structure.independent else "tested"
+
+
+def _described(request: Request) -> str | None:
+    pattern = request.pattern
+    if pattern is None:
+        return None
+    origin = "given" if request.pattern_given else pattern.scope
+    return f"{pattern.nnz} nonzeros, {origin}"
 
 
 def _substitute(plan: Plan, refusal: PlanRefused) -> Batching | None:

@@ -59,3 +59,16 @@ def tracing(tensors: Iterable[Tensor]) -> bool:
 def usable_in_graph(tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy that autograd can save if it was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+@contextmanager
+def real_values() -> Iterator[None]:
+    """Operations run on values and record nothing, whatever mode the caller is in."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+        yield
+
+
+def random_state_kept(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """The random state of the CPU and of the tensors' devices is put back at the end."""
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
+    return torch.random.fork_rng([d.index for d in devices if d.index is not None])

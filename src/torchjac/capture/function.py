@@ -20,8 +20,8 @@ from torchjac.errors import ArgumentError
 
 Argnums = int | tuple[int, ...]
 
-_PASS_THROUGH = "pass it as an argument outside argnums, or as a keyword argument"
-_BESIDE = "return it beside the result with has_aux=True"
+PASS_THROUGH = "pass it as an argument outside argnums, or as a keyword argument"
+BESIDE = "return it beside the result with has_aux=True"
 
 
 def check_argnums(argnums: Any) -> None:
@@ -159,7 +159,7 @@ def capture_function(
         DtypeError: A tensor is not real floating-point.
     """
     given, input_spec = flatten(call.differentiated())
-    check_leaves(given, call.name_input, "input", _PASS_THROUGH)
+    check_leaves(given, call.name_input, "input", PASS_THROUGH)
     if _has_inference_tensors(call):
         call = _without_inference_tensors(call)
         given = flatten(call.differentiated())[0]
@@ -171,7 +171,7 @@ def capture_function(
     def name_output(position: int) -> str:
         return leaf_names("output", output)[position]
 
-    outputs = check_leaves(leaves, name_output, "output", _BESIDE)
+    outputs = check_leaves(leaves, name_output, "output", BESIDE)
     batch = check_batch(outputs, inputs, name_output, call.name_input) if batched else None
     nest = build_nest(outputs, inputs, output_spec, input_spec, name_output, call.name_input)
     program = Program(

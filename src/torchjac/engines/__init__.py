@@ -1,23 +1,29 @@
-"""Engines evaluate a plan: program, structure and plan in, slabs of the Jacobian out."""
+"""Engines evaluate a plan: program, structure and plan in, parts of the Jacobian out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torchjac.capture import Program
-from torchjac.engines import plain
-from torchjac.engines.slab import Slab
+from torchjac.engines import color, plain
+from torchjac.engines.slab import Entries, Slab
 from torchjac.plan import Plan
 from torchjac.structure import Structure
 
-__all__ = ["Slab", "evaluate"]
+__all__ = ["Entries", "Part", "Slab", "evaluate"]
 
-_ENGINES = {"plain": plain.evaluate}
+Part = Slab | Entries
+
+_ENGINES: dict[str, Callable[[Program, Structure, Plan], Iterator[Part]]] = {
+    "plain": plain.evaluate,
+    "color": color.evaluate,
+}
 
 
-def evaluate(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
-    """Evaluates a Jacobian slab by slab with the engine that the plan names.
+def evaluate(program: Program, structure: Structure, plan: Plan) -> Iterator[Part]:
+    """Evaluates a Jacobian part by part with the engine that the plan names.
 
     Raises:
         PlanRefused: The plan cannot be run on this program.
+        PatternMissed: The pattern lacks an entry that is not zero.
         CoupledBatchError: Samples of a batch are not independent.
     """
     return _ENGINES[plan.engine](program, structure, plan)

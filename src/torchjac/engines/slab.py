@@ -28,3 +28,20 @@ class Slab:
     values: tuple[Tensor | None, ...]
     passes: int
     used: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Some entries of a Jacobian whose pattern is known.
+
+    Attributes:
+        seeds: Groups of rows or columns that they were read off.
+        parts: Numbers of entries in the pattern, and their values.
+        passes: Passes through the graph that it took.
+        used: Which input leaves the outputs depend on, as far as these entries show.
+    """
+
+    seeds: int
+    parts: tuple[tuple[Tensor, Tensor], ...]
+    passes: int
+    used: tuple[bool, ...]

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import scipy.sparse
 import torch
 from torch import Tensor
 
-from torchjac._torch.pytree import LEAF, unflatten
+from torchjac._torch.pytree import LEAF, tree_map, unflatten
 from torchjac.capture import Program
-from torchjac.engines import Slab
+from torchjac.engines import Entries, Part, Slab
 from torchjac.errors import ArgumentError
 from torchjac.layout import dense, sparse
 from torchjac.structure import Structure
@@ -40,16 +41,27 @@ class Arranged:
     chunk: int
 
 
-def check_layout(layout: torch.layout, create_graph: bool) -> None:
+# A torch layout, or a SciPy class of sparse matrices.
+Layout = Any
+
+
+def check_layout(layout: Layout, create_graph: bool, pattern: Any = None) -> None:
     """Refuses a layout that is not written.
 
     Raises:
-        ArgumentError: It is not strided, CSR or COO, or a sparse result must be differentiable.
+        ArgumentError: It is not strided, CSR, COO or a class of SciPy, a sparse result must be
+            differentiable, or there is a pattern for a dense one.
     """
-    if not isinstance(layout, torch.layout) or layout not in _LAYOUTS:
+    known = isinstance(layout, torch.layout) and layout in _LAYOUTS
+    if not known and not _is_scipy(layout):
         raise ArgumentError(
-            f"torchjac: layout must be torch.strided, torch.sparse_csr or torch.sparse_coo, got "
-            f"{layout!r}."
+            f"torchjac: layout must be torch.strided, torch.sparse_csr, torch.sparse_coo or a "
+            f"SciPy class such as scipy.sparse.csr_array, got {layout!r}."
+        )
+    if pattern is not None and layout is torch.strided:
+        raise ArgumentError(
+            "torchjac: pattern= is for sparse results; pass layout=torch.sparse_csr (or another "
+            "sparse layout) with it."
         )
     if create_graph and layout is not torch.strided:
         raise ArgumentError(
@@ -58,33 +70,61 @@ def check_layout(layout: torch.layout, create_graph: bool) -> None:
         )
 
 
-class _Watch:
-    """Passes slabs through and remembers what they say about passes and unused inputs."""
+def _is_scipy(layout: Layout) -> bool:
+    return isinstance(layout, type) and issubclass(
+        layout, (scipy.sparse.sparray, scipy.sparse.spmatrix)
+    )
 
-    def __init__(self, slabs: Iterable[Slab], structure: Structure):
+
+def torch_layout(layout: Layout) -> torch.layout:
+    """The layout in which a result is computed before it becomes what was asked for."""
+    return torch.sparse_csr if _is_scipy(layout) else layout
+
+
+def converted(value: Any, layout: Layout) -> Any:
+    """The result in a layout of SciPy, if that was asked for."""
+    if not _is_scipy(layout):
+        return value
+
+    def convert(block: Any) -> Any:
+        parts = (block.values(), block.col_indices(), block.crow_indices())
+        arrays = tuple(p.cpu().numpy() for p in parts)
+        return layout(scipy.sparse.csr_array(arrays, shape=tuple(block.shape)))
+
+    return tree_map(convert, value)
+
+
+class _Watch:
+    """Passes parts through and remembers what they say about passes and unused inputs."""
+
+    def __init__(self, slabs: Iterable[Part], structure: Structure):
         self._slabs = slabs
         self._structure = structure
         self.used = [False] * len(structure.columns)
         self.passes = 0
         self.chunk = 0
 
-    def __iter__(self) -> Iterator[Slab]:
+    def __iter__(self) -> Iterator[Part]:
         for slab in self._slabs:
             self.passes += slab.passes
-            self.chunk = max(self.chunk, (slab.stop - slab.start) // slab.passes)
+            seeds = slab.seeds if isinstance(slab, Entries) else slab.stop - slab.start
+            self.chunk = max(self.chunk, seeds // slab.passes)
             self._look(slab)
             yield slab
             del slab  # an engine about to make the next one must not find this one alive
 
-    def _look(self, slab: Slab) -> None:
-        used = slab.used or [value is not None for value in slab.values]
+    def _look(self, slab: Part) -> None:
+        used = slab.used
+        if used is None:
+            assert isinstance(slab, Slab), "entries say what is used"
+            used = tuple(value is not None for value in slab.values)
         for position, yes in enumerate(used):
             if yes:
                 self.used[position] = True
 
 
 def arrange(
-    slabs: Iterable[Slab], program: Program, structure: Structure, layout: torch.layout
+    slabs: Iterable[Part], program: Program, structure: Structure, layout: torch.layout
 ) -> Arranged:
     """Writes a Jacobian from its slabs.
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from torchjac.capture import Program
-from torchjac.engines import Slab
+from torchjac.engines import Part, Slab
 from torchjac.structure import Structure
 
 
-def blocks(slabs: Iterator[Slab], program: Program, structure: Structure) -> list[list[Tensor]]:
+def blocks(parts: Iterator[Part], program: Program, structure: Structure) -> list[list[Tensor]]:
     """One tensor `([B,] *out, *in)` per output and input leaf.
 
     A Jacobian that comes in one slab is not copied. Blocks may be views of a common buffer, and
     one that came in columns, or with a batch, is a transposed view of it: strides are not promised.
     """
+    slabs = cast(Iterator[Slab], parts)  # entries are made for sparse layouts only
     first = next(slabs, None)
     if first is None:
         return [

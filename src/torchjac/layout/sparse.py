@@ -1,67 +1,107 @@
-"""Sparse blocks: the nonzeros of one slab at a time, so that m x n is never allocated.
+"""Sparse blocks: the entries of one part at a time, so that m x n is never allocated.
 
-The plain engine does not know the pattern, so the entries kept are those that are nonzero (or NaN)
-at this point. With a batch the matrix is block diagonal: `(B out, B in)`.
+Where the pattern is known its entries are stored, zeros among them, so that every call gives the
+same sparsity. Where it is not, the entries kept are those that are nonzero (or NaN) at this point.
+With a batch the matrix is block diagonal: `(B out, B in)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from torchjac.capture import Program
-from torchjac.engines import Slab
-from torchjac.structure import Structure
+from torchjac.engines import Entries, Part, Slab
+from torchjac.structure import Pattern, Structure
 
 
-def blocks_coo(slabs: Iterator[Slab], program: Program, structure: Structure) -> list[list[Tensor]]:
+def blocks_coo(parts: Iterator[Part], program: Program, structure: Structure) -> list[list[Tensor]]:
     """One coalesced COO matrix `(out.numel(), in.numel())` per output and input leaf."""
+    return _blocks(parts, program, structure, _coo)
+
+
+def blocks_csr(parts: Iterator[Part], program: Program, structure: Structure) -> list[list[Tensor]]:
+    """One CSR matrix `(out.numel(), in.numel())` per output and input leaf."""
+    return _blocks(parts, program, structure, _csr)
+
+
+Make = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
+
+
+def _blocks(
+    parts: Iterator[Part], program: Program, structure: Structure, make: Make
+) -> list[list[Tensor]]:
+    pattern = structure.pattern
+    if pattern is None:
+        slabs = cast(Iterator[Slab], parts)
+        table = _entries(slabs, program, structure)
+    else:
+        table = _patterned(cast(Iterator[Entries], parts), program, pattern)
     return [
         [
-            torch.sparse_coo_tensor(
-                torch.stack([row, column]),
-                values,
-                (output.numel(), given.numel()),
-                is_coalesced=True,
-                check_invariants=False,
-            )
+            make(row, column, values, output.numel(), given.numel())
             for given, (row, column, values) in zip(program.inputs, line, strict=True)
         ]
-        for output, line in zip(program.outputs, _entries(slabs, program, structure), strict=True)
+        for output, line in zip(program.outputs, table, strict=True)
     ]
 
 
-def blocks_csr(slabs: Iterator[Slab], program: Program, structure: Structure) -> list[list[Tensor]]:
-    """One CSR matrix `(out.numel(), in.numel())` per output and input leaf."""
-    found = []
-    for output, line in zip(program.outputs, _entries(slabs, program, structure), strict=True):
-        found.append(
-            [
-                _csr(row, column, values, output.numel(), given.numel())
-                for given, (row, column, values) in zip(program.inputs, line, strict=True)
-            ]
-        )
+def _patterned(parts: Iterator[Entries], program: Program, pattern: Pattern) -> list[list[Triplet]]:
+    """Row, column and value of the structural nonzeros, per output and input leaf."""
+    nest = program.nest
+    values: Tensor | None = None
+    for part in parts:
+        for numbers, found in part.parts:
+            if values is None:
+                values = torch.zeros(pattern.nnz, dtype=_dtype(program), device=program.device)
+            values[numbers] = found.to(values)
+    if values is None:
+        values = torch.zeros(pattern.nnz, dtype=_dtype(program), device=program.device)
+    return [
+        [
+            _block_of(pattern, values, i, j, given)
+            for j, given in zip(nest.live_inputs, program.inputs, strict=True)
+        ]
+        for i in nest.live_outputs
+    ]
+
+
+def _block_of(pattern: Pattern, values: Tensor, i: int, j: int, given: Tensor) -> Triplet:
+    row, column, kept = pattern.block(i, j)
+    device = values.device
+    mine = values if kept is None else values[torch.from_numpy(kept).to(device)]
+    return (
+        torch.from_numpy(row).to(device, torch.int64),
+        torch.from_numpy(column).to(device, torch.int64),
+        mine.to(given.dtype),
+    )
+
+
+def _dtype(program: Program) -> torch.dtype:
+    found = program.inputs[0].dtype
+    for given in program.inputs[1:]:
+        found = torch.promote_types(found, given.dtype)
     return found
+
+
+def _coo(row: Tensor, column: Tensor, values: Tensor, m: int, n: int) -> Tensor:
+    return torch.sparse_coo_tensor(
+        torch.stack([row, column]), values, (m, n), is_coalesced=True, check_invariants=False
+    )
 
 
 def empty(rows: int, columns: int, like: Tensor, layout: torch.layout) -> Tensor:
     """A matrix without entries."""
     none = torch.zeros(0, dtype=torch.int64, device=like.device)
     values = torch.zeros(0, dtype=like.dtype, device=like.device)
-    if layout is torch.sparse_csr:
-        return _csr(none, none, values, rows, columns)
-    return torch.sparse_coo_tensor(
-        torch.stack([none, none]),
-        values,
-        (rows, columns),
-        is_coalesced=True,
-        check_invariants=False,
-    )
+    make = _csr if layout is torch.sparse_csr else _coo
+    return make(none, none, values, rows, columns)
 
 
-Entries = tuple[Tensor, Tensor, Tensor]
+Triplet = tuple[Tensor, Tensor, Tensor]
 
 
 class _Growing:
@@ -75,9 +115,9 @@ class _Growing:
         self._size = 0
         integers = torch.empty(_FIRST, dtype=torch.int64, device=like.device)
         values = torch.empty(_FIRST, dtype=like.dtype, device=like.device)
-        self._buffers: Entries = (integers, integers.clone(), values)
+        self._buffers: Triplet = (integers, integers.clone(), values)
 
-    def add(self, entries: Entries) -> None:
+    def add(self, entries: Triplet) -> None:
         """Appends entries."""
         size = self._size + len(entries[0])
         if size > len(self._buffers[0]):
@@ -87,7 +127,7 @@ class _Growing:
             buffer[self._size : size] = part
         self._size = size
 
-    def sorted(self) -> Entries:
+    def sorted(self) -> Triplet:
         """All entries, by row and then by column."""
         row, column, values = (b[: self._size] for b in self._buffers)
         if self._size == 0:
@@ -101,7 +141,7 @@ class _Growing:
         return larger
 
 
-# Entries that a buffer begins with: 1 MiB, enough to be mapped for itself by most allocators.
+# Triplet that a buffer begins with: 1 MiB, enough to be mapped for itself by most allocators.
 _FIRST = 2**17
 
 
@@ -111,7 +151,7 @@ def _csr(row: Tensor, column: Tensor, values: Tensor, m: int, n: int) -> Tensor:
     return torch.sparse_csr_tensor(starts, column, values, (m, n), check_invariants=False)
 
 
-def _entries(slabs: Iterator[Slab], program: Program, structure: Structure) -> list[list[Entries]]:
+def _entries(slabs: Iterator[Slab], program: Program, structure: Structure) -> list[list[Triplet]]:
     """Row, column and value of every entry, sorted by row, per output and input leaf."""
     outputs, inputs = range(len(program.outputs)), range(len(program.inputs))
     found = {(i, j): _Growing(program.inputs[j]) for i in outputs for j in inputs}
@@ -126,7 +166,7 @@ def _entries(slabs: Iterator[Slab], program: Program, structure: Structure) -> l
 
 def _of_slab(
     slab: Slab, position: int, value: Tensor, structure: Structure
-) -> Iterator[tuple[int, int, Entries]]:
+) -> Iterator[tuple[int, int, Triplet]]:
     """Splits a slab of one leaf by the leaves that its seeds belong to."""
     by_rows = slab.axis == "rows"
     starts = structure.row_starts if by_rows else structure.column_starts

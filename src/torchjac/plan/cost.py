@@ -6,8 +6,12 @@ only rank candidates: what a candidate really costs is measured when it runs (`p
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from torchjac.capture import Program
+from torchjac.plan.grouping import column_groups, row_groups
 from torchjac.plan.plan import Mode, Plan
-from torchjac.structure import Profile, Structure
+from torchjac.structure import Profile, Structure, analyze, profile
 
 # Seconds. Kinematic chain with 30 joints, 12 rows: 0.85 ms a plain pass, 1.4 ms a batched one.
 _PASS, _NODE = 10e-6, 2.5e-6
@@ -68,6 +72,43 @@ def candidates(
     if replayable:
         plans.append(Plan("replicated", _within(structure.m, size, budget // 2)))
     return sorted(((p, predict(p, structure, size)) for p in plans), key=lambda c: c[1])
+
+
+def plain_seconds(program: Program, budget: int) -> tuple[int, float]:
+    """Operations of a program's graph, and predicted seconds of its Jacobian without a pattern."""
+    structure = analyze(program)
+    if structure.graph is None:
+        return 0, 0.0
+    size = profile(program, structure.graph)
+    return size.nodes, candidates(structure, size, budget, False)[0][1]
+
+
+def compressed_candidates(
+    structure: Structure, size: Profile, budget: int
+) -> list[tuple[Plan, float]]:
+    """Plans of the color engine for a `grouped` structure: a seed for each group.
+
+    The loop over groups of rows is never refused.
+    """
+    modes: tuple[tuple[Mode, int], ...] = (("reverse", structure.m), ("forward", structure.n))
+    plans = [
+        Plan(mode, chunk, engine="color")
+        for mode, groups in modes
+        for chunk in _chunks(groups, size, budget)
+    ]
+    return sorted(((p, predict(p, structure, size)) for p in plans), key=lambda c: c[1])
+
+
+def grouped(structure: Structure) -> Structure:
+    """The structure with groups of rows and columns in the place of rows and columns."""
+    pattern = structure.pattern
+    assert pattern is not None, "asked for only where the pattern is known"
+    return replace(
+        structure,
+        row_starts=(0, row_groups(pattern).count),
+        column_starts=(0, column_groups(pattern).count),
+        pattern=None,
+    )
 
 
 def _within(seeds: int, size: Profile, budget: int) -> int:

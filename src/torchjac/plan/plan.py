@@ -30,11 +30,13 @@ class Plan:
     chunk: int
     batching: Batching = "functorch"
     checked: bool = False
-    engine: Literal["plain"] = "plain"
+    engine: Literal["plain", "color"] = "plain"
 
     def __str__(self) -> str:
         """Reads as `reverse, chunk 64` or `reverse, row loop`."""
         unit = "row" if self.mode == "reverse" else "column"
+        if self.engine == "color":
+            unit += " group"
         if self.mode == "replicated":
             return f"replicated, {self.chunk} copies"
         how = f"{unit} loop" if self.chunk == 1 else f"chunk {self.chunk}"

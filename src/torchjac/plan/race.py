@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from torchjac.errors import PlanRefused
-from torchjac.plan.cost import candidates, predict
+from torchjac.plan.cost import candidates, compressed_candidates, grouped, predict
 from torchjac.plan.plan import Batching, Plan
 from torchjac.structure import Profile, Structure
 
@@ -193,11 +193,17 @@ def race_for(
     plan = _forced.get()
     if plan is not None:
         structure, size, budget = study()
+        if structure.pattern is not None:
+            plan, structure = replace(plan, engine="color"), grouped(structure)
         return Race([(plan, predict(plan, structure, size))], structure, size, budget)
     race = _races.get(key)
     if race is None:
         structure, size, budget = study()
-        ranked = candidates(structure, size, budget, replayable)
+        if structure.pattern is not None:
+            structure = grouped(structure)
+            ranked = compressed_candidates(structure, size, budget)
+        else:
+            ranked = candidates(structure, size, budget, replayable)
         race = Race(ranked, structure, size, budget)
         _races[key] = race
         if len(_races) > _REMEMBERED:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchjac.capture import Program
 from torchjac.structure.graph import Graph, survey
+from torchjac.structure.pattern import Pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class Structure:
         column_starts: First column of each input leaf, and n at the end.
         batch: Number of independent samples, or None.
         graph: The operations behind it; None where a single plain pass gives the whole Jacobian.
+        pattern: Its structural nonzeros, all leaves together; None where they are not known.
+        independent: Whether the samples of the batch are proved to be independent.
     """
 
     rows: tuple[int, ...]
@@ -32,12 +35,26 @@ class Structure:
     column_starts: tuple[int, ...]
     batch: int | None
     graph: Graph | None
+    pattern: Pattern | None = None
+    independent: bool = False
 
     def without_graph(self) -> Structure:
         """The same, keeping no operation (and so no tensor) alive."""
         return Structure(
-            self.rows, self.columns, self.row_starts, self.column_starts, self.batch, None
+            self.rows,
+            self.columns,
+            self.row_starts,
+            self.column_starts,
+            self.batch,
+            None,
+            None,
+            self.independent,
         )
+
+    @property
+    def unproved_batch(self) -> bool:
+        """Whether samples share a pass that are not proved to be independent."""
+        return self.batch is not None and self.batch > 1 and not self.independent
 
     @property
     def custom(self) -> bool:
@@ -60,16 +77,18 @@ class Structure:
         return self.column_starts[-1]
 
 
-def analyze(program: Program) -> Structure:
+def analyze(
+    program: Program, pattern: Pattern | None = None, independent: bool = False
+) -> Structure:
     """Reads rows and columns off the shapes of a program, and operations off its graph."""
     samples = program.batch
     divisor = 1 if samples is None else max(samples, 1)
     rows, row_starts = _numbered(program.outputs, divisor)
     columns, column_starts = _numbered(program.inputs, divisor)
     single_pass = row_starts[-1] <= 1 or column_starts[-1] == 0
-    simple = single_pass and samples is None and not program.create_graph
+    simple = single_pass and samples is None and not program.create_graph and pattern is None
     graph = None if simple else survey(program)
-    return Structure(rows, columns, row_starts, column_starts, samples, graph)
+    return Structure(rows, columns, row_starts, column_starts, samples, graph, pattern, independent)
 
 
 def _numbered(leaves: tuple[Tensor, ...], divisor: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -17,7 +17,7 @@ other signs and scales are compared. Every evaluation is checked besides: u' J m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -29,7 +29,7 @@ from torchjac.engines.plain.chunks import in_chunks, out_of_memory, rows_at_once
 from torchjac.engines.plain.coupling import Coupling
 from torchjac.engines.plain.passes import Passes
 from torchjac.engines.plain.reverse import release
-from torchjac.engines.plain.seeds import weights
+from torchjac.engines.plain.seeds import Seeds, UnitSeeds, weights
 from torchjac.engines.plain.watch import Watch
 from torchjac.engines.slab import Slab
 from torchjac.errors import PlanRefused, RefusedHere
@@ -47,9 +47,8 @@ def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab
         PlanRefused: The backward pass cannot be transposed, or a check failed.
         CoupledBatchError: Samples are not independent.
     """
-    _refuse_beforehand(program, structure)
-    shared = structure.batch is not None and structure.batch > 1
-    coupling = Coupling(program, structure) if shared else None
+    refuse_beforehand(program, structure)
+    coupling = Coupling(program, structure) if structure.unproved_batch else None
     cotangent = weights(program.outputs)
     silent: slice | None = None
     if coupling is not None:
@@ -59,8 +58,8 @@ def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab
         for leaf in cotangent:
             leaf[silent] = 0
     if not plan.checked:
-        _refuse_user_code(program, cotangent)
-    gradients, saw_user_code = _recorded(program, cotangent)
+        refuse_user_code(program, cotangent)
+    gradients, saw_user_code = recorded(program, cotangent)
     if coupling is not None and silent is not None:
         coupling.refuse_if_received(cotangent, gradients, silent)
     checks = [Check(structure, [u.detach() for u in cotangent], gradients)]
@@ -83,14 +82,15 @@ def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab
         release(program)
 
 
-def _refuse_beforehand(program: Program, structure: Structure) -> None:
+def refuse_beforehand(program: Program, structure: Structure) -> None:
+    """Refuses programs whose backward pass is not known to be linear, or cannot be checked."""
     if structure.custom:
         raise PlanRefused("a custom autograd function need not be linear in its cotangent")
     if coarsest(program) > _PRECISE:
         raise PlanRefused("half precision leaves too few digits to check the result")
 
 
-def _refuse_user_code(program: Program, cotangent: list[Tensor]) -> None:
+def refuse_user_code(program: Program, cotangent: list[Tensor]) -> None:
     """Looks for hooks in a plain pass first: in a recorded one they run with gradients enabled."""
     with Watch(program.device) as watch:
         backward(program.outputs, cotangent, program.inputs)
@@ -101,7 +101,7 @@ def _refuse_user_code(program: Program, cotangent: list[Tensor]) -> None:
 _USER_CODE = "gradient hooks or other code of the user run in the backward pass"
 
 
-def _recorded(
+def recorded(
     program: Program, cotangent: list[Tensor]
 ) -> tuple[tuple[Tensor | None, ...], bool | None]:
     """The gradient of a pass that records itself, and whether code of the user ran in it."""
@@ -124,6 +124,32 @@ def _other_product(program: Program, structure: Structure, scale: float) -> Chec
     return Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))
 
 
+def transposed_outputs(program: Program, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """The outputs of the transposed graph: one of each input's shape.
+
+    A gradient that does not depend on the cotangent stands for a zero block (or for a detached
+    one, which the check finds): its columns are zero without a pass.
+    """
+    live = [g is not None and g.requires_grad for g in gradients]
+    return [
+        g if g is not None and yes else x
+        for g, yes, x in zip(gradients, live, program.inputs, strict=True)
+    ]
+
+
+def transposed_passes(
+    program: Program,
+    structure: Structure,
+    plan: Plan,
+    outputs: Sequence[Tensor],
+    cotangent: Sequence[Tensor],
+    seeds: Seeds,
+) -> Passes:
+    """Passes that push tangents forward."""
+    operations = structure.operations | {"transposed"}
+    return Passes(outputs, cotangent, seeds, plan, program.create_graph, operations)
+
+
 def _slabs(
     program: Program,
     structure: Structure,
@@ -131,22 +157,9 @@ def _slabs(
     cotangent: list[Tensor],
     gradients: tuple[Tensor | None, ...],
 ) -> Iterator[Slab]:
-    # A gradient that does not depend on the cotangent stands for a zero block (or for a detached
-    # one, which the check finds): its columns are zero without a pass.
-    recorded = [g is not None and g.requires_grad for g in gradients]
-    outputs = [
-        g if g is not None and live else x
-        for g, live, x in zip(gradients, recorded, program.inputs, strict=True)
-    ]
-    passes = Passes(
-        outputs,
-        cotangent,
-        structure.column_starts,
-        structure.batch,
-        plan,
-        program.create_graph,
-        structure.operations | {"transposed"},
-    )
+    outputs = transposed_outputs(program, gradients)
+    seeds = UnitSeeds(outputs, structure.column_starts, structure.batch)
+    passes = transposed_passes(program, structure, plan, outputs, cotangent, seeds)
 
     def evaluate(start: int, stop: int) -> Slab:
         try:

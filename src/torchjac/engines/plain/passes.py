@@ -17,7 +17,7 @@ from torchjac._torch.vmap import (
     strict_batched_backward,
 )
 from torchjac.engines.plain.chunks import out_of_memory
-from torchjac.engines.plain.seeds import unit, unit_stack
+from torchjac.engines.plain.seeds import Seeds
 from torchjac.errors import PlanRefused
 from torchjac.plan import Plan
 
@@ -42,7 +42,7 @@ class MissingRule(PlanRefused):
 
 
 class Passes:
-    """Pulls unit vectors of `outputs` back to `inputs`.
+    """Pulls seeds of `outputs` back to `inputs`: unit vectors, or sums of them.
 
     In reverse mode these are a program's outputs and inputs; in forward mode the graph is the
     transposed one and they are the gradient and the cotangent it was pulled from.
@@ -52,16 +52,14 @@ class Passes:
         self,
         outputs: Sequence[Tensor],
         inputs: Sequence[Tensor],
-        starts: Sequence[int],
-        batch: int | None,
+        seeds: Seeds,
         plan: Plan,
         create_graph: bool,
         operations: frozenset[object],
     ):
         self._outputs = outputs
         self._inputs = inputs
-        self._starts = starts
-        self._batch = batch
+        self._seeds = seeds
         self._operations = operations
         self._backward = _CARRIERS[plan.batching]
         if plan.batching == "functorch" and self._operations not in _ruled:
@@ -75,7 +73,7 @@ class Passes:
             MissingRule: torch has no batching rule for an operation on the way.
             PlanRefused: The pass cannot be batched for another reason.
         """
-        positions, stacks = unit_stack(self._outputs, self._starts, start, stop, self._batch)
+        positions, stacks = self._seeds.stack(start, stop)
         found = self._pull([self._outputs[p] for p in positions], stacks)
         if self._backward is strict_batched_backward:
             _ruled.add(self._operations)
@@ -84,9 +82,9 @@ class Passes:
             return found
         # A row of one output sends zeros through what the others were computed with, and zero
         # times an infinite derivative is not zero. The row loop sends nothing there.
-        ranges = [
-            range(max(start, self._starts[p]), min(stop, self._starts[p + 1])) for p in positions
-        ]
+        ranges = self._seeds.by_leaf(start, stop, positions)
+        if not ranges:
+            return found
         parts = [self.batched(r.start, r.stop) for r in ranges]
         return tuple(
             _joined(column, ranges, like)
@@ -96,9 +94,8 @@ class Passes:
     def batched_beside(
         self, cotangent: Sequence[Tensor], around: AbstractContextManager[object]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-        """Pulls all unit vectors and one more cotangent back in one pass: the stack, the other."""
-        total = self._starts[-1]
-        _, stacks = unit_stack(self._outputs, self._starts, 0, total, self._batch)
+        """Pulls all seeds and one more cotangent back in one pass: the stack, the other."""
+        _, stacks = self._seeds.stack(0, self._seeds.count)
         stacks = [torch.cat([s, c.unsqueeze(0)]) for s, c in zip(stacks, cotangent, strict=True)]
         try:
             found = batched_backward(
@@ -131,19 +128,19 @@ class Passes:
     def single(
         self, number: int, retain_graph: bool = True, only: int | None = None
     ) -> tuple[Tensor | None, ...]:
-        """Pulls one unit vector back in a plain pass; of a batch, perhaps for one sample only."""
-        position, vector = unit(self._outputs, self._starts, number, self._batch)
+        """Pulls one seed back in a plain pass; of a batch, perhaps for one sample only."""
+        positions, vectors = self._seeds.single(number)
         if only is not None:
-            vector[:only] = 0
-            vector[only + 1 :] = 0
-        return backward(
-            [self._outputs[position]], [vector], self._inputs, retain_graph, self._create_graph
-        )
+            for vector in vectors:
+                vector[:only] = 0
+                vector[only + 1 :] = 0
+        outputs = [self._outputs[p] for p in positions]
+        return backward(outputs, vectors, self._inputs, retain_graph, self._create_graph)
 
     def singles(
         self, start: int, stop: int, retain_graph: bool = True
     ) -> tuple[Tensor | None, ...]:
-        """Pulls unit vectors back one after the other, and stacks what comes.
+        """Pulls seeds back one after the other, and stacks what comes.
 
         Rows are written into the stack at once: many small ones alive among the large temporaries
         of the passes would pin the heap.

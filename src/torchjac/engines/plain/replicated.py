@@ -41,7 +41,7 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
         raise PlanRefused("half precision leaves too few digits to check the result")
     if any("BatchNorm" in getattr(kind, "__name__", "") for kind in structure.operations):
         raise PlanRefused("batch normalization would move its running statistics once more")
-    if structure.batch is not None and structure.batch > 1:
+    if structure.unproved_batch:
         Coupling(program, structure).prove()
     cotangent = weights(program.outputs)
     check = Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))

@@ -13,7 +13,7 @@ from torchjac.engines.plain.chunks import in_chunks, rows_at_once
 from torchjac.engines.plain.coupling import Coupling
 from torchjac.engines.plain.passes import Passes
 from torchjac.engines.plain.sameness import Sameness
-from torchjac.engines.plain.seeds import weights
+from torchjac.engines.plain.seeds import UnitSeeds, weights
 from torchjac.engines.plain.watch import Watch
 from torchjac.engines.slab import Slab
 from torchjac.errors import PlanRefused
@@ -35,15 +35,13 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
     passes = Passes(
         program.outputs,
         program.inputs,
-        structure.row_starts,
-        structure.batch,
+        UnitSeeds(program.outputs, structure.row_starts, structure.batch),
         plan,
         program.create_graph,
         structure.operations,
     )
     unproved = plan.chunk > 1 and not plan.checked
-    shared = structure.batch is not None and structure.batch > 1
-    coupling = Coupling(program, structure) if shared else None
+    coupling = Coupling(program, structure) if structure.unproved_batch else None
     if coupling is not None and not plan.checked:
         coupling.prove()
     fused: Slab | None = None

@@ -1,11 +1,54 @@
-"""Unit vectors, as the passes take them."""
+"""Seeds, as the passes take them: unit vectors here, sums of them in other engines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Seeds(Protocol):
+    """What is pulled back: vectors numbered from 0 in the space that some leaves span together."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+    def stack(self, start: int, stop: int) -> tuple[list[int], list[Tensor]]:
+        """Positions of the leaves where some seeds are not zero, and a stack for each."""
+
+    def single(self, number: int) -> tuple[list[int], list[Tensor]]:
+        """The same for one seed, without the axis of the stack; the vectors may be written to."""
+
+    def by_leaf(self, start: int, stop: int, positions: Sequence[int]) -> list[range]:
+        """The seeds apart by leaf, where each belongs to one leaf only; else nothing."""
+
+
+class UnitSeeds:
+    """Unit vectors, the same for every sample of a batch."""
+
+    def __init__(self, leaves: Sequence[Tensor], starts: Sequence[int], batch: int | None):
+        """Takes leaves, the number of each leaf's first element with the total, and the batch."""
+        self._leaves = leaves
+        self._starts = starts
+        self._batch = batch
+        self.count = starts[-1]
+
+    def stack(self, start: int, stop: int) -> tuple[list[int], list[Tensor]]:
+        """See `Seeds`."""
+        return unit_stack(self._leaves, self._starts, start, stop, self._batch)
+
+    def single(self, number: int) -> tuple[list[int], list[Tensor]]:
+        """See `Seeds`."""
+        position, vector = unit(self._leaves, self._starts, number, self._batch)
+        return [position], [vector]
+
+    def by_leaf(self, start: int, stop: int, positions: Sequence[int]) -> list[range]:
+        """See `Seeds`."""
+        starts = self._starts
+        return [range(max(start, starts[p]), min(stop, starts[p + 1])) for p in positions]
 
 
 def unit_stack(

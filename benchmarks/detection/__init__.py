@@ -1,0 +1,1 @@
+"""Sparsity detection, timed beside asdex: ``python -m benchmarks.detection``."""

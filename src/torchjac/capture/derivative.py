@@ -1,0 +1,225 @@
+"""The derivative that PyTorch would run, written down: u -> J'u as a graph of ATen operations.
+
+Tracing the backward pass, not the function, is what makes custom `autograd.Function`s,
+straight-through estimators, `detach` and `no_grad` mean what they mean in torch; and everything
+between cotangents and gradients is linear, so few kinds of operation occur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from torchjac._torch import modes, tracing
+from torchjac._torch.autograd import backward, gradient_node, sequence_number
+from torchjac._torch.pytree import flatten, leaf_names, unflatten
+from torchjac.capture.checks import check_leaves
+from torchjac.capture.function import BESIDE, PASS_THROUGH, Call
+from torchjac.capture.nesting import nested
+from torchjac.capture.program import Program
+from torchjac.capture.restore import restored
+from torchjac.errors import CaptureRefused, TorchjacError
+
+Scope = Literal["global", "local"]
+
+
+@dataclass(frozen=True, slots=True)
+class Derivative:
+    """A traced backward pass.
+
+    Attributes:
+        module: The graph, with the constants that it reads.
+        cotangents: Where the cotangent of each output leaf enters; None for a leaf without graph.
+        gradients: Where the gradient of each input leaf leaves; None where there is none.
+        row_shapes: Shape of each output leaf.
+        column_shapes: Shape of each input leaf.
+        scope: `global`: valid for every input of these shapes. `local`: valid for the values that
+            the graph was recorded with.
+        lines: Where in the user's code the operations with these sequence numbers were called.
+        reason: Why the scope is not global, where it could have been.
+    """
+
+    module: fx.GraphModule
+    cotangents: tuple[fx.Node | None, ...]
+    gradients: tuple[fx.Node | None, ...]
+    row_shapes: tuple[torch.Size, ...]
+    column_shapes: tuple[torch.Size, ...]
+    scope: Scope
+    lines: dict[int, str]
+    reason: str | None = None
+
+    @property
+    def m(self) -> int:
+        """Number of rows."""
+        return sum(s.numel() for s in self.row_shapes)
+
+    @property
+    def n(self) -> int:
+        """Number of columns."""
+        return sum(s.numel() for s in self.column_shapes)
+
+
+def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
+    """Traces the derivative of a function at any input of these shapes.
+
+    Floating-point arguments have no value while it is traced; integer and bool arguments, and
+    tensors that the function reads from elsewhere, are constants.
+
+    Args:
+        call: The function and its arguments.
+        keep: Operations that need not be decomposed.
+
+    Raises:
+        CaptureRefused: What the function does depends on values, or cannot be traced.
+    """
+    given, input_spec = flatten(call.differentiated())
+    check_leaves(given, call.name_input, "input", PASS_THROUGH)
+    beside, rest_spec = flatten((_without(call), call.kwargs))
+    variable = [i for i, x in enumerate(beside) if _is_variable(x)]
+    shapes: list[torch.Size] = []
+
+    def derivative(observer: tracing.Observer, *tensors: Tensor) -> list[Any]:
+        inputs = [t.detach().requires_grad_() for t in tensors[: len(given)]]
+        others = list(beside)
+        for position, value in zip(variable, tensors[len(given) :], strict=True):
+            others[position] = value
+        args, kwargs = unflatten(others, rest_spec)
+        here = Call(call.function, call.argnums, call.has_aux, _merged(call, args), kwargs)
+        with modes.recording(), nested(), observer:
+            output, _ = here.run(unflatten(inputs, input_spec))
+        outputs = check_leaves(
+            flatten(output)[0], lambda p: leaf_names("output", output)[p], "output", BESIDE
+        )
+        shapes[:] = [o.shape for o in outputs]
+        live = [o for o in outputs if o.requires_grad]
+        seeds = [torch.zeros(o.shape, dtype=o.dtype, device=o.device) for o in live]
+        with modes.passes(live), tracing.numbered(_nodes(live)):
+            gradients = backward(live, seeds, inputs) if live else [None] * len(inputs)
+        found = iter(seeds)
+        return [*(next(found) if o.requires_grad else None for o in outputs), *gradients]
+
+    with modes.recording():
+        tensors = [
+            modes.usable_in_graph(t).detach() for t in (*given, *(beside[i] for i in variable))
+        ]
+    with restored(call):
+        module, lines = _traced(derivative, tensors, True, keep)
+    return _derivative(module, shapes, [t.shape for t in given], "global", lines)
+
+
+def trace_graph(program: Program, keep: Collection[Any]) -> Derivative:
+    """Traces the backward pass of a graph that exists, by running it once.
+
+    Tensors that the graph saved are constants, so the result holds for this evaluation only.
+
+    Raises:
+        CaptureRefused: The backward pass cannot be traced.
+    """
+    nest = program.nest
+    nodes = _nodes(program.outputs)
+
+    def derivative(_: tracing.Observer, *seeds: Tensor) -> list[Any]:
+        with modes.passes(seeds), modes.recording(), tracing.numbered(nodes):
+            gradients = backward(program.outputs, seeds, program.inputs) if seeds else []
+        live = dict(zip(nest.live_outputs, seeds, strict=True))
+        found = dict(zip(nest.live_inputs, gradients, strict=False))
+        return [
+            *(live.get(i) for i in range(len(nest.outputs))),
+            *(found.get(i) for i in range(len(nest.inputs))),
+        ]
+
+    seeds = [torch.zeros_like(o, memory_format=torch.contiguous_format) for o in program.outputs]
+    module, _ = _traced(derivative, [s.detach() for s in seeds], False, keep)
+    shapes = [o.shape for o in nest.outputs], [x.shape for x in nest.inputs]
+    return _derivative(module, *shapes, "local", _lines(nodes))
+
+
+def _traced(
+    derivative: Any, tensors: Sequence[Tensor], fake: bool, keep: Collection[Any]
+) -> tuple[fx.GraphModule, dict[int, str]]:
+    try:
+        with modes.recording(), modes.random_state_kept(tensors):
+            module, lines = tracing.trace(derivative, tensors, fake=fake, keep=keep)
+    except TorchjacError:
+        raise
+    except tracing.DATA_DEPENDENT as dependent:
+        raise CaptureRefused(
+            "what the function does depends on the values of its input (an `if` on a tensor, "
+            ".item(), a boolean mask as an index, nonzero)",
+        ) from dependent
+    except tracing.UNSUPPORTED as unsupported:
+        raise CaptureRefused(f"an operation cannot be traced: {unsupported}") from unsupported
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError) as other:
+        first = str(other).strip().split("\n", 1)[0]
+        raise CaptureRefused(f"it cannot be traced: {type(other).__name__}: {first}") from other
+    reason = tracing.unreadable(module)
+    if reason is not None:
+        raise CaptureRefused(reason)
+    return module, lines
+
+
+def _derivative(
+    module: fx.GraphModule,
+    rows: Sequence[torch.Size],
+    columns: Sequence[torch.Size],
+    scope: Scope,
+    lines: dict[int, str],
+) -> Derivative:
+    (end,) = (node for node in module.graph.nodes if node.op == "output")
+    leaves = list(end.args[0])
+    return Derivative(
+        module,
+        tuple(leaves[: len(rows)]),
+        tuple(leaves[len(rows) :]),
+        tuple(rows),
+        tuple(columns),
+        scope,
+        lines,
+    )
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _without(call: Call) -> tuple[Any, ...]:
+    """Arguments that are not differentiated; None in the place of the others."""
+    taken = set(call.positions())
+    return tuple(None if i in taken else a for i, a in enumerate(call.args))
+
+
+def _merged(call: Call, others: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All arguments again: `Call.run` puts the differentiated ones in their places."""
+    taken = set(call.positions())
+    return tuple(call.args[i] if i in taken else a for i, a in enumerate(others))
+
+
+def _nodes(outputs: Sequence[Tensor]) -> list[Any]:
+    """Every autograd node behind some outputs."""
+    nodes = list(dict.fromkeys(gradient_node(o) for o in outputs))
+    seen = set(nodes)
+    for node in nodes:  # grows while it is walked
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                nodes.append(child)
+    return nodes
+
+
+def _lines(nodes: Sequence[Any]) -> dict[int, str]:
+    """The line that anomaly mode noted, or the name of the node, by sequence number."""
+    return {sequence_number(node): _line_of(node.metadata) or node.name() for node in nodes}
+
+
+def _line_of(metadata: dict[str, Any]) -> str | None:
+    """The user's line out of the stack that `torch.autograd.detect_anomaly` leaves."""
+    for entry in reversed(metadata.get("traceback_", [])):
+        first = entry.strip().split("\n", 1)[0]
+        if first.startswith("File ") and "/torch/" not in first:
+            file, line = first.split('"')[1], first.split("line ")[1].split(",")[0]
+            return f"{file}:{line}"
+    return None

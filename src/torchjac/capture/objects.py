@@ -1,0 +1,251 @@
+"""Watching objects of a user's classes, the classes themselves, and `nn.Module`s."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchjac._torch.state import GLOBAL_HOOKS, SAVING_HOOKS
+from torchjac.capture.code import CodeWatcher, identical
+from torchjac.capture.exact import NotUnderstood, shown
+from torchjac.capture.reads import computed, is_trusted
+from torchjac.capture.watch import Check, Mismatch, Policy, Seen, What
+
+# Names in a class that no derivative depends on.
+_NOT_READ = frozenset(
+    {
+        "__abstractmethods__",
+        "__annotations__",
+        "__copy__",
+        "__dataclass_fields__",
+        "__dataclass_params__",
+        "__deepcopy__",
+        "__del__",
+        "__dict__",
+        "__doc__",
+        "__firstlineno__",
+        "__getstate__",
+        "__init_subclass__",
+        "__match_args__",
+        "__module__",
+        "__orig_bases__",
+        "__parameters__",
+        "__qualname__",
+        "__reduce__",
+        "__reduce_ex__",
+        "__repr__",
+        "__setstate__",
+        "__static_attributes__",
+        "__str__",
+        "__weakref__",
+        "_abc_impl",
+        "_backward_cls",
+    }
+)
+_MAKING = frozenset({"__init__", "__new__", "__post_init__"})
+_MEMBERS = ("_parameters", "_buffers", "_modules")
+_OF_MODULES = frozenset(vars(nn.Module())) - SAVING_HOOKS - set(_MEMBERS)
+
+
+class ObjectWatcher(CodeWatcher):
+    """Builds checks of everything that a function can read, objects included.
+
+    Attributes:
+        modules: Whether an `nn.Module` was met.
+    """
+
+    def __init__(self, policy: Policy, names: frozenset[str]):
+        super().__init__(policy, names)
+        self.modules = False
+        self._computed = computed(names)
+        self._buffers: set[int] = set()
+        self.kinds += [(type, self._class), (nn.Module, self._network), (object, self._object)]
+
+    def tensor(self, value: torch.Tensor, path: str, what: What) -> Check:
+        """As for any tensor; the policy says what matters of a buffer."""
+        buffer = id(value) in self._buffers
+        return super().tensor(value, path, self.policy.buffers if buffer else what)
+
+    def global_hooks(self) -> Check:
+        """A check of the hooks that run for every module."""
+        inner = self.value(list(GLOBAL_HOOKS), "global module hooks")
+        return lambda _, seen: inner(list(GLOBAL_HOOKS), seen)
+
+    def _class(self, value: type, path: str) -> Check:
+        """A class: its own namespace, and those of its bases, if they are a user's."""
+        self.found.add(_making(value))
+        return self.class_of_instances(value, path)
+
+    def class_of_instances(self, value: type, path: str) -> Check:
+        """A class that objects are of: what code reads of it, and of its bases."""
+        own = [c for c in value.__mro__ if not is_trusted(c.__module__)]
+        if not own:
+            return identical(value, path)
+        if not is_trusted(type(value).__module__):
+            raise NotUnderstood(f"{path} has a metaclass of its own, {type(value).__name__}")
+        made = _making(value) in self.names or not self.names.isdisjoint({"type", "__class__"})
+        foreign = [c for c in value.__mro__ if is_trusted(c.__module__) and c is not object]
+        wanted = functools.partial(_is_read, self.names, self._computed, made, foreign)
+        spaces = [self.attributes(dict(vars(c)), f"{c.__name__}", wanted) for c in own]
+        expected: Any = weakref.ref(value)
+
+        def check(new: Any, seen: Seen) -> Mismatch | None:
+            if new is not expected():
+                return Mismatch(f"{path} is another class now: {shown(new)}")
+            mine = [c for c in new.__mro__ if not is_trusted(c.__module__)]
+            if len(mine) != len(spaces):
+                return Mismatch(f"the bases of {path} changed")
+            for c, inner in zip(mine, spaces, strict=True):
+                mismatch = inner(vars(c), seen)
+                if mismatch is not None:
+                    return mismatch
+            return None
+
+        return check
+
+    def instance(self, value: Any, path: str) -> Check:
+        """Class, attributes and slots of an object."""
+        cls = type(value)
+        _refuse_magic(cls, path)
+        kind = self.remember(cls, f"the class of {path}", self.class_of_instances)
+        slots = [name for c in cls.__mro__ for name in _slots(c)]
+        held = {n: getattr(value, n) for n in slots if hasattr(value, n)}
+        state = self.attributes(held, path) if slots else None
+        space = (
+            self.attributes(vars(value), path, self._read_of(cls)) if _has_space(value) else None
+        )
+
+        def check(new: Any, seen: Seen) -> Mismatch | None:
+            mismatch = kind(type(new), seen)
+            if mismatch is not None:
+                return mismatch
+            if state is not None:
+                now = {n: getattr(new, n) for n in slots if hasattr(new, n)}
+                mismatch = state(now, seen)
+                if mismatch is not None:
+                    return mismatch
+            return space(vars(new), seen) if space is not None else None
+
+        return check
+
+    def _object(self, value: Any, path: str) -> Check:
+        cls = type(value)
+        if cls is object or cls.__module__ in _CONSTANT_MODULES:
+            return identical(value, path)
+        if f"{cls.__module__}.{cls.__qualname__}" in _INERT:
+            same = self.same_class(value, path)
+            return lambda new, seen: same(new)
+        if not _is_plain(value):
+            raise NotUnderstood(
+                f"{path} is an object of type {cls.__module__}.{cls.__qualname__}, of which it "
+                f"cannot be seen whether it changes"
+            )
+        return self.instance(value, path)
+
+    def _read_of(self, cls: type) -> Callable[[str], bool]:
+        """Which attributes of an object are read: those that code names."""
+        bases = [c for c in cls.__mro__ if is_trusted(c.__module__)]
+        if self._computed or any(c not in (object, nn.Module) for c in bases):
+            return lambda name: name not in SAVING_HOOKS
+        names, network = self.names, nn.Module in bases
+        return lambda name: (
+            name in names or (network and hasattr(nn.Module, name) and name not in SAVING_HOOKS)
+        )
+
+    def _network(self, value: nn.Module, path: str) -> Check:
+        """A module: hooks, training flag, parameters, buffers, submodules, and its attributes."""
+        self.modules = True
+        _refuse_magic(type(value), path)
+        if not _is_plain(value):
+            raise NotUnderstood(f"{path} is a module that is not written in Python")
+        self._buffers |= {id(b) for b in value._buffers.values() if b is not None}
+        kind = self.remember(type(value), f"the class of {path}", self.class_of_instances)
+        read = self._read_of(type(value))
+        space = self.attributes(
+            vars(value), path, lambda n: n in _OF_MODULES or (n not in _MEMBERS and read(n))
+        )
+        self.alive += [vars(value)[name] for name in _MEMBERS]
+        members = [self.attributes(vars(value)[name], path) for name in _MEMBERS]
+
+        def check(new: Any, seen: Seen) -> Mismatch | None:
+            mismatch = kind(type(new), seen)
+            if mismatch is not None:
+                return mismatch
+            now = vars(new)
+            mismatch = space(now, seen)
+            if mismatch is not None:
+                return mismatch
+            for name, inner in zip(_MEMBERS, members, strict=True):
+                mismatch = inner(now[name], seen)
+                if mismatch is not None:
+                    return mismatch
+            return None
+
+        return check
+
+
+_CONSTANT_MODULES = frozenset({"torch._ops", "typing"})
+# Objects whose state no derivative depends on.
+_INERT = frozenset(
+    {
+        "_thread.RLock",
+        "_thread.lock",
+        "logging.Logger",
+        "logging.RootLogger",
+        "torchjac.capture.cache.CaptureCache",
+        "torchjac.remembered.Remembered",
+    }
+)
+
+
+def _is_read(
+    names: frozenset[str], everything: bool, made: bool, foreign: list[type], name: str
+) -> bool:
+    """Whether an entry of a class is read: by name, by Python itself, or by code of a base."""
+    if name in _NOT_READ or (name in _MAKING and not made):
+        return False
+    special = name.startswith("__") and name.endswith("__")
+    return everything or special or name in names or any(hasattr(c, name) for c in foreign)
+
+
+def _making(cls: type) -> str:
+    """Stands among the names of code for: the class itself may be called."""
+    return f"new {cls.__module__}.{cls.__qualname__}"
+
+
+def _refuse_magic(cls: type, path: str) -> None:
+    for c in cls.__mro__:
+        if c in (object, nn.Module):
+            continue
+        found = [vars(c)[n] for n in ("__getattr__", "__getattribute__") if n in vars(c)]
+        if any(not isinstance(method, types.WrapperDescriptorType) for method in found):
+            raise NotUnderstood(f"{path} computes its attributes ({c.__name__}.__getattr__)")
+
+
+def _slots(cls: type) -> Iterable[str]:
+    slots = vars(cls).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return [
+        f"_{cls.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n
+        for n in names
+        if n not in ("__dict__", "__weakref__")
+    ]
+
+
+def _has_space(value: Any) -> bool:
+    return hasattr(value, "__dict__")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether all state of an object is in attributes and slots: none is hidden in C."""
+    cls = type(value)
+    slots = [name for c in cls.__mro__ for name in _slots(c)]
+    declared = any("__slots__" in vars(c) for c in cls.__mro__)
+    largest = object.__basicsize__ + 8 * (len(slots) + 2)  # with a dictionary and weak references
+    return (_has_space(value) or declared) and cls.__basicsize__ <= largest

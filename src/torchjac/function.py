@@ -1,0 +1,175 @@
+"""The Jacobian of a function, as an object: callable, reusable, inspectable."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from torchjac._torch.vmap import inside_transform
+from torchjac.capture import Call, Program, capture_function, differentiating
+from torchjac.capture.function import Argnums, check_argnums, detached
+from torchjac.errors import (
+    ArgumentError,
+    LocalPatternWarning,
+    UnusedInputError,
+    UnusedInputWarning,
+)
+from torchjac.explain import Record, last_run
+from torchjac.layout import Arranged, Layout, check_layout, converted, torch_layout
+from torchjac.plan.memory import check_budget
+from torchjac.remembered import Remembered
+from torchjac.solve import Request, solve
+from torchjac.sparsity import with_pattern
+from torchjac.structure.detect import pattern_of_function
+from torchjac.structure.pattern import Pattern
+from torchjac.transform import delegate
+from torchjac.unused import unused_in_function
+
+
+class Jacobian:
+    """The Jacobian of a function: callable, reusable, inspectable. Made by `torchjac.jacobian`."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        argnums: Argnums = 0,
+        *,
+        has_aux: bool = False,
+        batched: bool = False,
+        strict: bool = False,
+        create_graph: bool = False,
+        layout: Layout = torch.strided,
+        pattern: Any = None,
+        memory_budget: int | None = None,
+        entry: str = "jacobian",
+    ):
+        if not callable(function):
+            raise ArgumentError(
+                f"torchjac: {entry} takes a function, got {type(function).__name__}. For tensors "
+                f"that are already computed use torchjac.jac(outputs, inputs)."
+            )
+        check_layout(layout, create_graph, pattern)
+        check_argnums(argnums)
+        self._function = function
+        self._argnums = argnums
+        self._has_aux = has_aux
+        self._batched = batched
+        self._strict = strict
+        self._create_graph = create_graph
+        self._layout = layout
+        self._given = pattern
+        self._remembered = Remembered()
+        self._memory_budget = check_budget(memory_budget)
+        self._entry = entry
+        self._identity = object()  # unlike id(self), never another Jacobian's
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The Jacobian at these arguments; `(J, aux)` with `has_aux=True`."""
+        value, jacobian = self._evaluate(args, kwargs, replayable=not self._has_aux)
+        return (jacobian, value[1]) if self._has_aux else jacobian
+
+    def value_and(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """`(f(x), J)` from one forward pass; `((output, aux), J)` with `has_aux=True`."""
+        return self._evaluate(args, kwargs, replayable=False)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Record:
+        """Computes the Jacobian once and tells how: engine, mode, passes, chunk, time, refusals."""
+        self._evaluate(args, kwargs, replayable=not self._has_aux)
+        record = last_run()
+        assert record is not None, "every evaluation leaves a record"
+        return record
+
+    def pattern(self, *args: Any, **kwargs: Any) -> Pattern:
+        """The sparsity pattern, valid for every input of the shapes of these arguments.
+
+        The derivative that PyTorch would run is traced without values and read operation by
+        operation. Floating-point arguments may take any value; integer and bool arguments, and
+        tensors that the function reads from elsewhere, count as they are now. Where shapes or
+        control flow depend on values the pattern is that of these values, and says so.
+
+        Returns:
+            A `Pattern`; print it, or see its `blame` for the operations that made it dense.
+
+        Raises:
+            CaptureRefused: The derivative cannot be traced.
+        """
+        call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
+        found = pattern_of_function(call)
+        if found.scope == "local":
+            warnings.warn(
+                f"torchjac: the pattern holds for these values only, because {found.reason}.",
+                LocalPatternWarning,
+                stacklevel=2,
+            )
+        return found
+
+    def spy(self, *args: Any, path: str | Path | None = None, **kwargs: Any) -> Any:
+        """Plots the pattern at these arguments; see `Pattern.spy`."""
+        return self.pattern(*args, **kwargs).spy(path)
+
+    def __repr__(self) -> str:
+        """Names the function and what is differentiated."""
+        name = getattr(self._function, "__qualname__", repr(self._function))
+        return f"torchjac.{self._entry}({name}, argnums={self._argnums})"
+
+    def _evaluate(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], replayable: bool
+    ) -> tuple[Any, Any]:
+        """What f returned, and the Jacobian; `replayable` says whether f may run once more."""
+        call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
+        if inside_transform() or torch.compiler.is_compiling() or call.traced():
+            return delegate(call, self._batched, torch_layout(self._layout), self._entry)
+        create_graph = self._create_graph or differentiating()
+        check_layout(self._layout, create_graph, self._given)
+        # A module in training mode keeps statistics and counters: it must run once a call.
+        stateful = isinstance(self._function, torch.nn.Module) and self._function.training
+        replayable = replayable and not stateful
+        program, returned = capture_function(
+            call, batched=self._batched, create_graph=create_graph, replayable=replayable
+        )
+        layout = torch_layout(self._layout)
+        request = Request(self._entry, layout, self._memory_budget, self._identity)
+        if layout is not torch.strided:
+            find = functools.partial(self._remembered.pattern, call, program)
+            request = with_pattern(request, program, self._given, find)
+        elif self._batched and program.outputs:
+            request = replace(request, independent=self._remembered.independent(call))
+        started = perf_counter()
+        arranged = solve(program, request)
+        self._remembered.spent(perf_counter() - started)
+        self._report_unused(program, arranged)
+        value = converted(arranged.value, self._layout)
+        return (returned if create_graph else detached(returned)), value
+
+    def _report_unused(self, program: Program, arranged: Arranged) -> None:
+        if not arranged.unused:
+            return
+        if self._strict:
+            raise UnusedInputError(unused_in_function(program, arranged.unused))
+        # The derivative of a Jacobian that is constant is zero without anything being amiss; the
+        # inner Jacobian has spoken if the input itself is unused.
+        if not isinstance(self._function, Jacobian) and self._entry != "hessian":
+            warnings.warn(
+                unused_in_function(program, arranged.unused), UnusedInputWarning, stacklevel=4
+            )
+
+
+class Hessian(Jacobian):
+    """The Hessian of a function: the Jacobian of a gradient, whose value is the function's."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The Hessian at these arguments."""
+        return self._evaluate(args, kwargs, replayable=False)[1]
+
+    def value_and(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """`(f(x), H)` from one forward pass."""
+        (_, value), hessian = self._evaluate(args, kwargs, replayable=False)
+        return value, hessian

@@ -1,0 +1,137 @@
+"""Combine: sums, and results that take each element from one of several tensors."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchjac._torch.modes import real_values
+from torchjac.structure.maps import UNKNOWN, broadcast, diagonal, index_map, product
+from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.values import UNINITIALIZED
+
+
+@rule(
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.rsub.Scalar,
+    aten.rsub.Tensor,
+    aten.add.Scalar,
+    aten.sub.Scalar,
+)
+def add(op: Op) -> Local:
+    """`a + alpha * b`, `a - alpha * b`, `b - alpha * a`."""
+    alpha = op["alpha"]
+    alpha = 1.0 if alpha is None else float(alpha)
+    name = op.target._schema.name
+    first, second = {
+        "aten::add": (1.0, alpha),
+        "aten::sub": (1.0, -alpha),
+        "aten::rsub": (-alpha, 1.0),
+    }[name]
+    found: Local = []
+    for key, factor in (("self", first), ("other", second)):
+        operand = op[key]
+        if isinstance(operand, Operand) and operand.linear:
+            spread = broadcast(op.shape, operand.shape)
+            found.append((operand, product(diagonal(op.shape, factor), spread)))
+        elif not (operand.zero if isinstance(operand, Operand) else operand == 0):
+            raise NotLinear
+    return found
+
+
+def chosen(op: Op, *, data: tuple[str, ...]) -> Local:
+    """The operation run on one operand at a time, zeros in the place of the others.
+
+    Args:
+        op: An operation that only moves elements of its data operands.
+        data: Names of those operands (tensors, or a list of them).
+    """
+    operands = [o for name in data for o in _listed(op[name])]
+    if any(o.linear and o not in operands for o in op.linear):
+        raise NotLinear
+    if any(not o.linear and not vanishes(o) for o in operands):
+        raise NotLinear
+    rest = {a.name: _plain(op[a.name]) for a in op.target._schema.arguments if a.name not in data}
+    if any(v is None and isinstance(op[k], Operand) for k, v in rest.items()):
+        raise LookupError("an index depends on the input")
+
+    def run_on(which: Operand, t: Tensor) -> Tensor:
+        def filled(o: Any) -> Any:
+            if o is which:
+                return t
+            return torch.zeros((), dtype=t.dtype).expand(o.shape) if isinstance(o, Operand) else o
+
+        given = {
+            name: [filled(o) for o in op[name]] if isinstance(op[name], list) else filled(op[name])
+            for name in data
+        }
+        with real_values():
+            made: Tensor = op.target(**given, **rest)
+        return made
+
+    return [
+        (o, index_map(partial(run_on, o), op.shape, o.shape, True)) for o in operands if o.linear
+    ]
+
+
+@rule(aten.cat.default, aten.stack.default, aten.block_diag.default)
+def cat(op: Op) -> Local:
+    """Tensors side by side (zeros around them, on a diagonal)."""
+    return chosen(op, data=("tensors",))
+
+
+@rule(aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)
+def scattered_view(op: Op) -> Local:
+    """A tensor with part of it replaced by another."""
+    return chosen(op, data=("self", "src"))
+
+
+@rule(aten.copy.default)
+def copy(op: Op) -> Local:
+    """Every element replaced by those of another tensor."""
+    source = op["src"]
+    if not source.linear:
+        if source.zero:
+            return []
+        raise NotLinear
+    return [(source, broadcast(op.shape, source.shape))]
+
+
+@rule(aten.lerp.Scalar, aten.lerp.Tensor)
+def lerp(op: Op) -> Local:
+    """`a + w (b - a)`."""
+    weight = op["weight"]
+    if isinstance(weight, Operand) and weight.linear:
+        raise NotLinear
+    known = isinstance(weight, (int, float))
+    found: Local = []
+    for name, factor in (
+        ("self", 1 - weight if known else UNKNOWN),
+        ("end", float(weight) if known else UNKNOWN),
+    ):
+        operand = op[name]
+        if operand.linear:
+            spread = broadcast(op.shape, operand.shape)
+            found.append((operand, product(diagonal(op.shape, float(factor)), spread)))
+        elif not operand.zero:
+            raise NotLinear
+    return found
+
+
+def vanishes(operand: Operand) -> bool:
+    """Whether an operand that is not linear adds nothing: it is zero, or nobody may read it."""
+    return operand.zero or operand.node.target in UNINITIALIZED
+
+
+def _listed(value: Any) -> list[Operand]:
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Operand)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value.constant if isinstance(value, Operand) else value

@@ -1,0 +1,163 @@
+"""The registry of rules: one signature, one entry an operation.
+
+A rule takes an `Op` (one node of the linear graph) and says how its result depends on each operand
+that is linear in the cotangent: a list of `(operand, map)`; for an operation with several results
+a tuple of such lists. Everything a rule needs to know of its node it asks of the `Op`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from torchjac._torch.tracing import OpOverload
+from torchjac.structure.maps import LinearMap, Shape
+from torchjac.structure.values import Values
+
+
+class NotLinear(Exception):
+    """The result of an operation need not be zero where the cotangent is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operand:
+    """A tensor argument of an operation.
+
+    Attributes:
+        node: The node that makes it.
+        shape: Its shape.
+        linear: Whether it depends on the cotangent.
+    """
+
+    node: fx.Node
+    shape: Shape
+    linear: bool
+    _values: Values = field(repr=False)
+
+    @property
+    def factors(self) -> Tensor:
+        """Float64 numbers of its shape; NaN where they are not known. Not for linear operands."""
+        return self._values.factors(self.node)
+
+    @property
+    def constant(self) -> Any:
+        """Its value if that is the same for every input, else None."""
+        return None if self.linear else self._values.constant(self.node)
+
+    @property
+    def zero(self) -> bool:
+        """Whether it is known to be zero everywhere."""
+        return not self.linear and self._values.is_zero(self.node)
+
+
+Local = list[tuple[Operand, LinearMap]]
+Rule = Callable[["Op"], Local | tuple[Local, ...]]
+
+
+class Op:
+    """One node of the linear graph, as rules see it: arguments by their names in the schema."""
+
+    def __init__(self, node: fx.Node, linear: set[fx.Node], values: Values):
+        """Binds the arguments of a node."""
+        self.node = node
+        self.target = cast(Any, node.target)
+        self._linear = linear
+        self._values = values
+        self._arguments: dict[str, Any] = {}
+        for position, argument in enumerate(self.target._schema.arguments):
+            if position < len(node.args):
+                value = node.args[position]
+            elif argument.name in node.kwargs:
+                value = node.kwargs[argument.name]
+            else:
+                value = argument.default_value if argument.has_default_value() else None
+            self._arguments[argument.name] = self._wrapped(value)
+
+    def __getitem__(self, name: str) -> Any:
+        """An argument: an `Operand` (or a list of them) for tensors, else the Python value."""
+        return self._arguments[name]
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the (first) result."""
+        value = self.node.meta["val"]
+        first = value[0] if isinstance(value, (tuple, list)) else value
+        return tuple(first.shape)
+
+    @property
+    def operands(self) -> list[Operand]:
+        """Every tensor argument, in order."""
+        found: list[Operand] = []
+        for value in self._arguments.values():
+            for part in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(part, Operand):
+                    found.append(part)
+        return found
+
+    @property
+    def linear(self) -> list[Operand]:
+        """The operands that depend on the cotangent."""
+        return [o for o in self.operands if o.linear]
+
+    def only(self, name: str) -> Operand:
+        """The one linear operand, which must be this one.
+
+        Raises:
+            NotLinear: Another operand depends on the cotangent as well.
+        """
+        if any(o is not self[name] for o in self.linear):
+            raise NotLinear
+        operand: Operand = self[name]
+        return operand
+
+    def constants(self) -> dict[str, Any] | None:
+        """All arguments with values for tensors, linear ones left out; None if one is unknown."""
+        found: dict[str, Any] = {}
+        for name, value in self._arguments.items():
+            if isinstance(value, Operand):
+                if not value.linear:
+                    found[name] = value.constant
+                    if found[name] is None:
+                        return None
+            elif isinstance(value, list):
+                return None
+            else:
+                found[name] = value
+        return found
+
+    def _wrapped(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            made = value.meta.get("val")
+            if isinstance(made, Tensor):
+                return Operand(value, tuple(made.shape), value in self._linear, self._values)
+            return value
+        if isinstance(value, (list, tuple)):
+            return [self._wrapped(v) for v in value]
+        return value
+
+
+RULES: dict[OpOverload, Rule] = {}
+
+
+def rule(*operations: OpOverload) -> Callable[[Rule], Rule]:
+    """Registers a rule for operations.
+
+    Raises:
+        ValueError: An operation has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for operation in operations:
+            if operation in RULES:
+                raise ValueError(f"{operation} has a rule already: {RULES[operation].__name__}")
+            RULES[operation] = function
+        return function
+
+    return register
+
+
+aten = torch.ops.aten

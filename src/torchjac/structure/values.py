@@ -1,0 +1,262 @@
+"""What is known of the values that are not linear in the cotangent, before the program runs.
+
+A value is float64 numbers: NaN where it depends on the input, the number itself where it is the
+same whatever the input is. Zeros that are certain (a mask, the zeros of `diag_embed(x)`) are what
+makes patterns sharp.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from torchjac._torch import tracing
+from torchjac._torch.modes import real_values
+from torchjac.capture.derivative import Derivative
+from torchjac.structure.maps import UNKNOWN, times
+
+aten = torch.ops.aten
+
+
+class Values:
+    """Values of the nodes of one derivative, found when they are asked for."""
+
+    def __init__(self, derivative: Derivative, linear: set[fx.Node]):
+        """Begins with nothing but the constants that the graph reads.
+
+        Args:
+            derivative: The traced backward pass.
+            linear: Nodes that depend on the cotangent.
+        """
+        self._module = derivative.module
+        self._local = derivative.scope == "local"
+        self._linear = linear
+        self._constants: dict[fx.Node, Any] = {}
+        self._saved: dict[fx.Node, bool] = {}
+        self._known: dict[fx.Node, Tensor] = {}
+
+    def constant(self, node: Any) -> Any:
+        """The value of a node that is the same whatever the input is, or None.
+
+        On a graph that exists, every value is: the pattern holds for that evaluation.
+        """
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in self._constants:
+            self._constants[node] = self._evaluated(node)
+        return self._constants[node]
+
+    def factors(self, node: fx.Node) -> Tensor:
+        """Float64 numbers of the node's shape; NaN where they are not known."""
+        if node not in self._known:
+            self._known[node] = self._looked_at(node)
+        return self._known[node]
+
+    def is_zero(self, node: Any) -> bool:
+        """Whether a value is known to be zero everywhere."""
+        if not isinstance(node, fx.Node):
+            return not isinstance(node, Tensor) and node == 0
+        if node in self._linear:
+            return False
+        return not bool(self.factors(node).any())
+
+    def _evaluated(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            value: Any = self._module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            if not isinstance(value, Tensor) or (is_parameter(value) and not self._local):
+                return None  # training changes its values, and the pattern must hold for all
+            return value.detach()
+        if node.op != "call_function":
+            return None
+        if node.target in SHAPE_ONLY:
+            return self._filled(node)
+        if node in self._linear or tracing.is_random(node.target):
+            return None
+        if node.target in UNINITIALIZED:
+            return None
+        if any(self.constant(a) is None for a in node.all_input_nodes):
+            return None
+        operation: Any = node.target
+        if not isinstance(operation, tracing.OpOverload) and operation is not operator.getitem:
+            return None
+        args, kwargs = mapped(node, self.constant)
+        with real_values():
+            return operation(*args, **kwargs)
+
+    def _filled(self, node: fx.Node) -> Tensor | None:
+        """zeros_like and its kin look only at the shape of their argument."""
+        like = node.meta["val"]
+        fill: Any = SHAPE_ONLY[node.target]
+        if fill is None:
+            position = 2 if node.target is aten.new_full.default else 1
+            fill = node.args[position]
+        if isinstance(fill, fx.Node):
+            return None
+        value = torch.tensor(fill, dtype=like.dtype, device=like.device)
+        return value.expand(tuple(like.shape))
+
+    def _looked_at(self, node: fx.Node) -> Tensor:
+        shape = tuple(node.meta["val"].shape)
+        value = self.constant(node)
+        if isinstance(value, Tensor) and not value.is_complex():
+            found: Tensor = value.to(torch.float64)
+            if self._local and self._is_saved(node):
+                # Saved by the graph: which of these numbers belong to the input is not known.
+                found = torch.where(found == 0, found, UNKNOWN)
+            return found.cpu()
+        part = PARTIAL.get(node.target)
+        if part is not None and node.op == "call_function" and node not in self._linear:
+            found = part(self, node)
+            assert isinstance(found, Tensor)
+            return found
+        return unknown(shape)
+
+    def _is_saved(self, node: fx.Node) -> bool:
+        """Whether a floating-point tensor that the graph saved is among what it is made of."""
+        if node not in self._saved:
+            value = node.meta.get("val")
+            if node.op == "get_attr":
+                self._saved[node] = isinstance(value, Tensor) and value.is_floating_point()
+            else:
+                self._saved[node] = any(map(self._is_saved, node.all_input_nodes))
+        return self._saved[node]
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor that a function reads is there to be trained."""
+    return tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
+
+
+def mapped(node: fx.Node, function: Callable[[fx.Node], Any]) -> tuple[Any, Any]:
+    """Arguments of a node with values in the place of nodes."""
+    args: Any = fx.map_arg(node.args, function)
+    kwargs: Any = fx.map_arg(node.kwargs, function)
+    return args, kwargs
+
+
+def unknown(shape: tuple[int, ...]) -> Tensor:
+    """Factors of which nothing is known; costs no memory."""
+    return torch.tensor(UNKNOWN, dtype=torch.float64).expand(shape)
+
+
+# Operations that read the shape of their argument only, and what they fill the result with.
+SHAPE_ONLY: dict[Any, float | None] = {
+    aten.zeros_like.default: 0.0,
+    aten.new_zeros.default: 0.0,
+    aten.ones_like.default: 1.0,
+    aten.new_ones.default: 1.0,
+    aten.full_like.default: None,
+    aten.new_full.default: None,
+}
+UNINITIALIZED = frozenset(
+    {
+        aten.empty.memory_format,
+        aten.empty_strided.default,
+        aten.empty_like.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+        aten.empty_permuted.default,
+    }
+)
+
+
+def _moved(values: Values, node: fx.Node) -> Tensor:
+    """Movement of elements: run on what is known of each."""
+
+    def look(argument: fx.Node) -> Any:
+        kind = argument.meta["val"].dtype
+        return values.factors(argument) if kind.is_floating_point else values.constant(argument)
+
+    args, kwargs = mapped(node, look)
+    if any(a is None and b is not None for a, b in zip(args, node.args, strict=True)):
+        return unknown(tuple(node.meta["val"].shape))
+    operation: Any = node.target
+    with real_values():
+        found: Tensor = operation(*args, **kwargs)
+    return found
+
+
+def _multiplied(values: Values, node: fx.Node) -> Tensor:
+    shape = tuple(node.meta["val"].shape)
+    arguments: tuple[Any, ...] = node.args
+    found = [
+        values.factors(a).expand(shape)
+        if isinstance(a, fx.Node)
+        else torch.tensor(float(a), dtype=torch.float64).expand(shape)
+        for a in arguments[:2]
+    ]
+    product = times(found[0], found[1])
+    assert isinstance(product, Tensor)
+    return product
+
+
+def _chosen(values: Values, node: fx.Node) -> Tensor:
+    """`where`: by a condition that is known, or what both branches agree on."""
+    shape = tuple(node.meta["val"].shape)
+    arguments: tuple[Any, ...] = node.args
+    first, second = (values.factors(a).expand(shape) for a in arguments[1:3])
+    condition = values.constant(arguments[0])
+    if condition is not None:
+        return torch.where(condition.cpu(), first, second)
+    return torch.where(first == second, first, UNKNOWN)
+
+
+def _converted(values: Values, node: fx.Node) -> Tensor:
+    if not node.meta["val"].dtype.is_floating_point:
+        return unknown(tuple(node.meta["val"].shape))
+    source: Any = node.args[0]
+    return values.factors(source)
+
+
+PARTIAL: dict[Any, Any] = {
+    **dict.fromkeys(
+        [
+            aten.view.default,
+            aten._unsafe_view.default,
+            aten.reshape.default,
+            aten.t.default,
+            aten.transpose.int,
+            aten.permute.default,
+            aten.expand.default,
+            aten.unsqueeze.default,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.squeeze.default,
+            aten.slice.Tensor,
+            aten.select.int,
+            aten.diagonal.default,
+            aten.flip.default,
+            aten.roll.default,
+            aten.cat.default,
+            aten.stack.default,
+            aten.repeat.default,
+            aten.tril.default,
+            aten.triu.default,
+            aten.slice_scatter.default,
+            aten.select_scatter.default,
+            aten.diagonal_scatter.default,
+            aten.diag_embed.default,
+            aten.index.Tensor,
+            aten.neg.default,
+            aten.index_select.default,
+            aten.constant_pad_nd.default,
+        ],
+        _moved,
+    ),
+    **dict.fromkeys(
+        [aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default],
+        _converted,
+    ),
+    aten.mul.Tensor: _multiplied,
+    aten.mul.Scalar: _multiplied,
+    aten.where.self: _chosen,
+    aten.copy.default: lambda values, node: values.factors(node.args[1]).expand(
+        tuple(node.meta["val"].shape)
+    ),
+}

@@ -1,0 +1,182 @@
+"""What a function assigns while it is traced is put back."""
+
+from __future__ import annotations
+
+import collections
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from torchjac.capture import Call
+from torchjac.capture.restore import restored
+
+count = 0
+registry: dict[str, Any] = {"a": 1}
+
+
+def closure() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    last = None
+
+    def f(x: Any) -> Any:
+        nonlocal last
+        last = x
+        return x
+
+    return f, lambda: last
+
+
+def global_variable() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    def f(x: Any) -> Any:
+        global count, made_inside
+        count += 1
+        made_inside = x
+        return x
+
+    return f, lambda: (count, "made_inside" in globals())
+
+
+def global_dict() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    def f(x: Any) -> Any:
+        registry["b"] = x
+        del registry["a"]
+        return x
+
+    return f, lambda: list(registry.items())
+
+
+def attribute() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    class Model:
+        made = 0
+
+        def __init__(self) -> None:
+            self.calls, self.gone, self.parts = 0, 1, [1, {"a": [2]}]
+
+        def __call__(self, x: Any) -> Any:
+            self.calls += 1
+            self.last = x
+            self.parts[1]["a"].append(x)
+            del self.gone
+            type(self).made += 1
+            return x
+
+    model = Model()
+    return model, lambda: (sorted(vars(model)), model.calls, repr(model.parts), Model.made)
+
+
+def function_attribute() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    def f(x: Any) -> Any:
+        f.calls = x  # type: ignore[attr-defined]
+        return x
+
+    return f, lambda: dict(vars(f))
+
+
+def deque_of_a_bound_method() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    class Model:
+        def __init__(self) -> None:
+            self.seen = collections.deque([1], maxlen=2)
+
+        def f(self, x: Any) -> Any:
+            self.seen.append(x)
+            self.seen.append(x)
+            return x
+
+    model = Model()
+    return model.f, lambda: list(model.seen)
+
+
+def buffer_of_a_submodule() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(1))
+
+        def forward(self, x: Any) -> Any:
+            self.total = self.total + 1
+            self.extra = nn.Linear(1, 1)
+            return x
+
+    net = nn.Sequential(Inner())
+    kept = net[0].total
+    return net, lambda: (net[0].total is kept, [n for n, _ in net.named_modules()])
+
+
+def beside_what_is_not_understood() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    class Model:
+        def __init__(self) -> None:
+            self.stream, self.last = sys.stdout, None
+
+        def __call__(self, x: Any) -> Any:
+            self.stream.flush()
+            self.last = x
+            return x
+
+    model = Model()
+    return model, lambda: model.last
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        attribute,
+        beside_what_is_not_understood,
+        buffer_of_a_submodule,
+        closure,
+        deque_of_a_bound_method,
+        function_attribute,
+        global_dict,
+        global_variable,
+    ],
+    ids=lambda c: c.__name__,
+)
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+def test_is_as_it_was(case: Callable[[], Any], fails: bool) -> None:
+    f, state = case()
+    before = state()
+    x = torch.ones(3)
+
+    def run() -> None:
+        with restored(Call(f, 0, False, (x,), {})):
+            f(x)
+            assert state() != before, "the case does assign"
+            if fails:
+                raise ValueError("mine")
+
+    if fails:
+        with pytest.raises(ValueError, match="mine"):
+            run()
+    else:
+        run()
+    assert state() == before
+
+
+def test_containers_stay_the_same_objects() -> None:
+    kept = [1]
+
+    def f(x: Any) -> Any:
+        kept.append(x)
+        return x
+
+    cell = f.__closure__[0]
+    with restored(Call(f, 0, False, (1,), {})):
+        f(2)
+    assert cell.cell_contents is kept
+    assert kept == [1]
+
+
+def test_arguments_are_restored() -> None:
+    batch = {"x": torch.ones(1), "log": []}
+
+    def f(b: dict[str, Any]) -> Any:
+        b["log"].append(1)
+        b["y"] = b["x"]
+        return b["x"]
+
+    with restored(Call(f, 0, False, (batch,), {})):
+        f(batch)
+    assert list(batch) == ["x", "log"]
+    assert batch["log"] == []
