@@ -31,6 +31,10 @@ _HOPELESS = 2.5
 _LONG, _CLOSE, _VERY_LONG = 0.1, 1.5, 2.0
 # Timings this close are not told apart by a few runs.
 _ALIKE = 1.15
+# Calls at which candidates that came near the fastest are measured anew: what was timed while the
+# machine was busy with something else must not decide for ever.
+_REVIEWS = frozenset({30, 300, 3000, 30_000})
+_NEAR = 2.0
 _REMEMBERED = 256
 
 _forced: ContextVar[Plan | None] = ContextVar("torchjac_forced_plan", default=None)
@@ -66,6 +70,7 @@ class Race:
         self._checked: set[Kind] = set()
         self._calls = 0
         self._again: dict[Kind, int] = {}  # call at which a refused kind is tried again
+        self._left_out: frozenset[Plan] = frozenset()  # too slow to be measured anew
 
     @property
     def settled(self) -> bool:
@@ -81,8 +86,9 @@ class Race:
         if not skipped:
             self._calls += 1
             self.forgive([p for p in self.refused if self._again.get(_kind(p)) == self._calls])
-        if self._settled is not None and not skipped:
-            return self._settled
+        settled = self._settled
+        if settled is not None and not skipped and not self._reopened():
+            return settled
         kinds = {_kind(plan) for plan in skipped}
         entrants = [p for p in self.predicted if p not in self.refused and _kind(p) not in kinds]
         if not entrants:
@@ -99,6 +105,21 @@ class Race:
         fastest = self._settle(entrants)
         self._settled = replace(fastest, checked=True)
         return fastest
+
+    def _reopened(self) -> bool:
+        """Now and then forgets the timings of candidates near the fastest, if there are several."""
+        if self._calls not in _REVIEWS:
+            return False
+        best = min((min(runs) for runs in self.measured.values()), default=0.0)
+        near = {p for p, runs in self.measured.items() if min(runs) <= _NEAR * best}
+        first = next(p for p in self.predicted if p not in self.refused)
+        near.add(first)
+        if len(near) < 2 or best > _LONG:
+            return False
+        self._left_out = frozenset(self.predicted) - near
+        self.measured = {p: runs for p, runs in self.measured.items() if p not in near}
+        self._settled = None
+        return True
 
     def _settle(self, entrants: list[Plan]) -> Plan:
         """The fastest; among those that are about as fast, the one with the best prediction."""
@@ -150,6 +171,8 @@ class Race:
 
     def _worth_running(self, plan: Plan, first: Plan) -> bool:
         """Whether a candidate may still win; `first` is the one with the best prediction."""
+        if plan in self._left_out:
+            return False
         runs = self.measured.get(plan, [])
         if len(runs) >= (_RUNS_SHORT if runs and min(runs) < _SHORT else _RUNS_LONG):
             return False

@@ -106,8 +106,10 @@ class Values:
         value = self.constant(node)
         if isinstance(value, Tensor) and not value.is_complex():
             found: Tensor = value.to(torch.float64)
-            if self._local and self._is_saved(node):
-                # Saved by the graph: which of these numbers belong to the input is not known.
+            saved = self._local and self._is_saved(node)
+            if saved or value.dtype in _HALF:
+                # Saved by the graph: which of these numbers belong to the input is not known. In
+                # half precision sums of them are rounded too coarsely for zeros to be proved.
                 found = torch.where(found == 0, found, UNKNOWN)
             return found.cpu()
         part = PARTIAL.get(node.target)
@@ -144,6 +146,8 @@ def unknown(shape: tuple[int, ...]) -> Tensor:
     """Factors of which nothing is known; costs no memory."""
     return torch.tensor(UNKNOWN, dtype=torch.float64).expand(shape)
 
+
+_HALF = frozenset({torch.float16, torch.bfloat16})
 
 # Operations that read the shape of their argument only, and what they fill the result with.
 SHAPE_ONLY: dict[Any, float | None] = {

@@ -106,16 +106,20 @@ def _mixed(out: Shape, in_: Shape, mixed: tuple[Axes, Axes] | None) -> LinearMap
     return dense(out, in_, sorted(axes[0]), sorted(axes[1]))
 
 
-@rule(
-    aten._masked_softmax_backward.default,
-    aten._softmax_backward_data.default,
-    aten._log_softmax_backward_data.default,
-)
+@rule(aten._softmax_backward_data.default, aten._masked_softmax_backward.default)
 def softmax_backward(op: Op) -> Local:
-    """All to all along the axis of the softmax (all elements, if none is named)."""
-    operand = op.only("grad_output")
+    """`y * (g - sum(y * g))`: all to all along an axis, but for what the softmax made zero."""
+    operand, y = op.only("grad_output"), diagonal(op.shape, op["output"].factors)
     axis = op["dim"]
     axes = None if axis is None or not op.shape else [axis]
+    return [(operand, product(y, dense(op.shape, operand.shape, axes, axes), y))]
+
+
+@rule(aten._log_softmax_backward_data.default)
+def log_softmax_backward(op: Op) -> Local:
+    """`g - exp(y) * sum(g)`: all to all along an axis."""
+    operand = op.only("grad_output")
+    axes = [op["dim"]] if op.shape else None
     return [(operand, dense(op.shape, operand.shape, axes, axes))]
 
 
