@@ -57,7 +57,8 @@ def evaluated(derivative: Derivative, tensors: list[Tensor]) -> Tensor:
                     return seed.view(derivative.row_shapes[position])
                 return super().run_node(node)
 
-        made = Seeded(derivative.module).run(*tensors)[len(derivative.row_shapes) :]
+        given = [*tensors, *([None] * len(derivative.cotangents))]  # seeds take these places
+        made = Seeded(derivative.module).run(*given)[len(derivative.row_shapes) :]
         parts = [
             torch.zeros(s.numel(), dtype=D) if g is None else g.reshape(-1).to(D)
             for g, s in zip(made, derivative.column_shapes, strict=True)

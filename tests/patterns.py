@@ -7,7 +7,7 @@ function runs, any other number an entry that is that number whatever the input 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -64,7 +64,11 @@ def dense_pattern(derivative: Derivative, found: Interpretation) -> np.ndarray:
 
 def numeric(f: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] = 0) -> np.ndarray:
     """The Jacobian, one plain backward pass for each element of the outputs."""
-    outputs, leaves = evaluated(f, args, argnums)
+    return numeric_of_graph(*evaluated(f, args, argnums))
+
+
+def numeric_of_graph(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> np.ndarray:
+    """As `numeric`, of a graph that exists: evaluated again, it may round another way."""
     m, n = sum(o.numel() for o in outputs), sum(x.numel() for x in leaves)
     made = np.zeros((m, n))
     first = 0

@@ -18,7 +18,6 @@ from torchjac import remembered
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proofs are tried from the second call on."""
     monkeypatch.setattr(remembered, "_PROOF", 0.0)
-    monkeypatch.setattr(remembered, "_LOADING", 0.0)
 
 
 def independence(jacobian: Any, *args: Any, calls: int = 3) -> str | None:
@@ -140,3 +139,12 @@ def test_a_function_that_changes_all_the_time_is_left_alone() -> None:
     record = torchjac.last_run()
     assert record is not None
     assert record.independence == "tested"
+
+
+def test_settled_batch_of_one_row_takes_one_pass() -> None:
+    """Nothing is evaluated beside it for a test that is not needed."""
+    jacobian = torchjac.jacobian(lambda x: (x**2).sum(-1), batched=True)
+    assert independence(jacobian, value(50, 4)) == "proved"
+    record = torchjac.last_run()
+    assert record is not None
+    assert record.passes == 1

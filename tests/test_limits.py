@@ -314,24 +314,6 @@ def test_function_runs_once_a_call(wrapped: bool) -> None:
     assert module.calls == CALLS
 
 
-@known_limit("independence is tested on every call, by a pass like that of the only row")
-def test_settled_batch_of_one_row_takes_one_pass() -> None:
-    """The sum of squares of each sample took twice the time of vmap(jacrev)."""
-    passes: list[None] = []
-
-    def f(x: Tensor) -> Tensor:
-        h = x * 1
-        h.register_hook(lambda g: passes.append(None))
-        return (h**2).sum(-1)
-
-    J = torchjac.jacobian(f, batched=True)
-    for seed in range(CALLS):
-        J(value(50, 4, seed=seed))
-    passes.clear()
-    J(value(50, 4))
-    assert len(passes) == 1
-
-
 @known_limit("a record is put together when it is asked for")
 def test_record_stays_as_it_was() -> None:
     """Later calls in another place show in the record of an earlier one."""

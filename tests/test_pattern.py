@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,17 @@ class TestEntries:
         expected = torch.func.hessian(lambda x: (x[1:] * x[:-1] ** 2).sum())(value(6)) != 0
         assert torch.equal(found.to_dense(), expected)
 
+    def test_long_recurrence(self) -> None:
+        def f(x: Tensor) -> Tensor:
+            h = x[0] * 0 + 1
+            for i in range(400):
+                h = torch.tanh(h * 0.5 + x[i % 4])
+            return h
+
+        assert torchjac.jacobian(f).pattern(value(4)).nnz == 4
+        x = value(4).requires_grad_()
+        assert torchjac.pattern(f(x), x).nnz == 4
+
     def test_millions_of_rows_cost_memory_of_their_entries(self) -> None:
         n = 10**6
         found = torchjac.jacobian(heat).pattern(torch.zeros(n, dtype=torch.float64))
@@ -111,14 +123,65 @@ class TestScope:
         assert up.reason
         assert not up.covers(down)
 
-    def test_tracing_leaves_the_users_state_alone(self) -> None:
-        norm = torch.nn.BatchNorm1d(3)
-        before = {k: v.clone() for k, v in norm.state_dict().items()}
+    def test_the_function_runs_once_and_tracing_leaves_no_trace(self) -> None:
+        """Statistics, random numbers: as after one call."""
+        norm, same_norm = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
         x = torch.rand(4, 3)
-        state = torch.random.get_rng_state()
+        torch.manual_seed(1)
+        F.dropout(same_norm(x))
+        expected = torch.random.get_rng_state()
+        torch.manual_seed(1)
         torchjac.jacobian(lambda x: F.dropout(norm(x))).pattern(x)
-        assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
-        assert torch.equal(torch.random.get_rng_state(), state)
+        assert torch.equal(torch.random.get_rng_state(), expected)
+        for name, value_ in same_norm.state_dict().items():
+            assert torch.equal(norm.state_dict()[name], value_)
+
+    def test_cached_helpers_keep_real_tensors(self) -> None:
+        @functools.cache
+        def grid(n: int) -> Tensor:
+            return torch.linspace(0, 1, n, dtype=torch.float64)
+
+        torchjac.jacobian(lambda x: x * grid(5)).pattern(value(5))
+        assert type(grid(5)) is Tensor
+        assert grid(5)[4].item() == 1
+
+    def test_data_written_behind_the_graph(self) -> None:
+        """What `.data` changes leaves no trace: such a function is not taken to be known."""
+
+        def f(x: Tensor) -> Tensor:
+            z = torch.zeros(3, dtype=x.dtype)
+            z.data = x.detach()
+            return x * z
+
+        with pytest.warns(torchjac.LocalPatternWarning, match="data"):
+            found = torchjac.jacobian(f).pattern(value(3))
+        assert found.nnz == 3
+
+        flag = torch.zeros(1, dtype=torch.float64)
+
+        def g(x: Tensor) -> Tensor:
+            flag.data.copy_(x[:1])
+            return x * 2 if flag.item() > 0 else x.flip(0)
+
+        with pytest.warns(torchjac.LocalPatternWarning):
+            assert torchjac.jacobian(g).pattern(-torch.ones(3).double()).values.max() == 1
+
+    def test_numpy_in_a_backward_is_no_zero(self) -> None:
+        class Doubled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x * 2
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                return torch.from_numpy(grad.detach().numpy() * 2)
+
+        x = value(3).requires_grad_()
+        try:
+            found = torchjac.pattern(Doubled.apply(x), x)
+        except torchjac.CaptureRefused:
+            return
+        assert found.to_dense().diagonal().all()
 
     def test_an_operation_without_a_rule_is_reported(self) -> None:
         class Odd(torch.autograd.Function):

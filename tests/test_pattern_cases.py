@@ -125,3 +125,28 @@ def test_graph_patterns_are_local() -> None:
         [False, True, False],
         [False, False, False],
     ]
+
+
+def test_rows_that_share_unknown_numbers_do_not_cancel() -> None:
+    """Both elements of a row depend on the same rows of J, but not by the same numbers."""
+
+    def f(x: Tensor) -> Tensor:
+        other = x.detach().sin()
+        return (x - x.mean(1, keepdim=True)) @ other.mT
+
+    pattern = torchjac.jacobian(f).pattern(value(3, 2))
+    want = oracle_jacobian(f)(value(3, 2)).reshape(9, 6)
+    assert pattern.scope == "global"
+    assert not (want != 0)[torch.from_numpy(pattern.to_scipy().toarray() == 0)].any()
+    assert pattern.nnz == 18
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_the_middle_cancels_nothing(dtype: torch.dtype) -> None:
+    """2049 is 2048 there."""
+
+    def f(x: Tensor) -> Tensor:
+        low = x.to(dtype)
+        return (low * 2049.0 - low * 2048.0).float() - x
+
+    assert torchjac.jacobian(f).pattern(torch.ones(3)).nnz == 3

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from opinfo_exceptions import NO_ORACLE, RESEEDED_DIFFERS, TORCH_DISAGREES
-from patterns import dense_pattern, numeric
+from patterns import dense_pattern, numeric, numeric_of_graph
 from test_opinfo import REAL, Case, cases
 from torchjac.capture import Call, capture_graph
 from torchjac.capture.derivative import Derivative, trace_function, trace_graph
@@ -66,21 +66,20 @@ def elsewhere(tensors: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
     return tuple(another(x) for x in tensors)
 
 
-def traced_graph(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Derivative:
-    """The derivative of the graph that a function records at a point."""
-    program = capture_graph(
-        function(*tensors), tensors, batched=False, retain_graph=True, create_graph=False
-    )
-    return trace_graph(program, KEEP)
+def traced_graph(
+    function: Callable[..., Any], tensors: tuple[Tensor, ...]
+) -> tuple[Derivative, np.ndarray]:
+    """The derivative of the graph that a function records at a point, and its Jacobian."""
+    outputs = function(*tensors)
+    program = capture_graph(outputs, tensors, batched=False, retain_graph=True, create_graph=False)
+    return trace_graph(program, KEEP), numeric_of_graph(outputs, tensors)
 
 
-def jacobians(
-    function: Callable[..., Any], tensors: tuple[Tensor, ...], points: int
-) -> Iterator[np.ndarray]:
+def jacobians(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Iterator[np.ndarray]:
     """Numeric Jacobians at the tensors and at other points where the function is defined."""
     argnums = tuple(range(len(tensors)))
     yield numeric(function, *tensors, argnums=argnums)
-    for k in range(points):
+    for k in range(POINTS):
         with contextlib.suppress(RuntimeError):  # not positive definite there, say
             yield numeric(function, *elsewhere(tensors, k), argnums=argnums)
 
@@ -101,10 +100,9 @@ def graph_is_sound(
 ) -> set[str]:
     """Checks the pattern of a graph that exists; gives a scope if it cannot be traced."""
     try:
-        derivative = traced_graph(function, tensors)
+        derivative, jacobian = traced_graph(function, tensors)
     except CaptureRefused:
         return {"graph refused"}
-    (jacobian,) = jacobians(function, tensors, 0)
     check(n, dense_pattern(derivative, interpret(derivative)), jacobian, single)
     return set()
 
@@ -119,19 +117,20 @@ def score(n: str) -> Entry:
         single = any(t.dtype != torch.float64 for t in [*tensors, *function(*tensors)])
         argnums = tuple(range(len(tensors)))
         plain = tuple(t.detach() for t in tensors)
+        numerics: Iterable[np.ndarray] = jacobians(function, tensors)
         try:
             try:
                 derivative = trace_function(Call(function, argnums, False, plain, {}), KEEP)
             except CaptureRefused:
-                derivative = traced_graph(function, tensors)
+                derivative, at_point = traced_graph(function, tensors)
+                numerics = [at_point]
         except CaptureRefused:
             scopes.add("refused")
             continue
         found = interpret(derivative)
         pattern = dense_pattern(derivative, found)
-        points = POINTS if derivative.scope == "global" else 0
         somewhere = np.zeros(pattern.shape, dtype=bool)
-        for jacobian in jacobians(function, tensors, points):
+        for jacobian in numerics:
             check(n, pattern, jacobian, single)
             size = np.abs(jacobian[np.isfinite(jacobian)]).max(initial=0.0)
             somewhere |= np.abs(jacobian) > 1e-12 * size  # rounding differs between machines
@@ -153,7 +152,9 @@ def score(n: str) -> Entry:
 def test_pattern_is_sound_and_as_sharp_as_it_was(n: str) -> None:
     """Both laws, and the scoreboard."""
     now, before = score(n), json.loads(SCOREBOARD.read_text())[n]
-    for key in ("detected", "scopes", "assumed"):
+    # A local pattern depends on values, and so on how this machine rounds.
+    counted = ("detected",) if now["scopes"] == ["global"] else ()
+    for key in (*counted, "scopes", "assumed"):
         assert now[key] == before[key], f"{key} was {before[key]} and is {now[key]}: see the top"
     assert now["detected"] >= now["seen"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -119,10 +120,90 @@ def beside_what_is_not_understood() -> tuple[Callable[[Any], Any], Callable[[], 
     return model, lambda: model.last
 
 
+class Slotted:
+    __slots__ = ("__own", "gone", "last", "made")
+
+    def __init__(self) -> None:
+        self.last, self.gone, self.__own = None, 1, 2
+
+    def __setattr__(self, name: str, value: object) -> None:
+        assert not hasattr(self, "made"), "not to be called while things are put back"
+        object.__setattr__(self, name, value)
+
+    def __call__(self, x: Any) -> Any:
+        self.last, self.__own = x, x
+        del self.gone
+        self.made = x
+        return x
+
+    def state(self) -> Any:
+        return self.last, self.__own, hasattr(self, "gone"), hasattr(self, "made")
+
+
+def slots() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    model = Slotted()
+    return model, model.state
+
+
+def attributes_of_containers() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    class Items(list):  # type: ignore[type-arg]
+        last = None
+
+        def extend(self, values: Any) -> None:
+            raise AssertionError("not to be called while things are put back")
+
+    class Table(dict):  # type: ignore[type-arg]
+        last = None
+
+    items, table = Items([1]), Table(a=1)
+
+    def f(x: Any) -> Any:
+        items.last = table.last = x
+        items.append(x)
+        table["b"] = x
+        return x
+
+    return f, lambda: (list(items), items.last, dict(table), table.last)
+
+
+def ordered() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    held = collections.OrderedDict(a=1, b=2)
+
+    def f(x: Any) -> Any:
+        held.move_to_end("a")
+        held["c"] = x
+        return x
+
+    return f, lambda: list(held.items())
+
+
+def a_set() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    held = {1}
+
+    def f(x: Any) -> Any:
+        held.add(x)
+        return x
+
+    return f, lambda: set(held)
+
+
+def variable_of_a_module() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    module = types.ModuleType("state_of_mine")
+    module.last = module.unread = None  # type: ignore[attr-defined]
+
+    def f(x: Any) -> Any:
+        module.last = module.made = x  # type: ignore[attr-defined]
+        return x
+
+    return f, lambda: (module.last, module.unread, hasattr(module, "made"))
+
+
 @pytest.mark.parametrize(
     "case",
     [
+        a_set,
         attribute,
+        attributes_of_containers,
         beside_what_is_not_understood,
         buffer_of_a_submodule,
         closure,
@@ -130,6 +211,9 @@ def beside_what_is_not_understood() -> tuple[Callable[[Any], Any], Callable[[], 
         function_attribute,
         global_dict,
         global_variable,
+        ordered,
+        slots,
+        variable_of_a_module,
     ],
     ids=lambda c: c.__name__,
 )
@@ -180,3 +264,28 @@ def test_arguments_are_restored() -> None:
         f(batch)
     assert list(batch) == ["x", "log"]
     assert batch["log"] == []
+
+
+def test_what_is_refused_is_walked_too() -> None:
+    kept: list[Any] = []
+
+    def f(x: Any) -> Any:
+        globals()["registry"]
+        kept.append(x)
+        return x
+
+    with restored(Call(f, 0, False, (1,), {})):
+        f(2)
+    assert kept == []
+
+
+def test_a_module_that_was_imported_stays() -> None:
+    module = types.ModuleType("package_of_mine")
+
+    def f(x: Any) -> Any:
+        module.part = types.ModuleType("package_of_mine.part")  # type: ignore[attr-defined]
+        return x
+
+    with restored(Call(f, 0, False, (1,), {})):
+        f(2)
+    assert module.part is not None

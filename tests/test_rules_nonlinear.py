@@ -95,6 +95,12 @@ def test_functions_that_are_said_to_vanish_do(operation: Any) -> None:
     assert not operation(zeros, **{name: given[name] for name in required}).any()
 
 
+def test_a_product_of_nothing_is_one() -> None:
+    """The one element that vanishes with its cotangent only as long as there is one."""
+    found = interpreted(backward_is(lambda g: g[:, :0].prod(1), 3, 2), value(3))[1]
+    assert found.assumed
+
+
 def test_both_branches_of_a_condition_count() -> None:
     """`torch.cond` in a traced derivative: the union; known where the branches agree."""
 

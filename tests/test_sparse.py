@@ -213,6 +213,50 @@ class TestGivenPattern:
         with pytest.raises(torchjac.ArgumentError, match="sparse"):
             torchjac.jacobian(heat, pattern=np.eye(12))
 
+    def test_half_precision_inside_is_no_missing_entry(self) -> None:
+        """Rounding makes products differ; what reaches a column from outside does so exactly."""
+
+        def f(x: Tensor) -> Tensor:
+            return (x.half() * x.half().roll(1)).float().sin()
+
+        x = torch.rand(9)
+        found = torchjac.jacobian(f).pattern(x)
+        for known in (found, found.to_scipy()):
+            jacobian = torchjac.jacobian(f, layout=torch.sparse_csr, pattern=known)
+            same(jacobian(x).to_dense(), oracle_jacobian(f)(x), rtol=1e-2, atol=1e-2)
+
+    def test_a_clipped_gradient_is_no_missing_entry(self) -> None:
+        """A backward that is not linear agrees with no product, yet its pattern may be right."""
+
+        class Clipped(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x * 1
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                return grad.clamp(-1, 1)
+
+        jacobian = torchjac.jacobian(Clipped.apply, layout=torch.sparse_csr, pattern=np.eye(4))
+        with pytest.warns(torchjac.PatternWarning, match="not linear"):
+            found = jacobian(value(4))
+        same(found.to_dense(), torch.eye(4, dtype=torch.float64))
+
+    def test_rows_that_change_each_other_are_evaluated_apart(self) -> None:
+        class Normed(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x * 1
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                return grad / grad.norm().clamp(min=1)
+
+        jacobian = torchjac.jacobian(Normed.apply, layout=torch.sparse_csr, pattern=np.eye(4))
+        with pytest.warns(torchjac.PatternWarning):
+            found = jacobian(value(4))
+        same(found.to_dense(), torch.eye(4, dtype=torch.float64))
+
     def test_opaque_function(self) -> None:
         """A function that cannot be captured, and whose pattern the user knows."""
 

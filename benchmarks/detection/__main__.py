@@ -22,9 +22,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.detection",
         description="Time sparsity detection beside asdex, and compare the patterns.",
-        epilog="Other sizes: --only 'brusselator(n=64)' 'heat(n=1000)'.",
+        epilog="For example: --only 'brusselator*' 'heat(n=1000)'.",
     )
-    p.add_argument("--only", nargs="+", metavar="NAME", help="names, patterns or family calls")
+    p.add_argument("--only", nargs="+", metavar="CALL", help="family calls, or patterns of them")
     p.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     p.add_argument("--peers-python", metavar="PATH", help="a Python with jax and asdex")
     p.add_argument("--cpus", type=int, metavar="N", help="pin every process to N CPUs")
@@ -43,12 +43,11 @@ def chosen(only: Sequence[str] | None, quick: bool) -> list[list[Problem]]:
     """
     known = QUICK if quick else (*TIMED, *SMALL)
     if only:
-        named = {build(p.spec).name: p for p in (*TIMED, *SMALL)} if not quick else {}
         found: list[Problem] = []
         for wanted in only:
-            fits = [p for name, p in named.items() if fnmatch(name, wanted)]
+            fits = [p for p in known if fnmatch(p.spec, wanted)]
             if not fits:
-                build(wanted)  # a family call, or an error that lists the names
+                build(wanted)  # a family call, or an error that lists the families
             found += fits or [Problem(wanted)]
         known = tuple(dict.fromkeys(found))
     if quick:

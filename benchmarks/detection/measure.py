@@ -97,7 +97,7 @@ def _entry(problem: Problem, sides: _Sides, settings: Settings) -> Entry:
     numeric, reply = _pattern(sides.ours, f"numeric {problem.spec}", sides.folder)
     if numeric is None:
         entry = replace(entry, failure=f"numeric Jacobian: {reply['failure']}")
-    entry = replace(entry, laws=_laws(w, ours, theirs, numeric))
+    entry = replace(entry, laws=laws(w, ours, theirs, numeric))
     if problem.timed:
         entry = replace(entry, samples=_samples(problem, sides, peers, settings))
     return entry
@@ -118,7 +118,7 @@ def _pattern(worker: Worker, method: str, folder: Path) -> tuple[Array | None, d
     return found, reply
 
 
-def _laws(w: Workload, ours: Array, theirs: Array | None, numeric: Array | None) -> Laws:
+def laws(w: Workload, ours: Array, theirs: Array | None, numeric: Array | None) -> Laws:
     """Counts entries that one side has and the other lacks."""
 
     def keys(pattern: Array) -> Array:

@@ -75,8 +75,12 @@ class PatternMissed(PatternError):
         self.place = (name, element)
 
 
+class CompressionFailed(TorchjacError):
+    """Rows or columns that share a pass do not come out as they do alone; caught and warned of."""
+
+
 class PatternWarning(UserWarning):
-    """A pattern that torchjac found itself lacks an entry; the result was computed without it."""
+    """A pattern could not be used; the result was computed without it, row by row."""
 
 
 class LocalPatternWarning(UserWarning):

@@ -90,10 +90,11 @@ class Jacobian:
     def pattern(self, *args: Any, **kwargs: Any) -> Pattern:
         """The sparsity pattern, valid for every input of the shapes of these arguments.
 
-        The derivative that PyTorch would run is traced without values and read operation by
-        operation. Floating-point arguments may take any value; integer and bool arguments, and
-        tensors that the function reads from elsewhere, count as they are now. Where shapes or
-        control flow depend on values the pattern is that of these values, and says so.
+        f runs once as usual; then the derivative that PyTorch would run is traced without values
+        and read operation by operation. Floating-point arguments may take any value; integer and
+        bool arguments, and tensors that the function reads from elsewhere, count as they are now.
+        Where shapes or control flow depend on values the pattern is that of these values, and says
+        so.
 
         Returns:
             A `Pattern`; print it, or see its `blame` for the operations that made it dense.

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from torchjac._torch import tracing
 from torchjac.capture import Call, Program
 from torchjac.capture.cache import CaptureCache
 from torchjac.capture.watch import Policy
@@ -19,8 +18,8 @@ from torchjac.structure import Pattern, global_pattern, is_independent
 
 V = TypeVar("V")
 
-# Seconds that a proof takes, and once in a process the import of what it needs.
-_PROOF, _LOADING = 0.1, 1.5
+# Seconds that a proof takes.
+_PROOF = 0.03
 # Captures that were not used again before this function is no longer captured.
 _PATIENCE = 3
 
@@ -43,8 +42,7 @@ class Remembered:
 
         The proof takes longer than a few evaluations, so it waits until calls have taken longer.
         """
-        patience = _PROOF if tracing.is_loaded() else _PROOF + _LOADING
-        return self._seconds > patience and bool(self._independent.find(call))
+        return self._seconds > _PROOF and bool(self._independent.find(call))
 
     def spent(self, seconds: float) -> None:
         """Notes how long a call took."""

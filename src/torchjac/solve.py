@@ -14,6 +14,7 @@ from torchjac.capture import Program
 from torchjac.engines import evaluate
 from torchjac.errors import (
     ArgumentError,
+    CompressionFailed,
     LoopWarning,
     PatternMissed,
     PatternWarning,
@@ -130,7 +131,13 @@ def solve(program: Program, request: Request) -> Arranged:
             PatternWarning,
             stacklevel=4,
         )
-        return solve(program, replace(request, pattern=None))
+    except CompressionFailed as failed:
+        warnings.warn(
+            f"torchjac: {failed}. The rows are evaluated without a pattern.",
+            PatternWarning,
+            stacklevel=4,
+        )
+    return solve(program, replace(request, pattern=None))
 
 
 def _solved(program: Program, structure: Structure, request: Request) -> Arranged:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+
+from torchjac._torch.recorder import Recorder
 
 _NOTHING = nullcontext()
 
@@ -52,8 +56,11 @@ def tracing(tensors: Iterable[Tensor]) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() == 0:
         return False
-    modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+    keys = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    if any(torch._C._get_dispatch_mode(key) is not None for key in keys):
+        return True
+    active = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(isinstance(mode, Recorder) for mode in active)
 
 
 def usable_in_graph(tensor: Tensor) -> Tensor:
@@ -61,14 +68,28 @@ def usable_in_graph(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-@contextmanager
-def real_values() -> Iterator[None]:
+def real_values() -> AbstractContextManager[None]:
     """Operations run on values and record nothing, whatever mode the caller is in."""
+    stacks: int = torch._C._len_torch_dispatch_stack()
+    stacks += torch._ops._len_torch_dispatch_stack_pre_dispatch()  # type: ignore[no-untyped-call]
+    # Nested uses are many, and leaving modes takes longer than a small operation does.
+    return _without_modes() if stacks or torch.is_grad_enabled() else _NOTHING
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
     with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
         yield
 
 
-def random_state_kept(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
-    """The random state of the CPU and of the tensors' devices is put back at the end."""
+@contextmanager
+def random_state_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Random states (torch's, also of the tensors' devices, Python's, NumPy's) are put back."""
     devices = {t.device for t in tensors if t.device.type == "cuda"}
-    return torch.random.fork_rng([d.index for d in devices if d.index is not None])
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([d.index for d in devices if d.index is not None]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.nn.modules import module as modules
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+from torch.utils._device import DeviceContext
 
 
 def ambient() -> tuple[tuple[str, Any], ...]:
@@ -18,9 +21,28 @@ def ambient() -> tuple[tuple[str, Any], ...]:
         ("inference mode", torch.is_inference_mode_enabled()),
         ("autocast", _autocast() if torch._C._is_any_autocast_enabled() else ()),
         ("deterministic algorithms", torch.are_deterministic_algorithms_enabled()),
+        ("float32 matmul precision", torch.get_float32_matmul_precision()),
+        ("kernels", tuple([is_enabled() for is_enabled in _KERNELS])),
+        ("saved tensor hooks", _saved_tensor_hooks() is not None),
         ("torch function modes", _function_modes()),
         ("torch dispatch modes", torch._C._len_torch_dispatch_stack()),
     )
+
+
+# Whether kernels may be chosen that compute in another way.
+_KERNELS = (
+    torch._C._get_mkldnn_enabled,
+    torch._C._get_nnpack_enabled,
+    torch._C._get_cudnn_enabled,
+    torch._C._get_flash_sdp_enabled,
+    torch._C._get_mem_efficient_sdp_enabled,
+    torch._C._get_math_sdp_enabled,
+    torch.backends.mha.get_fastpath_enabled,
+)
+
+
+def _saved_tensor_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
@@ -39,6 +61,29 @@ def _function_modes() -> tuple[str, ...]:
         return ()
     kinds = [type(torch._C._get_function_stack_at(i)).__name__ for i in range(depth)]
     return (*kinds, str(torch.get_default_device()))
+
+
+def foreign_mode() -> str | None:
+    """An active mode whose own state decides what operations do; the default device is none."""
+    if _saved_tensor_hooks() is not None:
+        return "hooks of saved tensors"
+    depth = torch._C._len_torch_function_stack()
+    active = [torch._C._get_function_stack_at(i) for i in range(depth)]
+    for mode in active:
+        if isinstance(mode, TorchFunctionMode) and type(mode) is not DeviceContext:
+            return type(mode).__name__
+    return "a dispatch mode" if torch._C._len_torch_dispatch_stack() else None
+
+
+def registered_namespaces() -> frozenset[str]:
+    """The namespaces that hold operators: `aten`, and whatever was added to it."""
+    return frozenset(name.split("::")[0] for name in torch._C._dispatch_get_all_op_names())
+
+
+def tree_functions(cls: type) -> tuple[Any, ...]:
+    """How objects of a class are taken apart and put together where they stand in a tree."""
+    node = _pytree.SUPPORTED_NODES.get(cls)
+    return () if node is None else (node.flatten_fn, node.unflatten_fn)
 
 
 # Hooks that run for every module.

@@ -87,6 +87,12 @@ class CaptureCache(Generic[V]):
         if changed is not None:
             self._refused = f"running the function changes what it reads: {changed.reason}"
             return self._refused
+        if print_.has_grown():  # results were frozen that it does not know
+            again = fingerprint(call, self._policy)
+            if isinstance(again, Unguardable) or again.has_grown():
+                self._refused = getattr(again, "reason", "its caches grow all the time")
+                return self._refused
+            print_ = again
         self._refused = None
         with self._lock:
             self._entries.insert(0, (print_, value))

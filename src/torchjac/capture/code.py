@@ -1,8 +1,11 @@
-"""Watching what Python code reads: functions, methods, classes, objects, modules."""
+"""Watching what Python code reads: functions, methods, and what they remember."""
 
 from __future__ import annotations
 
+import builtins
+import enum
 import functools
+import importlib.util
 import sys
 import types
 import weakref
@@ -12,8 +15,16 @@ from typing import Any
 import torch
 
 from torchjac.capture.exact import NotUnderstood, shown
-from torchjac.capture.reads import VOLATILE_BUILTINS, is_trusted, is_volatile, reads
-from torchjac.capture.watch import Check, Mismatch, Policy, Seen, Watcher
+from torchjac.capture.memory import remembered
+from torchjac.capture.modules import ModuleWatcher, identical
+from torchjac.capture.reads import (
+    VOLATILE_BUILTINS,
+    escapes,
+    is_trusted,
+    is_trusted_code,
+    reads,
+)
+from torchjac.capture.watch import Check, Mismatch, Policy, Seen
 
 ROOT = "the function"
 
@@ -21,39 +32,59 @@ _ACCESSORS = (type(vars(namedtuple("_One", "x"))["x"]), torch.Generator)
 _UNSET = object()
 
 
-class CodeWatcher(Watcher):
-    """Builds checks of everything that a function can read.
-
-    Which attributes of objects and modules are read is known by their names: the names in all code
-    that is reached. That set grows while code is walked, so a walk is repeated until it does not.
+class CodeWatcher(ModuleWatcher):
+    """Builds checks of functions.
 
     Attributes:
-        names: Names in the code that earlier walks reached.
-        found: Names in the code that this walk reached.
+        memories: Functions that remember results, and how many they had computed.
     """
 
     def __init__(self, policy: Policy, names: frozenset[str]):
-        super().__init__(policy)
-        self.names = names
-        self.found: set[str] = set()
-        self.kinds = [
-            *self.kinds,
+        super().__init__(policy, names)
+        self.memories: list[tuple[weakref.ref[Any], int]] = []
+        self.kinds += [
             (types.FunctionType, self._function),
             (types.MethodType, self._method),
-            (types.ModuleType, self._module),
             ((types.BuiltinFunctionType, types.MethodWrapperType), self._builtin_method),
             ((staticmethod, classmethod), lambda v, p: self._parts(v, p, ("__func__",))),
             (property, lambda v, p: self._parts(v, p, ("fget", "fset", "fdel"))),
             (functools.cached_property, lambda v, p: self._parts(v, p, ("func",))),
-            (functools._lru_cache_wrapper, lambda v, p: self._parts(v, p, ("__wrapped__",))),
+            (functools._lru_cache_wrapper, self._memory),
             (_ACCESSORS, identical),
             (weakref.ReferenceType, self._reference),
         ]
 
+    def value(self, value: Any, path: str) -> Check:
+        """A check that the value at this path is as it is now."""
+        if isinstance(value, enum.Enum) and not is_trusted(type(value).__module__):
+            self.counted(path)
+            return self.remember(value, path, self._member)
+        return super().value(value, path)
+
+    def _member(self, value: enum.Enum, path: str) -> Check:
+        """A member of an enumeration: there is one object, but its class may have methods."""
+        kind = self.remember(type(value), f"the class of {path}", self.class_of_instances)
+        space = self.attributes(vars(value), path, lambda name: name not in _OF_MEMBERS)
+        same, number = self.same_class(value, path), id(value)  # it lives as long as its class
+
+        def check(new: Any, seen: Seen) -> Mismatch | None:
+            mismatch = same(new)
+            if mismatch is not None:
+                return mismatch
+            if id(new) != number:
+                return Mismatch(f"{path} changed to {shown(new)}")
+            return kind(type(new), seen) or space(vars(new), seen)
+
+        return check
+
     def _function(self, value: types.FunctionType, path: str) -> Check:
-        code, trusted = value.__code__, is_trusted(value.__globals__.get("__name__"))
+        code, trusted = value.__code__, is_trusted_code(value.__globals__)
         if trusted and _is_public(value):
             return identical(value, path)
+        if not trusted:
+            name = escapes(reads(code).names)
+            if name is not None:
+                self.refuse(f"{path} uses {name}, by which it reaches what cannot be seen")
         of = "" if path == ROOT else f" of {path}"
         checks = [self._cells(value, of), self._defaults(value, of)]
         if value.__dict__:
@@ -138,19 +169,16 @@ class CodeWatcher(Watcher):
     def _globals(self, function: types.FunctionType, by: str) -> Check:
         space, found = function.__globals__, reads(function.__code__)
         here, absent = [], []
+        known = _builtins_of(space)
         for name in found.variables:
             if name in space:
-                here.append((name, self.value(space[name], f"global {name}{by}")))
+                path = f"global {name}{by}"
+                here.append((name, self.variable(space[name], path, found.used[name])))
             elif name in VOLATILE_BUILTINS:
-                raise NotUnderstood(f"{name}{by} reads what lies outside of the program")
+                self.refuse(f"{name}{by} reads what lies outside of the program")
             else:
-                absent.append(name)  # a builtin, or an error when it is read
-        imports = []
-        for name in found.imports:
-            if name in sys.modules:
-                imports.append((name, self.value(sys.modules[name], f"module {name}{by}")))
-            elif not is_trusted(name):
-                raise NotUnderstood(f"the function itself imports module {name}{by}")
+                absent.append((name, self._builtin(known, name, by)))
+        imports = self._imports(function, by)
 
         def check(new: Any, seen: Seen) -> Mismatch | None:
             space = new.__globals__
@@ -160,11 +188,77 @@ class CodeWatcher(Watcher):
                 mismatch = inner(space[name], seen)
                 if mismatch is not None:
                     return mismatch
-            for name in absent:
+            known = _builtins_of(space) if absent else {}
+            for name, inner in absent:
                 if name in space:
                     return Mismatch(f"global {name}{by} was defined")
+                mismatch = inner(known.get(name, _UNSET), seen)
+                if mismatch is not None:
+                    return mismatch
             for name, inner in imports:
                 mismatch = inner(sys.modules.get(name), seen)
+                if mismatch is not None:
+                    return mismatch
+            return None
+
+        return check
+
+    def _builtin(self, known: dict[str, Any], name: str, by: str) -> Check:
+        """A name that is not global: a builtin, or an error when it is read."""
+        value = known.get(name, _UNSET)
+        path = f"builtin {name}{by}"
+        if value is _UNSET or getattr(value, "__module__", None) == "builtins":
+            return identical(value, path)
+        return self.value(value, path)
+
+    def _imports(self, function: types.FunctionType, by: str) -> list[tuple[str, Check]]:
+        """The modules that a function imports while it runs, each with the packages around it."""
+        package = function.__globals__.get("__package__")
+        names: dict[str, None] = {}
+        for name in reads(function.__code__).imports:
+            if name[:1] in (".", "?") and (not package or name[:1] == "?"):
+                self.refuse(f"relative import {name}{by}, of a package that is not known")
+                continue
+            parts = importlib.util.resolve_name(name, package).split(".")
+            names.update(dict.fromkeys(".".join(parts[: i + 1]) for i in range(len(parts))))
+        checks = []
+        for name in names:
+            if name in sys.modules:
+                checks.append((name, self.value(sys.modules[name], f"module {name}{by}")))
+            elif not is_trusted(name):
+                self.refuse(f"the function itself imports module {name}{by}")
+        return checks
+
+    def _memory(self, value: Any, path: str) -> Check:
+        """What `functools.cache` keeps: its function, and the results that it will give again.
+
+        More of them do not matter: the function as it was asked for none of those.
+        """
+        if is_trusted(getattr(value, "__module__", None)) and _is_public(value):
+            return identical(value, path)
+        function = self._parts(value, path, ("__wrapped__",))
+        self.memories.append((weakref.ref(value), value.cache_info().misses))
+        held = remembered(value)
+        if held is None:
+            self.refuse(f"{path} is a cache whose results cannot be seen")
+        inner = [
+            (
+                key,
+                self.value(given, f"what {path} is given"),
+                self.value(result, f"a result of {path}"),
+            )
+            for key, (given, result) in (held or {}).items()
+        ]
+
+        def check(new: Any, seen: Seen) -> Mismatch | None:
+            mismatch = function(new, seen)
+            if mismatch is not None:
+                return mismatch
+            now = remembered(new) or {}
+            for key, arguments, result in inner:
+                if key not in now:
+                    return Mismatch(f"{path} has forgotten a result")
+                mismatch = arguments(now[key][0], seen) or result(now[key][1], seen)
                 if mismatch is not None:
                     return mismatch
             return None
@@ -199,36 +293,14 @@ class CodeWatcher(Watcher):
 
         return check
 
-    def _module(self, value: types.ModuleType, path: str) -> Check:
-        """A Python module: those that are trusted do not change, of others what code names."""
-        space = vars(value)
-        for module in (value, *(space[n] for n in self.names if n in space)):
-            if isinstance(module, types.ModuleType) and is_volatile(module.__name__):
-                raise NotUnderstood(
-                    f"{path}: {module.__name__} reads what lies outside of the program, or gives "
-                    f"another value on every call"
-                )
-        if is_trusted(value.__name__):
-            return identical(value, path)
-        names = self.names
-        inner = self.attributes(space, path, lambda name: name in names)
-        expected = weakref.ref(value)
 
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            if new is not expected():
-                return Mismatch(f"{path} is another module now: {shown(new)}")
-            return inner(vars(new), seen)
-
-        return check
+_OF_MEMBERS = frozenset({"__objclass__", "_sort_order_"})
 
 
-def identical(value: Any, path: str) -> Check:
-    """A check that this very object is still there; only for what lives as long as the program."""
-
-    def check(new: Any, seen: Seen) -> Mismatch | None:
-        return None if new is value else Mismatch(f"{path} was replaced: {shown(new)}")
-
-    return check
+def _builtins_of(space: dict[str, Any]) -> dict[str, Any]:
+    """The builtins of code with these global variables."""
+    found = space.get("__builtins__", builtins)
+    return vars(found) if isinstance(found, types.ModuleType) else found
 
 
 def _held(cell: types.CellType) -> Any:
@@ -238,8 +310,10 @@ def _held(cell: types.CellType) -> Any:
         return _UNSET
 
 
-def _is_public(function: types.FunctionType) -> bool:
-    """Whether a function is found in its module under its own name."""
+def _is_public(function: Any) -> bool:
+    """Whether a function is found in its module, one that is trusted, under its own name."""
+    if not is_trusted(function.__module__):
+        return False
     found: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
         found = getattr(found, name, None)

@@ -96,16 +96,18 @@ def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
         )
         shapes[:] = [o.shape for o in outputs]
         live = [o for o in outputs if o.requires_grad]
-        seeds = [torch.zeros(o.shape, dtype=o.dtype, device=o.device) for o in live]
-        with modes.passes(live), tracing.numbered(_nodes(live)):
+        seeds = [observer.cotangent(o) for o in live]
+        with (
+            modes.passes(live),
+            tracing.numbered(_nodes(live), observer),
+            observer.during_backward(),
+        ):
             gradients = backward(live, seeds, inputs) if live else [None] * len(inputs)
         found = iter(seeds)
         return [*(next(found) if o.requires_grad else None for o in outputs), *gradients]
 
     with modes.recording():
-        tensors = [
-            modes.usable_in_graph(t).detach() for t in (*given, *(beside[i] for i in variable))
-        ]
+        tensors = [modes.usable_in_graph(t).data for t in (*given, *(beside[i] for i in variable))]
     with restored(call):
         module, lines = _traced(derivative, tensors, True, keep)
     return _derivative(module, shapes, [t.shape for t in given], "global", lines)
@@ -122,8 +124,13 @@ def trace_graph(program: Program, keep: Collection[Any]) -> Derivative:
     nest = program.nest
     nodes = _nodes(program.outputs)
 
-    def derivative(_: tracing.Observer, *seeds: Tensor) -> list[Any]:
-        with modes.passes(seeds), modes.recording(), tracing.numbered(nodes):
+    def derivative(observer: tracing.Observer, *seeds: Tensor) -> list[Any]:
+        with (
+            modes.passes(seeds),
+            modes.recording(),
+            tracing.numbered(nodes, observer),
+            observer.during_backward(),
+        ):
             gradients = backward(program.outputs, seeds, program.inputs) if seeds else []
         live = dict(zip(nest.live_outputs, seeds, strict=True))
         found = dict(zip(nest.live_inputs, gradients, strict=False))
@@ -132,18 +139,33 @@ def trace_graph(program: Program, keep: Collection[Any]) -> Derivative:
             *(found.get(i) for i in range(len(nest.inputs))),
         ]
 
-    seeds = [torch.zeros_like(o, memory_format=torch.contiguous_format) for o in program.outputs]
+    # Not zeros: what a backward pass takes out of the graph (through NumPy) must not look like one.
+    seeds = [
+        torch.linspace(0.3, 1.7, o.numel(), dtype=o.dtype, device=o.device).reshape(o.shape)
+        for o in program.outputs
+    ]
     module, _ = _traced(derivative, [s.detach() for s in seeds], False, keep)
     shapes = [o.shape for o in nest.outputs], [x.shape for x in nest.inputs]
     return _derivative(module, *shapes, "local", _lines(nodes))
 
 
+# What torch raises where it cannot trace; other errors are the function's own.
+_UNTRACEABLE = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    NotImplementedError,
+    AssertionError,
+    AttributeError,
+)
+
+
 def _traced(
-    derivative: Any, tensors: Sequence[Tensor], fake: bool, keep: Collection[Any]
+    derivative: Any, tensors: Sequence[Tensor], parameters_vary: bool, keep: Collection[Any]
 ) -> tuple[fx.GraphModule, dict[int, str]]:
     try:
         with modes.recording(), modes.random_state_kept(tensors):
-            module, lines = tracing.trace(derivative, tensors, fake=fake, keep=keep)
+            return tracing.trace(derivative, tensors, parameters_vary=parameters_vary, keep=keep)
     except TorchjacError:
         raise
     except tracing.DATA_DEPENDENT as dependent:
@@ -152,14 +174,10 @@ def _traced(
             ".item(), a boolean mask as an index, nonzero)",
         ) from dependent
     except tracing.UNSUPPORTED as unsupported:
-        raise CaptureRefused(f"an operation cannot be traced: {unsupported}") from unsupported
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError) as other:
+        raise CaptureRefused(f"{unsupported}") from unsupported
+    except _UNTRACEABLE as other:
         first = str(other).strip().split("\n", 1)[0]
         raise CaptureRefused(f"it cannot be traced: {type(other).__name__}: {first}") from other
-    reason = tracing.unreadable(module)
-    if reason is not None:
-        raise CaptureRefused(reason)
-    return module, lines
 
 
 def _derivative(

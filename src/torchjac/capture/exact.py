@@ -22,6 +22,12 @@ from torchjac.capture.reads import VOLATILE_BUILTINS, is_volatile
 
 Same = Callable[[Any], bool]
 
+# Namespaces of torch.ops whose operators are never defined anew.
+TRUSTED_OPERATORS = frozenset(
+    {"_c10d_functional", "aten", "higher_order", "mkldnn", "prim", "prims", "quantized"}
+    | {"torchvision"}
+)
+
 
 class NotUnderstood(Exception):
     """A value whose changes cannot be seen; the message says what it is."""
@@ -45,6 +51,7 @@ _EQUAL = (
     types.GenericAlias,
     types.UnionType,
 )
+_OPERATORS = (OpOverload, type(torch.ops.aten.add))
 # There is one object for each value, or the object cannot change.
 _IDENTICAL = (
     HigherOrderOperator,
@@ -59,7 +66,7 @@ _IDENTICAL = (
     type(None),
     type(Ellipsis),
     type(NotImplemented),
-    type(torch.ops.aten.add),
+    *_OPERATORS[1:],
     types.CodeType,
     types.ClassMethodDescriptorType,
     types.GetSetDescriptorType,
@@ -85,6 +92,8 @@ def exact(value: Any) -> Same | None:
         return _number(value)
     if kind in _EQUAL or (isinstance(value, (pathlib.PurePath, datetime.tzinfo))):
         return lambda new: type(new) is kind and bool(new == value)
+    if isinstance(value, _OPERATORS) and str(value).split(".")[0] not in TRUSTED_OPERATORS:
+        raise NotUnderstood(f"torch.ops.{value} is defined out of sight")
     if isinstance(value, _IDENTICAL):
         return lambda new: new is value
     if kind is tuple:

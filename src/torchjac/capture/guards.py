@@ -5,22 +5,32 @@
 what cannot be seen is not trusted, so a function that reads something whose changes are invisible
 is `Unguardable`, and its captures are not used twice.
 
-**What counts as read.** Code; closure variables, default arguments and global variables that code
-names, through functions of a user's own modules; attributes of objects and classes that code names
-(all of them where names are computed, as with `getattr`); all of a module's parameters, buffers,
-submodules, hooks and training flags; containers with all they hold; settings of torch. Tensors are
-known by identity, version and memory, NumPy arrays and numbers by value.
+**What counts as read.** Code; closure variables, default arguments, global variables and builtins
+that code names, through functions of a user's own modules; attributes of objects, classes and
+modules that code names (all of them where names are computed, as with `getattr`); results that
+`functools.lru_cache` remembers; what an object's class is registered for (trees, abstract classes);
+all of an `nn.Module`'s parameters, buffers, submodules, hooks and training flags; containers with
+all they hold; settings of torch. Tensors are known by identity, version and memory, NumPy arrays
+and numbers by value.
 
 **What counts as an argument.** Floating-point and complex tensors have no value while a function is
 traced, so of these shape, strides, dtype and device count; integer and bool tensors and everything
 else by value.
 
-**What no guard sees.** Writes that leave no trace in a tensor's version: through `tensor.data`,
-through the array of `tensor.numpy()`, from C extensions. Code of torch, NumPy, SciPy and the
-standard library that is replaced while the program runs, and state that it keeps. Anything outside
-of the process, where a function reads it by other ways than Python's own (`open`, `os`, `time`,
-`random`, `numpy.random` and their like are recognized, and refused). What `__repr__` or `__str__`
-of an object say. Attributes read by computed names in code that hides the computation.
+**What is refused.** What reads the world outside (files, clocks, random numbers, the environment),
+and what reaches everything (`globals()`, `sys.modules`, `import_module`, frames); operators of
+`torch.ops` that are not PyTorch's own; modules and classes that compute their attributes; dispatch
+by type (`singledispatch`); modes of torch other than a default device; attributes that were given
+to tensors, where code names them. A name counts where code uses it of the module in question:
+`self.load` is not `torch.load`.
+
+**What no guard sees.** Writes that leave no trace in a tensor's version: through `tensor.data`, a
+storage, DLPack, the array of `tensor.numpy()`, from C extensions. Code of torch, NumPy, SciPy and
+the standard library that is replaced while the program runs, and state that it keeps (what other
+loggers do than the one that is asked; what is registered with an abstract class of its own).
+Anything outside of the process that is read by other ways than those that are refused. What
+`__repr__` or `__str__` of an object say. Attributes read by computed names in code that hides the
+computation.
 """
 
 from __future__ import annotations
@@ -34,7 +44,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.pytree import LEAF, TreeSpec, flatten, leaf_names
-from torchjac._torch.state import PLAIN_TENSORS, ambient, is_wrapped
+from torchjac._torch.state import PLAIN_TENSORS, ambient, foreign_mode, is_wrapped
 from torchjac.capture.code import ROOT
 from torchjac.capture.exact import NotUnderstood, shown
 from torchjac.capture.function import Call
@@ -65,6 +75,7 @@ class Fingerprint:
 
     size: int
     _checks: tuple[CallCheck, ...] = field(repr=False)
+    _memories: tuple[tuple[weakref.ref[Any], int], ...] = field(repr=False)
 
     def mismatch(self, call: Call) -> Mismatch | None:
         """The first thing that differs in another call; None if what was frozen holds for it."""
@@ -78,6 +89,11 @@ class Fingerprint:
             return Mismatch(f"what it reads cannot be compared ({type(error).__name__}: {error})")
         return None
 
+    def has_grown(self) -> bool:
+        """Whether functions that remember their results have computed others since."""
+        memories = [(memory(), misses) for memory, misses in self._memories]
+        return any(m is not None and m.cache_info().misses != n for m, n in memories)
+
 
 def fingerprint(call: Call, policy: Policy = Policy()) -> Fingerprint | Unguardable:  # noqa: B008
     """What a call reads, to be compared with later calls.
@@ -90,13 +106,16 @@ def fingerprint(call: Call, policy: Policy = Policy()) -> Fingerprint | Unguarda
         A `Fingerprint`, or `Unguardable` with the reason.
     """
     names: frozenset[str] = frozenset()
+    mode = foreign_mode()
+    if mode is not None:
+        return Unguardable(f"a torch mode is active, {mode}, which may change what operations do")
     try:
         while True:  # until no more code is reached
             watcher = ObjectWatcher(policy, names)
             checks = _checks(call, watcher)
             watcher.alive.clear()  # nothing stays alive until garbage is collected
             if watcher.found <= names:
-                return Fingerprint(watcher.count, checks)
+                return Fingerprint(watcher.count, checks, tuple(watcher.memories))
             names |= watcher.found
     except NotUnderstood as reason:
         return Unguardable(str(reason))
@@ -183,7 +202,7 @@ def _argument(
         raise NotUnderstood(f"{name} is a tensor of type {type(leaf).__name__}")
     if leaf.layout is not torch.strided:
         return watcher.tensor(leaf, name, "values")
-    shape = _geometry(leaf, name, differentiated, located)
+    shape = watcher.beside(leaf, name, _geometry(leaf, name, differentiated, located))
     if leaf.is_floating_point() or leaf.is_complex():
         return shape
     return _content(leaf, name, shape)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import functools
+import logging
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -11,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchjac._torch.state import GLOBAL_HOOKS, SAVING_HOOKS
-from torchjac.capture.code import CodeWatcher, identical
+from torchjac._torch.state import GLOBAL_HOOKS, SAVING_HOOKS, tree_functions
+from torchjac.capture.code import CodeWatcher
 from torchjac.capture.exact import NotUnderstood, shown
-from torchjac.capture.reads import computed, is_trusted
+from torchjac.capture.modules import identical
+from torchjac.capture.reads import computed, is_trusted, is_volatile
 from torchjac.capture.watch import Check, Mismatch, Policy, Seen, What
 
 # Names in a class that no derivative depends on.
@@ -32,7 +35,6 @@ _NOT_READ = frozenset(
         "__firstlineno__",
         "__getstate__",
         "__init_subclass__",
-        "__match_args__",
         "__module__",
         "__orig_bases__",
         "__parameters__",
@@ -45,6 +47,10 @@ _NOT_READ = frozenset(
         "__str__",
         "__weakref__",
         "_abc_impl",
+        "_hashable_values_",
+        "_unhashable_values_",
+        "_unhashable_values_map_",
+        "_value2member_map_",
         "_backward_cls",
     }
 )
@@ -70,7 +76,31 @@ class ObjectWatcher(CodeWatcher):
     def tensor(self, value: torch.Tensor, path: str, what: What) -> Check:
         """As for any tensor; the policy says what matters of a buffer."""
         buffer = id(value) in self._buffers
-        return super().tensor(value, path, self.policy.buffers if buffer else what)
+        inner = super().tensor(value, path, self.policy.buffers if buffer else what)
+        return self.beside(value, path, inner)
+
+    def beside(self, value: torch.Tensor, path: str, inner: Check) -> Check:
+        """A check of a tensor, and that it has no attributes of a user's that code reads."""
+        names, everything = self.names, self._computed
+        reason = f"{path} has attributes that are no part of a tensor"
+
+        def has_own(tensor: torch.Tensor) -> bool:
+            space = vars(tensor)
+            return bool(space) and (everything or not names.isdisjoint(space))
+
+        if has_own(value):  # the tensors that are traced in its place have none
+            self.refuse(reason)
+        grad = self.value(_grad(value), f"{path}.grad") if "grad" in names else None
+
+        def check(new: Any, seen: Seen) -> Mismatch | None:
+            mismatch = inner(new, seen)
+            if mismatch is None and has_own(new):
+                return Mismatch(reason)
+            if mismatch is None and grad is not None:
+                return grad(_grad(new), seen)
+            return mismatch
+
+        return check
 
     def global_hooks(self) -> Check:
         """A check of the hooks that run for every module."""
@@ -94,10 +124,14 @@ class ObjectWatcher(CodeWatcher):
         wanted = functools.partial(_is_read, self.names, self._computed, made, foreign)
         spaces = [self.attributes(dict(vars(c)), f"{c.__name__}", wanted) for c in own]
         expected: Any = weakref.ref(value)
+        asked = isinstance(value, abc.ABCMeta) and not _ASKS.isdisjoint(self.names)
+        registered = _registered(value) if asked else frozenset()
 
         def check(new: Any, seen: Seen) -> Mismatch | None:
             if new is not expected():
                 return Mismatch(f"{path} is another class now: {shown(new)}")
+            if asked and _registered(new) != registered:
+                return Mismatch(f"what counts as an instance of {path} changed")
             mine = [c for c in new.__mro__ if not is_trusted(c.__module__)]
             if len(mine) != len(spaces):
                 return Mismatch(f"the bases of {path} changed")
@@ -120,9 +154,10 @@ class ObjectWatcher(CodeWatcher):
         space = (
             self.attributes(vars(value), path, self._read_of(cls)) if _has_space(value) else None
         )
+        tree = self.value(tree_functions(cls), f"how {path} is taken apart in a tree")
 
         def check(new: Any, seen: Seen) -> Mismatch | None:
-            mismatch = kind(type(new), seen)
+            mismatch = kind(type(new), seen) or tree(tree_functions(type(new)), seen)
             if mismatch is not None:
                 return mismatch
             if state is not None:
@@ -139,19 +174,32 @@ class ObjectWatcher(CodeWatcher):
         if cls is object or cls.__module__ in _CONSTANT_MODULES:
             return identical(value, path)
         if f"{cls.__module__}.{cls.__qualname__}" in _INERT:
-            same = self.same_class(value, path)
-            return lambda new, seen: same(new)
-        if not _is_plain(value):
+            return self._inert(value, path)
+        if not _is_plain(value) or is_volatile(cls.__module__):
             raise NotUnderstood(
                 f"{path} is an object of type {cls.__module__}.{cls.__qualname__}, of which it "
                 f"cannot be seen whether it changes"
             )
         return self.instance(value, path)
 
+    def _inert(self, value: Any, path: str) -> Check:
+        """An object whose state matters only where code asks for it: the level of a logger."""
+        same = self.same_class(value, path)
+        if not isinstance(value, logging.Logger) or self.names.isdisjoint(_OF_LOGGERS):
+            return lambda new, seen: same(new)
+        state = _logs(value)
+
+        def check(new: Any, seen: Seen) -> Mismatch | None:
+            changed = Mismatch(f"what {path} logs changed")
+            return same(new) or (None if _logs(new) == state else changed)
+
+        return check
+
     def _read_of(self, cls: type) -> Callable[[str], bool]:
         """Which attributes of an object are read: those that code names."""
         bases = [c for c in cls.__mro__ if is_trusted(c.__module__)]
-        if self._computed or any(c not in (object, nn.Module) for c in bases):
+        known = any(c not in (object, nn.Module) for c in bases)
+        if self._computed or known or tree_functions(cls):
             return lambda name: name not in SAVING_HOOKS
         names, network = self.names, nn.Module in bases
         return lambda name: (
@@ -202,6 +250,21 @@ _INERT = frozenset(
         "torchjac.remembered.Remembered",
     }
 )
+_ASKS = frozenset({"isinstance", "issubclass"})
+_OF_LOGGERS = frozenset({"disabled", "getEffectiveLevel", "hasHandlers", "isEnabledFor", "level"})
+
+
+def _registered(cls: Any) -> frozenset[Any]:
+    """The classes that are registered with an abstract class, or with a subclass of it."""
+    found = set(abc._get_dump(cls)[0])  # type: ignore[attr-defined]
+    for inner in cls.__subclasses__():
+        found |= _registered(inner)
+    return frozenset(found)
+
+
+def _logs(logger: logging.Logger) -> tuple[Any, ...]:
+    level, off = logger.getEffectiveLevel(), logger.manager.disable
+    return logger.level, level, off, logger.disabled, logger.hasHandlers()
 
 
 def _is_read(
@@ -236,6 +299,16 @@ def _slots(cls: type) -> Iterable[str]:
         for n in names
         if n not in ("__dict__", "__weakref__")
     ]
+
+
+def slots_of(cls: type) -> list[types.MemberDescriptorType]:
+    """The slots of a user's classes."""
+    found = [vars(c).get(name) for c in cls.__mro__ for name in _slots(c)]
+    return [slot for slot in found if isinstance(slot, types.MemberDescriptorType)]
+
+
+def _grad(tensor: torch.Tensor) -> torch.Tensor | None:
+    return tensor.grad if tensor.is_leaf else None  # PyTorch warns where it is no leaf
 
 
 def _has_space(value: Any) -> bool:

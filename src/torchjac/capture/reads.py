@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dis
+import importlib.util
+import os
+import re
 import sys
+import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType
+from typing import Any
 
 # Code that is taken never to change: it is replaced with the whole installation.
 _TRUSTED = sys.stdlib_module_names | {
@@ -22,27 +27,86 @@ _TRUSTED = sys.stdlib_module_names | {
     "typing_extensions",
 }
 
-# What they return is another thing on every call.
-_VOLATILE = (
-    "_random",
-    "datetime",
-    "glob",
-    "io",
-    "numpy.random",
-    "os",
-    "posix",
-    "random",
-    "secrets",
-    "select",
-    "socket",
-    "sqlite3",
-    "subprocess",
-    "tempfile",
-    "time",
-    "urllib",
-    "uuid",
+# What they return is another thing on every call, or depends on what no guard walks: files, clocks,
+# frames, settings of the process, everything that was imported.
+_VOLATILE = frozenset(
+    {
+        "_io",
+        "_random",
+        "contextvars",
+        "ctypes",
+        "datetime",
+        "gc",
+        "genericpath",
+        "glob",
+        "importlib",
+        "inspect",
+        "io",
+        "linecache",
+        "locale",
+        "nt",
+        "ntpath",
+        "numpy.random",
+        "os",
+        "pathlib",
+        "pkgutil",
+        "platform",
+        "posix",
+        "posixpath",
+        "random",
+        "runpy",
+        "secrets",
+        "select",
+        "socket",
+        "sqlite3",
+        "subprocess",
+        "tempfile",
+        "time",
+        "torch.backends",
+        "torch.serialization",
+        "urllib",
+        "uuid",
+    }
 )
-VOLATILE_BUILTINS = frozenset({"open", "input", "eval", "exec"})
+# The same in modules that are otherwise of use.
+_VOLATILE_IN = {
+    "decimal": frozenset({"getcontext"}),
+    "numpy": frozenset({"fromfile", "genfromtxt", "geterr", "load", "loadtxt", "memmap"}),
+    "sys": frozenset({"_current_frames", "_getframe", "argv", "modules", "path", "stdin"}),
+    "threading": frozenset({"current_thread", "get_ident", "local", "main_thread"}),
+    "torch": frozenset(
+        {
+            "get_float32_matmul_precision",
+            "get_num_threads",
+            "get_rng_state",
+            "initial_seed",
+            "load",
+            "seed",
+        }
+    ),
+    "warnings": frozenset({"filters"}),
+}
+VOLATILE_BUILTINS = frozenset({"open", "input", "eval", "exec", "globals", "__import__"})
+# Code that names one of these reaches what is not among its own variables.
+_ESCAPES = frozenset(
+    {
+        "__builtins__",
+        "__globals__",
+        "__import__",
+        "__subclasses__",
+        "_getframe",
+        "currentframe",
+        "f_back",
+        "f_globals",
+        "f_locals",
+        "globals",
+        "import_module",
+        "read_bytes",
+        "read_text",
+    }
+)
+# A path is read by one of these.
+READS_FILES = frozenset({"exists", "glob", "is_dir", "is_file", "iterdir", "open", "rglob", "stat"})
 
 # A function that uses one of these names reads attributes by names that it computes.
 _DYNAMIC = frozenset(
@@ -50,8 +114,11 @@ _DYNAMIC = frozenset(
         "__dict__",
         "__getattribute__",
         "__getstate__",
+        "__reduce__",
+        "__reduce_ex__",
         "asdict",
         "astuple",
+        "attrgetter",
         "copy",
         "deepcopy",
         "dir",
@@ -59,15 +126,19 @@ _DYNAMIC = frozenset(
         "exec",
         "fields",
         "getattr",
+        "getattr_static",
         "getmembers",
         "globals",
         "hasattr",
         "locals",
+        "methodcaller",
         "pickle",
         "replace",
         "vars",
     }
 )
+# The others of them are for objects of other kinds.
+_OF_MODULES = _DYNAMIC - {"asdict", "astuple", "copy", "deepcopy", "fields", "replace"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,39 +147,60 @@ class Reads:
 
     Attributes:
         variables: Global (or builtin) variables that it loads.
-        imports: Modules that it imports while it runs.
+        imports: Modules that it imports while it runs, with a dot for each level of a relative
+            import.
         assigned: Global variables that it assigns to.
         names: Every name and string in it: attributes are read by these, if by no computed name.
+        used: What is read of each variable, as `random.rand` of `np.random.rand(3)`; an empty
+            name where a variable is used in another way.
     """
 
     variables: tuple[str, ...]
     imports: tuple[str, ...]
-    names: frozenset[str]
     assigned: tuple[str, ...]
+    names: frozenset[str]
+    used: dict[str, frozenset[str]]
 
 
 @lru_cache(maxsize=4096)
 def reads(code: CodeType) -> Reads:
-    """What a code object names."""
-    variables: dict[str, None] = {}
+    """What a code object, and the functions that are defined in it, can read."""
     imports: dict[str, None] = {}
     assigned: dict[str, None] = {}
+    used: dict[str, set[str]] = {}
     names = {*code.co_names, *_strings(code.co_consts)}
-    for instruction in dis.get_instructions(code):
+    instructions = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
+    for position, instruction in enumerate(instructions):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            variables[instruction.argval] = None
+            chain = _chain(instructions, position + 1)
+            used.setdefault(instruction.argval, set()).add(chain)
         elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             assigned[instruction.argval] = None
         elif instruction.opname == "IMPORT_NAME":
-            imports[instruction.argval] = None
+            imports[_imported(instructions[position - 2].argval, instruction.argval)] = None
+        elif instruction.opname == "MATCH_CLASS":
+            names.add("isinstance")
+            if instruction.arg:
+                names.add("getattr")  # `case C(k)`: by the names in `C.__match_args__`
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             found = reads(inner)
-            variables.update(dict.fromkeys(found.variables))
-            imports.update(dict.fromkeys(found.imports))
-            assigned.update(dict.fromkeys(found.assigned))
+            imports |= dict.fromkeys(found.imports)
+            assigned |= dict.fromkeys(found.assigned)
             names |= found.names
-    return Reads(tuple(variables), tuple(imports), frozenset(names), tuple(assigned))
+            for name, chains in found.used.items():
+                used.setdefault(name, set()).update(chains)
+    frozen = {name: frozenset(chains) for name, chains in used.items()}
+    return Reads(tuple(used), tuple(imports), tuple(assigned), frozenset(names), frozen)
+
+
+def _chain(instructions: list[dis.Instruction], position: int) -> str:
+    """The attributes that are read, one of the other, from here on."""
+    parts = []
+    while instructions[position].opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        parts.append(instructions[position].argval)
+        position += 1
+    return ".".join(parts)
 
 
 def _strings(constants: tuple[object, ...]) -> set[str]:
@@ -116,21 +208,91 @@ def _strings(constants: tuple[object, ...]) -> set[str]:
     for constant in constants:
         if isinstance(constant, (tuple, frozenset)):
             found |= _strings(tuple(constant))
-    return found | {part for s in found if "." in s for part in s.split(".")}
+    dotted = [s for s in found if "." in s]
+    formats = {name for s in dotted if "{" in s for name in _NAME.findall(s)}
+    return found | formats | {part for s in dotted for part in s.split(".")}
+
+
+_NAME = re.compile(r"\.([^\W\d]\w*)")
+
+
+def _imported(level: object, name: str) -> str:
+    """A module as an import statement names it: the level was loaded two instructions before."""
+    return "." * level + name if isinstance(level, int) else f"?{name}"
+
+
+def escapes(names: frozenset[str]) -> str | None:
+    """A name by which code reaches what is not among its own variables, or None."""
+    return min(names & _ESCAPES, default=None)
 
 
 def is_trusted(module: str | None) -> bool:
     """Whether code of this module is taken never to change."""
-    return module is not None and module.split(".", 1)[0] in _TRUSTED
+    if module is None or module == "builtins":
+        return module is not None
+    top = module.split(".", 1)[0]
+    return top in _TRUSTED and (top not in sys.stdlib_module_names or _is_standard(top))
 
 
-def is_volatile(module: str | None) -> bool:
-    """Whether this module exists to read files, clocks, random numbers or the system."""
-    return module is not None and any(
-        module == volatile or module.startswith(volatile + ".") for volatile in _VOLATILE
-    )
+def is_trusted_code(space: dict[str, Any]) -> bool:
+    """The same of code with these global variables, which may only say that it is of a module."""
+    name = space.get("__name__")
+    return is_trusted(name) and getattr(sys.modules.get(str(name)), "__dict__", None) is space
 
 
-def computed(names: frozenset[str] | set[str]) -> bool:
-    """Whether attributes may be read by names that are computed."""
-    return not _DYNAMIC.isdisjoint(names)
+_LIBRARY = tuple(
+    {os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")}
+)
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+def _is_standard(name: str) -> bool:
+    """Whether a module of the standard library is not a file of a user's with the same name."""
+    module = sys.modules.get(name)
+    if module is None:  # so nothing that is met is of it
+        return name in sys.builtin_module_names or _is_within_library(_origin(name))
+    file = getattr(module, "__file__", None)
+    return file is None or _is_within_library(file)
+
+
+@lru_cache(maxsize=4096)
+def _is_within_library(file: str) -> bool:
+    real = os.path.realpath(file)
+    inside = [real[len(path) :] for path in _LIBRARY if real.startswith(path)]
+    return any(not path.startswith(_INSTALLED) for path in inside)
+
+
+def _origin(name: str) -> str:
+    """The file that a module would be imported from."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return ""
+    return (found.origin or "") if found is not None else ""
+
+
+def is_volatile(module: str | None, name: str = "") -> bool:
+    """Whether this exists to read files, clocks, random numbers, frames or the system.
+
+    Args:
+        module: A module.
+        name: Something in it; the whole module if empty.
+    """
+    if module is None:
+        return False
+    if name and name in _VOLATILE_IN.get(module, ()):
+        return True
+    parts = module.split(".")
+    return any(".".join(parts[: i + 1]) in _VOLATILE for i in range(len(parts)))
+
+
+def volatile_in(module: str, names: frozenset[str]) -> str | None:
+    """What of these names in a module reads the outside; empty for the module itself; or None."""
+    if is_volatile(module):
+        return ""
+    return min(names & _VOLATILE_IN.get(module, frozenset()), default=None)
+
+
+def computed(names: frozenset[str] | set[str], of: str = "objects") -> bool:
+    """Whether attributes of objects, or of modules, may be read by names that are computed."""
+    return not (_DYNAMIC if of == "objects" else _OF_MODULES).isdisjoint(names)

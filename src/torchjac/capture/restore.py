@@ -7,15 +7,14 @@ calls, its next real run would find what the trace left behind.
 from __future__ import annotations
 
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torchjac.capture.code import ROOT
-from torchjac.capture.exact import NotUnderstood
 from torchjac.capture.function import Call
-from torchjac.capture.objects import ObjectWatcher
+from torchjac.capture.objects import ObjectWatcher, slots_of
 from torchjac.capture.reads import is_trusted, reads
 from torchjac.capture.watch import Check, Policy
 
@@ -29,7 +28,8 @@ def restored(call: Call) -> Iterator[None]:
 
     Of everything that the function can be seen to read; what an object hides in C stays as it is.
     """
-    actions = [action for value in _met(call) for action in _actions(value)]
+    met, names = _met(call)
+    actions = [action for value in met for action in _actions(value, names)]
     try:
         yield
     finally:
@@ -40,15 +40,21 @@ def restored(call: Call) -> Iterator[None]:
 class _Collector(ObjectWatcher):
     """Walks on where something is not understood."""
 
+    def refuse(self, reason: str) -> None:
+        """Walks on."""
+
     def value(self, value: Any, path: str) -> Check:
         """A check that is not used; what matters is what was met."""
+        if isinstance(value, set):
+            self.alive.append(value)
         try:
             return super().value(value, path)
-        except (NotUnderstood, AttributeError):
+        except Exception:  # code of a user's objects runs here (properties, `==`)
             return lambda new, seen: None
 
 
-def _met(call: Call) -> list[Any]:
+def _met(call: Call) -> tuple[list[Any], frozenset[str]]:
+    """What code can reach, and the names in that code."""
     names: frozenset[str] = frozenset()
     while True:
         collector = _Collector(Policy(), names)
@@ -57,42 +63,86 @@ def _met(call: Call) -> list[Any]:
         collector.value(call.kwargs, "kwargs")
         if collector.found <= names:
             met, collector.alive = collector.alive, []
-            return met
+            return met, names
         names |= collector.found
 
 
-def _actions(value: Any) -> list[PutBack]:
-    if isinstance(value, dict):
-        return [_items(value)]
-    if isinstance(value, (list, deque)):
-        return [_sequence(value)]
+def _actions(value: Any, names: frozenset[str]) -> list[PutBack]:
     if isinstance(value, types.FunctionType):
         return [*map(_cell, value.__closure__ or ()), _items(vars(value)), *_globals(value)]
     if isinstance(value, types.ModuleType):
-        return []  # what code assigns to is among the globals of that code
+        return [_module(value, names)] if not is_trusted(value.__name__) else []
     if isinstance(value, type):
         return [_class(value)] if not is_trusted(value.__module__) else []
-    return [_items(vars(value))] if isinstance(getattr(value, "__dict__", None), dict) else []
+    actions = [_slot(value, slot) for slot in slots_of(type(value))]
+    if isinstance(value, dict):
+        actions.append(_items(value))
+    elif isinstance(value, (list, deque, set)):
+        actions.append(_sequence(value))
+    space = getattr(value, "__dict__", None)
+    return [*actions, _items(space)] if isinstance(space, dict) else actions
 
 
 def _items(space: dict[Any, Any]) -> PutBack:
-    saved = dict(space)
+    saved, kind = dict(space), OrderedDict if isinstance(space, OrderedDict) else dict
 
     def put_back() -> None:
         if not _same(list(space), list(saved)) or not _same(space.values(), saved.values()):
-            space.clear()
-            space.update(saved)
+            kind.clear(space)
+            kind.update(space, saved)
 
     return put_back
 
 
 def _sequence(value: Any) -> PutBack:
     saved = list(value)
+    kind: Any = next(k for k in (list, deque, set) if isinstance(value, k))
+    add = set.update if kind is set else kind.extend
 
     def put_back() -> None:
         if not _same(value, saved):
-            value.clear()
-            value.extend(saved)
+            kind.clear(value)
+            add(value, saved)
+
+    return put_back
+
+
+def _slot(value: Any, slot: Any) -> PutBack:
+    """A slot, written past whatever the class makes of an assignment."""
+
+    def held() -> Any:
+        try:
+            return slot.__get__(value)
+        except AttributeError:
+            return _UNSET
+
+    saved = held()
+
+    def put_back() -> None:
+        if held() is saved:
+            return
+        if saved is _UNSET:
+            slot.__delete__(value)
+        else:
+            slot.__set__(value, saved)
+
+    return put_back
+
+
+def _module(module: types.ModuleType, names: frozenset[str]) -> PutBack:
+    """Variables of a module that code names; modules that were imported into it stay."""
+    space = vars(module)
+    saved = {name: space.get(name, _UNSET) for name in names}
+
+    def put_back() -> None:
+        for name, value in saved.items():
+            now = space.get(name, _UNSET)
+            if now is value or isinstance(now, types.ModuleType):
+                continue
+            if value is _UNSET:
+                del space[name]
+            else:
+                space[name] = value
 
     return put_back
 

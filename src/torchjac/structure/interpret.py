@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from torchjac._torch.modes import real_values
 from torchjac._torch.tracing import HigherOrderOperator, OpOverload, sequence_of
 from torchjac.capture.derivative import Derivative
 from torchjac.structure.control import BodyValues, Control
 from torchjac.structure.dependence import Dependence, apply, everything, joined, nothing, seed
 from torchjac.structure.maps import dense
+from torchjac.structure.precision import coarse
 from torchjac.structure.rules import RULES, NotLinear, Op
-from torchjac.structure.values import SHAPE_ONLY, UNINITIALIZED, Values
+from torchjac.structure.values import HALF, SHAPE_ONLY, UNINITIALIZED, Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ def linear_nodes(derivative: Derivative) -> set[fx.Node]:
 
 def interpret(derivative: Derivative) -> Interpretation:
     """Runs the linear graph on what each value depends on."""
-    return _Run(derivative).result()
+    with real_values():
+        return _Run(derivative).result()
 
 
 class _Run:
@@ -135,18 +138,28 @@ class _Run:
         why = None
         try:
             made = self._by_rule(node)
-        except NotLinear:
+        except NotLinear as reason:
             if self._is_body:
                 raise
-            why = "its result need not be zero where the cotangent is"
+            why = str(reason) or "its result need not be zero where the cotangent is"
             made = self._for_each(node, lambda s: everything(s, self._m))
         except LookupError:
             why = "there is no rule for it"
             made = self._for_each(node, lambda s: self._all_to_all(node, s))
+        made = self._rounded(node, made)
         if why is not None:
             self._assumed[f"{_name(node)}: {why}"] = None
         self._look(node, made, why)
         return made
+
+    def _rounded(self, node: fx.Node, made: Any) -> Any:
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            return coarse(made) if value.dtype in HALF else made
+        return [
+            coarse(part) if isinstance(v, Tensor) and v.dtype in HALF and part else part
+            for part, v in zip(made, value, strict=True)
+        ]
 
     def _by_rule(self, node: fx.Node) -> Any:
         target = node.target
@@ -154,6 +167,8 @@ class _Run:
             return self._by_body(node)
         if not isinstance(target, OpOverload):
             raise LookupError(str(target))
+        if target not in RULES and "backward" not in target._schema.name:
+            raise NotLinear("there is no rule for it")  # nor does it have to vanish with u
         local = RULES[target](Op(node, self._linear, self._values))
         if isinstance(local, tuple):
             return [

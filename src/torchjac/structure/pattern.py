@@ -24,7 +24,7 @@ from torchjac.structure.interpret import Interpretation, Spread
 from torchjac.structure.lanes import Lane
 
 # More entries than this are not written out: the pattern is dense for all practical purposes.
-_MOST = 2**30
+_MOST = 2**27
 
 
 @dataclass(frozen=True, eq=False, repr=False)

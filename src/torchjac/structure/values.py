@@ -7,8 +7,9 @@ makes patterns sharp.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -47,13 +48,18 @@ class Values:
         if not isinstance(node, fx.Node):
             return node
         if node not in self._constants:
-            self._constants[node] = self._evaluated(node)
+            for needed in before(node, self._constants, self._is_made_of_arguments):
+                self._constants[needed] = self._evaluated(needed)
         return self._constants[node]
 
     def factors(self, node: fx.Node) -> Tensor:
         """Float64 numbers of the node's shape; NaN where they are not known."""
         if node not in self._known:
-            self._known[node] = self._looked_at(node)
+            for needed in before(node, self._known, self._is_partial):
+                found = self._looked_at(needed)
+                if bool(found.isnan().all()):  # unknown throughout: costs nothing from here on
+                    found = unknown(tuple(found.shape))
+                self._known[needed] = found
         return self._known[node]
 
     def is_zero(self, node: Any) -> bool:
@@ -98,16 +104,18 @@ class Values:
             fill = node.args[position]
         if isinstance(fill, fx.Node):
             return None
-        value = torch.tensor(fill, dtype=like.dtype, device=like.device)
+        value = torch.tensor(fill, dtype=like.dtype, device=device_of(node))
         return value.expand(tuple(like.shape))
 
     def _looked_at(self, node: fx.Node) -> Tensor:
         shape = tuple(node.meta["val"].shape)
         value = self.constant(node)
-        if isinstance(value, Tensor) and not value.is_complex():
+        if isinstance(value, Tensor) and value.is_complex():
+            return torch.where(value == 0, 0.0, UNKNOWN).to(torch.float64).cpu()
+        if isinstance(value, Tensor):
             found: Tensor = value.to(torch.float64)
             saved = self._local and self._is_saved(node)
-            if saved or value.dtype in _HALF:
+            if saved or value.dtype in HALF:
                 # Saved by the graph: which of these numbers belong to the input is not known. In
                 # half precision sums of them are rounded too coarsely for zeros to be proved.
                 found = torch.where(found == 0, found, UNKNOWN)
@@ -122,12 +130,61 @@ class Values:
     def _is_saved(self, node: fx.Node) -> bool:
         """Whether a floating-point tensor that the graph saved is among what it is made of."""
         if node not in self._saved:
-            value = node.meta.get("val")
-            if node.op == "get_attr":
-                self._saved[node] = isinstance(value, Tensor) and value.is_floating_point()
-            else:
-                self._saved[node] = any(map(self._is_saved, node.all_input_nodes))
+            for needed in before(node, self._saved, lambda _: True):
+                value = needed.meta.get("val")
+                if needed.op == "get_attr":
+                    self._saved[needed] = isinstance(value, Tensor) and value.is_floating_point()
+                else:
+                    self._saved[needed] = any(self._saved[a] for a in needed.all_input_nodes)
         return self._saved[node]
+
+    def _is_made_of_arguments(self, node: fx.Node) -> bool:
+        """Whether a node's value could be found from those of its arguments."""
+        return not (
+            node.op != "call_function"
+            or node.target in SHAPE_ONLY
+            or node.target in UNINITIALIZED
+            or node in self._linear
+            or tracing.is_random(node.target)
+        )
+
+    def _is_partial(self, node: fx.Node) -> bool:
+        """Whether what is known of a node follows from what is known of its arguments."""
+        return (
+            node.target in PARTIAL
+            and node.op == "call_function"
+            and node not in self._linear
+            and self.constant(node) is None
+        )
+
+
+def before(
+    node: fx.Node, done: Container[fx.Node], through: Callable[[fx.Node], bool]
+) -> list[fx.Node]:
+    """A node and what it is made of, arguments first, without what is done (graphs are deep).
+
+    Args:
+        node: The last of them.
+        done: Nodes to leave out.
+        through: Whether the arguments of a node are needed.
+    """
+    found: dict[fx.Node, None] = {}
+    stack: list[tuple[fx.Node, bool]] = [(node, False)]
+    while stack:
+        here, ready = stack.pop()
+        if ready:
+            found[here] = None
+        elif here not in done and here not in found:
+            stack.append((here, True))
+            if through(here):
+                stack += [(a, False) for a in here.all_input_nodes]
+    return list(found)
+
+
+def device_of(node: fx.Node) -> torch.device:
+    """Where a node's value would be."""
+    found: torch.device = node.meta.get("device", node.meta["val"].device)
+    return found
 
 
 def is_parameter(tensor: Tensor) -> bool:
@@ -147,7 +204,7 @@ def unknown(shape: tuple[int, ...]) -> Tensor:
     return torch.tensor(UNKNOWN, dtype=torch.float64).expand(shape)
 
 
-_HALF = frozenset({torch.float16, torch.bfloat16})
+HALF = frozenset({torch.float16, torch.bfloat16})
 
 # Operations that read the shape of their argument only, and what they fill the result with.
 SHAPE_ONLY: dict[Any, float | None] = {
@@ -192,7 +249,9 @@ def _multiplied(values: Values, node: fx.Node) -> Tensor:
     found = [
         values.factors(a).expand(shape)
         if isinstance(a, fx.Node)
-        else torch.tensor(float(a), dtype=torch.float64).expand(shape)
+        else torch.tensor(
+            UNKNOWN if isinstance(a, complex) else float(a), dtype=torch.float64
+        ).expand(shape)
         for a in arguments[:2]
     ]
     product = times(found[0], found[1])
@@ -218,7 +277,31 @@ def _converted(values: Values, node: fx.Node) -> Tensor:
     return values.factors(source)
 
 
+def _masked(values: Values, node: fx.Node) -> Tensor:
+    """A sum is -inf where a mask says so, if the other summand is finite, as scores are.
+
+    Nothing else is followed. (Where it is not finite, values and gradients are NaN.)
+    """
+    shape = tuple(node.meta["val"].shape)
+    arguments: tuple[Any, ...] = node.args
+    if node.kwargs.get("alpha", 1) != 1:
+        return unknown(shape)
+    found = [values.factors(a).expand(shape) for a in arguments[:2] if isinstance(a, fx.Node)]
+    hidden = torch.stack([f == -math.inf for f in found]).any(0)
+    return torch.where(hidden, -math.inf, unknown(shape))
+
+
+def _softened(values: Values, node: fx.Node) -> Tensor:
+    """A softmax is zero where its argument is -inf."""
+    arguments: tuple[Any, ...] = node.args
+    scores = values.factors(arguments[0])
+    return torch.where(scores == -math.inf, 0.0, unknown(tuple(scores.shape)))
+
+
 PARTIAL: dict[Any, Any] = {
+    aten.add.Tensor: _masked,
+    aten._softmax.default: _softened,
+    aten._safe_softmax.default: _softened,
     **dict.fromkeys(
         [
             aten.view.default,

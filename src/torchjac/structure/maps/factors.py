@@ -68,6 +68,13 @@ def plus(a: Factors, b: Factors) -> Factors:
     return on_support(_sum, a, b)
 
 
+def spread(factors: Factors, shape: Shape) -> Tensor:
+    """Factors as a tensor of a shape, without memory for one number."""
+    if isinstance(factors, Tensor):
+        return factors
+    return torch.tensor(factors, dtype=torch.float64).expand(shape)
+
+
 def on_support(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Runs an elementwise function once for all elements that only repeat along an axis."""
     shape = tensors[0].shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from torchjac.structure.maps import (
     UNKNOWN,
@@ -15,6 +16,7 @@ from torchjac.structure.maps import (
     index_map,
     product,
 )
+from torchjac.structure.maps.factors import on_axis
 from torchjac.structure.rules.reduce import along_pairs
 from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
 
@@ -98,21 +100,24 @@ def cross(op: Op) -> Local:
     if len(op.linear) > 1:
         raise NotLinear
     (operand,) = op.linear
-    shape, axis = op.shape, op["dim"]
+    shape, axis = op.shape, op["dim"] % len(op.shape)
     other = op["other"] if operand is op["self"] else op["self"]
     sign = 1.0 if operand is op["self"] else -1.0
     theirs = other.factors.expand(shape)
 
+    def turned(t: Tensor, step: int) -> Tensor:
+        return on_axis(lambda x: x.roll(-step, axis), t, axis)
+
     def rolled(step: int) -> LinearMap:
-        return index_map(lambda t: t.roll(-step, axis), shape, shape, False)
+        return index_map(lambda t: turned(t, step), shape, shape, False)
 
     return [
         (
             operand,
             product(
                 add(
-                    product(diagonal(shape, theirs.roll(-2, axis) * sign), rolled(1)),
-                    product(diagonal(shape, theirs.roll(-1, axis) * -sign), rolled(2)),
+                    product(diagonal(shape, turned(theirs, 2) * sign), rolled(1)),
+                    product(diagonal(shape, turned(theirs, 1) * -sign), rolled(2)),
                 ),
                 broadcast(shape, operand.shape),
             ),

@@ -229,6 +229,8 @@ def of_many(op: Op) -> Local:
     if order is not None and order <= 0:
         raise NotLinear  # a limit at zero
     operand = op.only("self")
+    if 0 in operand.shape:
+        raise NotLinear  # a product of nothing is one
     named = any(a.name == "dim" for a in op.target._schema.arguments)
     return [(operand, along(op.shape, operand.shape, op["dim"] if named else None))]
 

@@ -17,6 +17,7 @@ from torchjac.structure.maps import (
 )
 from torchjac.structure.maps.factors import is_single
 from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.values import device_of
 
 
 def scaled(op: Op, operand: Operand, factors: Factors) -> Local:
@@ -157,7 +158,7 @@ def pointwise_backward(op: Op) -> Local:
     if constants is None or not made.is_floating_point():
         return scaled(op, operand, UNKNOWN)
     with real_values():
-        ones = torch.ones(operand.shape, dtype=made.dtype, device=made.device)
+        ones = torch.ones(operand.shape, dtype=made.dtype, device=device_of(operand.node))
         factors: Tensor = op.target(**{name: ones}, **constants)
     return scaled(op, operand, _masked(op, factors))
 

@@ -1,0 +1,360 @@
+"""Writing down the ATen operations that run.
+
+`make_fx` does it too, in about a millisecond an operation, on tensors that are not what a user's
+code expects. Here operations run as they always do, on real tensors, and are noted on the way: some
+twenty microseconds an operation. What then must not happen is that values of tensors decide what is
+done next; of tensors for which that matters (`Value.varies`) they are not given out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchjac._torch.traits import (
+    COPIED,
+    INDEX,
+    LIFTED,
+    OpOverload,
+    Traits,
+    decomposition,
+    traits_of,
+)
+
+
+class DependsOnValues(RuntimeError):
+    """A value of a tensor would decide what is done next; the message says by way of what."""
+
+
+class NotRecorded(RuntimeError):
+    """Something happened that a list of operations cannot say; the message names it."""
+
+
+class NeedsTracing(Exception):
+    """Control flow operators are for torch's own tracer."""
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """A tensor that was met.
+
+    Attributes:
+        kind: `input`, `constant`, or `made` by a call.
+        position: Of the input, the constant or the call.
+        item: Which of the results of a call; None if there is one.
+        base: The value whose memory it shares.
+        varies: Of a base: whether its numbers are different ones for other inputs.
+        written: Of a base: whether something wrote to it.
+        shape: Its shape.
+        stride: Its strides.
+        dtype: Its dtype.
+        device: Its device.
+        memory: Of inputs and constants: which memory it lies in.
+    """
+
+    kind: str
+    position: int
+    item: int | None
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    memory: int = 0
+    varies: bool = False
+    written: bool = False
+    base: Value = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Memory of its own."""
+        self.base = self
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """An operation that ran.
+
+    Attributes:
+        operation: What it was.
+        args: With values in the places of tensors.
+        kwargs: As well.
+        results: A value for each tensor that it returned; None for others.
+        is_single: Whether it returned one tensor, not several.
+        written: Bases that it wrote to.
+        number: Sequence number of the autograd node that ran it, or None.
+    """
+
+    operation: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[Value | None, ...]
+    is_single: bool
+    written: tuple[Value, ...]
+    number: int | None
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operations that run while it is active.
+
+    Args:
+        keep: Backward operations not to decompose.
+        parameters_vary: Whether training changes what is there to be trained.
+
+    Attributes:
+        calls: Operations, in order.
+        has_random: Whether one of them draws random numbers.
+        constants: Tensors that were not made by them, as they were before anything wrote to them.
+        inputs: Values of the inputs.
+        cotangents: Inputs that were asked for on the way.
+        number: Sequence number of the autograd node that runs, or None.
+        refusals: What should have ended it, even if a user's code went on regardless.
+    """
+
+    def __init__(self, keep: Collection[Any], parameters_vary: bool):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Called] = []
+        self.has_random = False
+        self.constants: list[Tensor] = []
+        self.inputs: list[Value] = []
+        self.cotangents: list[Tensor] = []
+        self.number: int | None = None
+        self.refusals: list[Exception] = []
+        self._keep = keep
+        self._parameters_vary = parameters_vary
+        self._values: dict[int, tuple[Any, Value]] = {}
+        self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports its compiler, which takes more than a second
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Code that asks whether modes are active need not know of this one."""
+        return True
+
+    supports_higher_order_operators = True
+
+    def input(self, tensor: Tensor, varies: bool = True) -> Value:
+        """Makes a tensor an input."""
+        value = self._from_elsewhere(tensor, "input", len(self.inputs))
+        value.varies = varies
+        self.inputs.append(value)
+        return value
+
+    def constant(self, tensor: Tensor, original: Tensor, varies: bool) -> Value:
+        """Makes a tensor stand for a constant."""
+        value = self._from_elsewhere(tensor, "constant", len(self.constants))
+        value.varies = varies
+        self.constants.append(original)
+        return value
+
+    def _from_elsewhere(self, tensor: Tensor, kind: str, position: int) -> Value:
+        memory = tensor.untyped_storage()._cdata
+        return self._enter(tensor, Value(kind, position, None, *_about(tensor), memory))
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor is an input, or was made while this was active."""
+        value = self.find(tensor)
+        return value is not None and value.kind != "constant"
+
+    def varies(self, tensor: Tensor) -> bool:
+        """Whether the numbers of a tensor are different ones for other inputs."""
+        return self.value(tensor).base.varies
+
+    def cotangent(self, output: Tensor) -> Tensor:
+        """An input to begin a backward pass with.
+
+        No zeros: what a pass takes out of the graph must not look like one.
+        """
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            made = torch.linspace(
+                0.3, 1.7, output.numel(), dtype=output.dtype, device=output.device
+            ).reshape(output.shape)
+        self.input(made)
+        self.cotangents.append(made)
+        return made
+
+    def enter(self, number: int | None) -> None:
+        """Says which autograd node runs from here on."""
+        self.number = number
+
+    def find(self, tensor: Tensor) -> Value | None:
+        """The value of a tensor, if it was met."""
+        found = self._values.get(tensor._cdata)
+        return None if found is None or found[0].expired() else found[1]
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value of a tensor; a constant if it was not met before."""
+        found = self._values.get(tensor._cdata)
+        if found is not None and not found[0].expired():
+            return found[1]
+        if tensor.layout is not torch.strided:
+            raise NotRecorded("it reads a sparse tensor")
+        trained = tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
+        return self.constant(tensor, tensor, trained and self._parameters_vary)
+
+    def restore(self) -> None:
+        """Gives tensors from elsewhere that were written to their numbers back.
+
+        Generators are where they were as well.
+        """
+        for generator, state in self._generators.values():
+            generator.set_state(state)
+        with torch.no_grad():
+            for memory, before in reversed(self._before):
+                memory.copy_(before)
+        self._before.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation and notes it."""
+        try:
+            with torch._C.DisableTorchFunction():  # what happens inside is not the user's doing
+                return self._ran(func, args, kwargs or {})
+        except (DependsOnValues, NotRecorded, NeedsTracing) as refusal:
+            self.refusals.append(refusal)
+            raise
+
+    def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(func, OpOverload):
+            raise NeedsTracing(str(func))
+        traits = traits_of(func)
+        if traits.is_refused:
+            raise NotRecorded(f"{func} changes what a tensor is")
+        if traits.is_composite:
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        decompose = decomposition(func)
+        if decompose is not None and func not in self._keep:
+            with self:
+                return decompose(*args, **kwargs)
+        if traits.is_indexing:
+            args = self._with_positions(func, args)
+        return self._noted(func, traits, args, kwargs)
+
+    def _noted(
+        self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        values: list[Value] = []
+        noted = tuple([self._note(a, values) for a in args])
+        named = {k: self._note(a, values) for k, a in kwargs.items()} if kwargs else kwargs
+        if traits.is_random:
+            self.has_random = True
+            for given in kwargs.values():
+                if isinstance(given, torch.Generator) and id(given) not in self._generators:
+                    self._generators[id(given)] = given, given.get_state()
+        varies = traits.is_random or any([v.base.varies for v in values])
+        if traits.decides and varies:
+            raise DependsOnValues(func._schema.name.removeprefix("aten::"))
+        written = self._written(traits, args, kwargs, varies) if traits.written else ()
+        for position in traits.silent:
+            if args[position] is not None:
+                self._keep_memory(args[position])
+        out = func(*args, **kwargs)
+        if func is LIFTED:  # a tensor that is nobody's yet, and may be written to from here on
+            self.constants[values[0].position] = args[0].clone()
+            func = COPIED
+            del self._values[args[0]._cdata]
+        base = values[0].base if traits.is_view and values and func is not COPIED else None
+        results = self._results(out, len(self.calls), varies, base)
+        if results is not None:
+            single = isinstance(out, Tensor)
+            self.calls.append(Called(func, noted, named, results, single, written, self.number))
+        return out
+
+    def _results(
+        self, out: Any, position: int, varies: bool, base: Value | None
+    ) -> tuple[Value | None, ...] | None:
+        """Values of what a call returned; None if that was no tensor."""
+        single = isinstance(out, Tensor)
+        parts = (out,) if single else out
+        if not isinstance(parts, (tuple, list)):
+            return () if out is None else None
+        results: list[Value | None] = []
+        for item, part in enumerate(parts):
+            if not isinstance(part, Tensor):
+                results.append(None)
+                continue
+            if part.layout is not torch.strided:
+                raise NotRecorded("it makes a sparse tensor")
+            value = Value("made", position, None if single else item, *_about(part))
+            before = self._values.get(part._cdata)
+            if before is not None and not before[0].expired():
+                value.base = before[1].base  # it is one of the arguments, written to
+            elif base is not None:
+                value.base = base
+            else:
+                value.varies = varies
+            results.append(self._enter(part, value))
+        return tuple(results)
+
+    def _enter(self, tensor: Tensor, value: Value) -> Value:
+        self._values[tensor._cdata] = (torch._C._WeakTensorRef(tensor), value)  # type: ignore[attr-defined]
+        return value
+
+    def _note(self, argument: Any, values: list[Value]) -> Any:
+        """An argument with values in the places of tensors."""
+        if isinstance(argument, Tensor):
+            value = self.value(argument)
+            values.append(value)
+            return value
+        if isinstance(argument, (list, tuple)):
+            return [self._note(a, values) for a in argument]
+        return argument
+
+    def _written(
+        self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], varies: bool
+    ) -> tuple[Value, ...]:
+        """Prepares for a write: what is written to varies as what is written does."""
+        found: list[Any] = []
+        for position, name in traits.written:
+            given = args[position] if position < len(args) else kwargs.get(name)
+            found += given if isinstance(given, (list, tuple)) else [given]
+        bases = []
+        for tensor in found:
+            if tensor is None:
+                continue
+            base = self.value(tensor).base
+            if base.kind != "made" and not base.written:
+                self._keep_memory(tensor)
+            base.written = True
+            base.varies |= varies
+            bases.append(base)
+        return tuple(bases)
+
+    def _keep_memory(self, tensor: Tensor) -> None:
+        """Notes the numbers of a tensor from elsewhere, all that share its memory included."""
+        storage = tensor.untyped_storage()
+        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        self._before.append((memory, memory.clone()))
+
+    def _with_positions(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Known masks among indices written as positions: the result's shape is then known too."""
+        indices = list(args[1])
+        masks = [t for t in indices if isinstance(t, Tensor) and t.dtype in _MASKS]
+        if not masks:
+            return args
+        if any(self.value(mask).base.varies for mask in masks):
+            if func is INDEX:
+                raise DependsOnValues("a boolean mask as an index")
+            return args
+        found: list[Any] = []
+        with self:
+            for part in indices:
+                is_mask = isinstance(part, Tensor) and part.dtype in _MASKS
+                found += part.nonzero().unbind(1) if is_mask else (part,)
+        return (args[0], found, *args[2:])
+
+
+_MASKS = (torch.bool, torch.uint8)
+
+
+def _about(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -1,0 +1,269 @@
+"""From operations that were written down to a functional graph of them."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+from torchjac._torch.recorder import Called, NotRecorded, Recorder, Value
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Operations that led from inputs to outputs.
+
+    Attributes:
+        inputs: Values of the inputs.
+        constants: Tensors from elsewhere.
+        calls: Operations, in order; those that the outputs do not need are left out.
+        outputs: Values, or None, in the places of the outputs.
+    """
+
+    inputs: tuple[Value, ...]
+    constants: tuple[Tensor, ...]
+    calls: tuple[Called, ...]
+    outputs: tuple[Value | None, ...]
+
+    @property
+    def writes(self) -> bool:
+        """Whether an operation writes to a tensor that is needed."""
+        return any(call.written for call in self.calls)
+
+
+def recorded(recorder: Recorder, outputs: Sequence[Tensor | None]) -> Recording:
+    """What of the noted operations outputs need.
+
+    Raises:
+        NotRecorded: It writes to memory that tensors share without having been made so.
+    """
+    values = [None if o is None else recorder.value(o) for o in outputs]
+    calls = _needed(recorder.calls, [v for v in values if v is not None])
+    _check_memory(recorder, calls)
+    return Recording(tuple(recorder.inputs), tuple(recorder.constants), calls, tuple(values))
+
+
+def _check_memory(recorder: Recorder, calls: Sequence[Called]) -> None:
+    """Refuses writes to memory that tensors share without having been made so by a view."""
+    written = {id(v): v for c in recorder.calls for v in c.written if v.kind != "made"}
+    if not written:
+        return
+    used = {id(v.base): v.base for c in calls for v in _values((*c.args, *c.kwargs.values()))}
+    for base in used.values():
+        if base.kind == "made":
+            continue
+        if any(w is not base and w.memory == base.memory for w in written.values()):
+            raise NotRecorded("it writes to tensors while tensors that it reads share memory")
+
+
+def _needed(calls: Sequence[Called], outputs: Sequence[Value]) -> tuple[Called, ...]:
+    """Calls that outputs need, and writes to memory that these look at."""
+    values = set(map(id, outputs))
+    memory = {id(v.base) for v in outputs}
+    found = []
+    for call in reversed(calls):
+        made = any(id(v) in values for v in call.results if v is not None)
+        if made or any(id(base) in memory for base in call.written):
+            found.append(call)
+            for value in _values((*call.args, *call.kwargs.values())):
+                values.add(id(value))
+                memory.add(id(value.base))
+    return tuple(reversed(found))
+
+
+def functional(recording: Recording, inputs: Sequence[Tensor], keep: Collection[Any]) -> Recording:
+    """The same computation without in-place operations.
+
+    Args:
+        recording: Operations.
+        inputs: Tensors like those that it was recorded with.
+        keep: Backward operations not to decompose.
+
+    Raises:
+        NotRecorded: It writes in a way that cannot be rewritten.
+    """
+    written = {id(base) for call in recording.calls for base in call.written}
+    recorder = Recorder(keep, parameters_vary=False)
+    used = _used_constants(recording)
+    given = [
+        tensor.detach().clone() if id(value) in written else tensor.detach()
+        for tensor, value in zip(inputs, recording.inputs, strict=True)
+    ]
+    bases = [used.get(i) for i in range(len(recording.constants))]
+    constants = [
+        t.detach().clone() if b is not None and id(b) in written else t.detach()
+        for t, b in zip(recording.constants, bases, strict=True)
+    ]
+    for tensor in given:
+        recorder.input(tensor)
+    for tensor, original in zip(constants, recording.constants, strict=True):
+        recorder.constant(tensor, original, varies=False)
+
+    def again(*tensors: Tensor) -> list[Tensor | None]:
+        return _run(recording, tensors[: len(given)], tensors[len(given) :], recorder)
+
+    with warnings.catch_warnings(), torch.no_grad(), recorder:
+        warnings.simplefilter("ignore")
+        outputs = torch.func.functionalize(again, remove="mutations")(*given, *constants)
+        # In the end it copies what was written to inputs and constants: nobody reads these.
+        recorder.calls = [c for c in recorder.calls if c.operation is not aten.copy_.default]
+        made = recorded(recorder, outputs)
+    if made.writes:
+        raise NotRecorded("it writes to tensors in a way that cannot be rewritten")
+    return made
+
+
+def _used_constants(recording: Recording) -> dict[int, Value]:
+    arguments = [a for call in recording.calls for a in (*call.args, *call.kwargs.values())]
+    return {v.position: v for v in _values(arguments) if v.kind == "constant"}
+
+
+def rerun(recording: Recording, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Runs the operations again."""
+    with torch.no_grad():
+        return _run(recording, inputs, recording.constants, None)
+
+
+def agree(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
+    """Whether two evaluations gave the same, but for rounding."""
+    for one, other in zip(first, second, strict=True):
+        if one is None or other is None:
+            if one is not other:
+                return False
+            continue
+        tolerance = _COARSE if one.dtype.itemsize < 4 else _FINE
+        one, other = one.detach(), other.detach()
+        size = torch.where(one.isfinite(), one, 0).abs().amax() if one.numel() else 0.0
+        if not torch.allclose(one, other, tolerance, tolerance * float(size), equal_nan=True):
+            return False
+    return True
+
+
+# Two evaluations of one computation may round differently, and what takes other ways differs much.
+_FINE, _COARSE = 1e-3, 0.1
+
+
+def _run(
+    recording: Recording,
+    inputs: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    recorder: Recorder | None,
+) -> list[Tensor | None]:
+    found: dict[int, Any] = {id(v): t for v, t in zip(recording.inputs, inputs, strict=True)}
+
+    def tensor(value: Value) -> Any:
+        return constants[value.position] if value.kind == "constant" else found[id(value)]
+
+    last = _last_uses(recording)
+    for position, call in enumerate(recording.calls):
+        if recorder is not None:
+            recorder.number = call.number
+        args = _mapped(list(call.args), tensor)
+        made = call.operation(*args, **{k: _mapped(a, tensor) for k, a in call.kwargs.items()})
+        parts = (made,) if call.is_single else made or ()
+        for value, part in zip(call.results, parts, strict=True):
+            if value is not None:
+                found[id(value)] = part
+        for done in last.get(position, ()):
+            found.pop(done, None)
+    return [None if v is None else tensor(v) for v in recording.outputs]
+
+
+def _last_uses(recording: Recording) -> dict[int, list[int]]:
+    """For each call the values that are not used after it."""
+    last: dict[int, int] = {}
+    for position, call in enumerate(recording.calls):
+        for value in (*_values((*call.args, *call.kwargs.values())), *call.results):
+            if value is not None:
+                last[id(value)] = position
+    for output in recording.outputs:
+        last.pop(id(output), None)
+    found: dict[int, list[int]] = {}
+    for number, position in last.items():
+        found.setdefault(position, []).append(number)
+    return found
+
+
+def graph_of(recording: Recording) -> fx.GraphModule:
+    """The operations as a graph; its nodes carry a `val` like that of torch's own tracer."""
+    graph = fx.Graph()
+    nodes: dict[int, fx.Node] = {}
+    attributes: dict[str, Tensor] = {}
+    for i, value in enumerate(recording.inputs):
+        nodes[id(value)] = _with_value(graph.placeholder(f"arg{i}"), value)
+    constants: dict[int, fx.Node] = {}
+
+    def node_of(value: Value) -> fx.Node:
+        if value.kind != "constant":
+            return nodes[id(value)]
+        if value.position not in constants:
+            name = f"constant{value.position}"
+            attributes[name] = recording.constants[value.position]
+            constants[value.position] = _with_value(graph.create_node("get_attr", name), value)
+        return constants[value.position]
+
+    for call in recording.calls:
+        if call.operation in _SAME:
+            nodes[id(call.results[0])] = node_of(call.args[0])
+            continue
+        args = tuple(_mapped(list(call.args), node_of))
+        kwargs = {k: _mapped(a, node_of) for k, a in call.kwargs.items()}
+        node = graph.call_function(call.operation, args, kwargs)
+        if call.number is not None:
+            node.meta["seq_nr"] = call.number
+        if call.is_single:
+            (result,) = call.results
+            assert result is not None
+            nodes[id(result)] = _with_value(node, result)
+            continue
+        node.meta["val"] = tuple(None if v is None else _like(v) for v in call.results)
+        for item, part in enumerate(call.results):
+            if part is not None:
+                taken = graph.call_function(operator.getitem, (node, item))
+                taken.meta.update(node.meta)
+                nodes[id(part)] = _with_value(taken, part)
+    graph.output([None if v is None else node_of(v) for v in recording.outputs])
+    graph.eliminate_dead_code(_is_pure)
+    with _use_lazy_graph_module(True):  # its code is seldom run
+        return _make_graph_module(attributes, graph)
+
+
+_SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output")
+
+
+def _with_value(node: fx.Node, value: Value) -> fx.Node:
+    node.meta["val"], node.meta["device"] = _like(value), value.device
+    return node
+
+
+def _like(value: Value) -> Tensor:
+    """A tensor without memory that has its shape, strides and dtype."""
+    return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
+
+
+def _values(arguments: Any) -> list[Value]:
+    found: list[Value] = []
+    for argument in arguments:
+        if isinstance(argument, Value):
+            found.append(argument)
+        elif isinstance(argument, list):
+            found += _values(argument)
+    return found
+
+
+def _mapped(argument: Any, to: Callable[[Value], Any]) -> Any:
+    if isinstance(argument, Value):
+        return to(argument)
+    return [_mapped(a, to) for a in argument] if isinstance(argument, list) else argument

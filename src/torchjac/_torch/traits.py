@@ -1,0 +1,94 @@
+"""What there is to know of an operation before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch._decomp import decomposition_table
+
+OpOverload = torch._ops.OpOverload
+HigherOrderOperator = torch._ops.HigherOrderOperator
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What there is to know of an operation before it runs.
+
+    Attributes:
+        is_composite: Whether torch says what it does in terms of others.
+        decides: Whether it gives numbers of a tensor to Python, as a number or as a shape.
+        is_random: Whether it draws random numbers.
+        is_indexing: Whether its second argument holds indices.
+        is_refused: Whether it changes what a tensor is.
+        written: Places and names of the arguments that it writes to.
+        silent: Places of arguments that it writes to without saying so.
+        is_view: Whether results share the memory of the first argument.
+    """
+
+    is_composite: bool
+    decides: bool
+    is_random: bool
+    is_indexing: bool
+    is_refused: bool
+    written: tuple[tuple[int, str], ...]
+    silent: tuple[int, ...]
+    is_view: bool
+
+
+LIFTED, COPIED = aten.lift_fresh.default, aten.lift_fresh_copy.default
+# They write to these arguments, running statistics, though their schemas do not say so.
+_SILENT = {
+    aten.native_batch_norm.default: (3, 4),
+    aten.cudnn_batch_norm.default: (3, 4),
+    aten.miopen_batch_norm.default: (3, 4),
+}
+INDEX = aten.index.Tensor
+_INDEXING = (
+    INDEX,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+    aten._unsafe_index_put.default,
+)
+# They change the memory or the kind of a tensor: who shares it then is not followed.
+_CHANGING = frozenset({"set_", "resize_", "resize_as_", "_resize_output_", "set_data", "swap_"})
+_QUESTIONS = (aten.size.default, aten.stride.default, aten.storage_offset.default)
+
+
+@lru_cache(maxsize=4096)
+def traits_of(func: OpOverload) -> Traits:
+    """The traits of an operation."""
+    schema = func._schema
+    written = [
+        (i, a.name)
+        for i, a in enumerate(schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    decides = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return Traits(
+        is_composite=func not in _QUESTIONS and func.has_kernel_for_dispatch_key(composite),
+        decides=func not in _INDEXING and not decides.isdisjoint(func.tags),
+        is_random=torch.Tag.nondeterministic_seeded in func.tags,
+        is_indexing=func in _INDEXING,
+        is_refused=schema.name.removeprefix("aten::") in _CHANGING,
+        written=tuple(written),
+        silent=_SILENT.get(func, ()),
+        is_view=any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns),
+    )
+
+
+@lru_cache(maxsize=4096)
+def decomposition(func: OpOverload) -> Any:
+    """How torch writes a backward operation in terms of others, or None.
+
+    Only of backward operations: they are where derivatives live.
+    """
+    if "backward" not in func._schema.name or func._overloadname != "default":
+        return None
+    return decomposition_table.get(func)

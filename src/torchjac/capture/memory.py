@@ -1,0 +1,39 @@
+"""What `functools.lru_cache` remembers. Python does not show it, but its garbage collector does."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+
+def remembered(memory: Any) -> dict[int, tuple[Any, Any]] | None:
+    """Arguments and result of each call that is remembered, by the identity of the arguments.
+
+    Args:
+        memory: A function that `functools.lru_cache` made.
+
+    Returns:
+        None where they are not seen.
+    """
+    size = memory.cache_info().currsize
+    if not size:
+        return {}
+    # Key, result and type of one link after the other, if their number is limited; then the table.
+    met = gc.get_referents(memory)
+    start = 1 if met[0] is type(memory) else 0
+    limited = memory.cache_info().maxsize is not None
+    step = 3 if _is_link(met[start + 2]) else 2
+    end = start + step * size if limited else start
+    table = met[end] if end < len(met) else None
+    if type(table) is not dict or len(table) != size:
+        return None
+    if not limited:
+        return {id(key): (key, result) for key, result in table.items()}
+    keys, results = met[start:end:step], met[start + 1 : end : step]
+    if {*map(id, keys)} != {*map(id, table)}:
+        return None
+    return {id(key): (key, result) for key, result in zip(keys, results, strict=True)}
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, type) and value.__name__ == "_lru_list_elem"

@@ -1,0 +1,270 @@
+"""Noting what runs: nothing gets past it, and nothing of it is left behind."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchjac
+from laws import value
+from patterns import numeric, pattern_of
+from torchjac._torch import tracing
+from torchjac.capture import Call
+from torchjac.capture.derivative import trace_function, trace_graph
+from torchjac.capture.graph import capture_graph
+from torchjac.errors import CaptureRefused
+
+N = 5
+D = torch.float64
+X = value(N)
+
+
+def swallowed(take: Callable[[Tensor], int]) -> Callable[[Tensor], Tensor]:
+    """A function that goes on where a value cannot be had."""
+
+    def f(x: Tensor) -> Tensor:
+        try:
+            k = take(x.detach())
+        except Exception:
+            k = 0
+        return x.roll(k)
+
+    return f
+
+
+def assigned(x: Tensor) -> Tensor:
+    z = torch.zeros(N, dtype=D)
+    z.data = x.detach()
+    return z * x
+
+
+def parameter(x: Tensor) -> Tensor:
+    p = nn.Parameter(torch.zeros(N, dtype=D))
+    p.data = x.detach()
+    return p * x
+
+
+def by_address(x: Tensor) -> Tensor:
+    import ctypes
+
+    first = ctypes.c_double.from_address(x.data_ptr()).value
+    return x * first
+
+
+def by_numpy(x: Tensor) -> Tensor:
+    made = torch.zeros(N, dtype=D)
+    made.numpy()[:] = x.detach().numpy()
+    return made * x
+
+
+WAYS_AROUND: dict[str, Callable[[Tensor], Tensor]] = {
+    "assigned data": assigned,
+    "assigned data of a parameter": parameter,
+    "address": by_address,
+    "numpy": by_numpy,
+    "dlpack": lambda x: torch.from_dlpack(x.detach()) * x,
+    "as an array": lambda x: x * torch.from_numpy(np.asarray(x.detach())),
+    "deep copy": lambda x: x * copy.deepcopy(x.detach()),
+    "storage": lambda x: x * x.detach().untyped_storage().nbytes(),
+    "string": lambda x: x * len(str(x.detach())),
+    "list": lambda x: x * torch.tensor(x.detach().tolist(), dtype=D),
+    "tensor of elements": lambda x: x * torch.tensor([v.detach() for v in x], dtype=D),
+    "legacy constructor": lambda x: x * torch.DoubleTensor([v.detach() for v in x]),
+    "swallowed numpy": swallowed(lambda x: int(x.numpy().argmax())),
+    "swallowed item": swallowed(lambda x: int(x.argmax().item())),
+    "swallowed bool": swallowed(lambda x: 1 if x[0] > 0 else 2),
+}
+
+
+@pytest.mark.parametrize("name", WAYS_AROUND)
+def test_a_way_around_is_refused(name: str) -> None:
+    with pytest.raises(CaptureRefused):
+        trace_function(Call(WAYS_AROUND[name], 0, False, (X,), {}), ())
+
+
+@pytest.mark.parametrize("name", WAYS_AROUND)
+def test_a_sparse_jacobian_is_right_all_the_same(name: str) -> None:
+    f = WAYS_AROUND[name]
+    for point in (X, value(N, seed=7)):
+        found = torchjac.jacobian(f, layout=torch.sparse_csr)(point)
+        np.testing.assert_allclose(found.to_dense().numpy(), numeric(f, point))
+
+
+class Doubled(torch.autograd.Function):
+    """Its backward goes by way of NumPy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.from_numpy(grad.numpy() * 2)
+
+
+class Filled(torch.autograd.Function):
+    """Its backward fills memory out of torch's sight, as a kernel of an extension does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        made = torch.empty_like(grad)
+        with torch._C.DisableTorchFunction():
+            made.numpy()[:] = grad.numpy() * 2
+        return made
+
+
+@pytest.mark.parametrize("function", [Doubled, Filled])
+def test_a_backward_out_of_sight_is_refused(function: Any) -> None:
+    with pytest.raises(CaptureRefused):
+        trace_function(Call(function.apply, 0, False, (X,), {}), ())
+    x = X.clone().requires_grad_()
+    program = capture_graph(
+        function.apply(x), x, batched=False, retain_graph=True, create_graph=False
+    )
+    with pytest.raises(CaptureRefused):
+        trace_graph(program, ())
+
+
+READ = torch.tensor([2, 0, 1])
+MASK = torch.tensor([True, False, True, True, False])
+ORDINARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "items of constants": lambda x: x * READ.sum().item() + READ[0] * x,
+    "lists of constants": lambda x: torch.stack([x[i] for i in torch.arange(3).tolist()]),
+    "branch on a constant": lambda x: x if READ[0] > 1 else -x,
+    "mask": lambda x: x[MASK],
+    "mask made here": lambda x: x[torch.arange(N) > 2] * 2,
+    "written through a mask": lambda x: x.clone().masked_fill_(MASK, 0.0),
+    "put through a mask": lambda x: x.index_put((MASK,), torch.zeros((), dtype=D)),
+    "asked for its type": lambda x: x.roll(1) if type(x) is Tensor else x,
+    "shape": lambda x: x * (x.numel() > 3) * x.stride(0) * x.dim(),
+    "array": lambda x: x * torch.from_numpy(np.arange(5.0)),
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_what_is_ordinary_is_global(name: str) -> None:
+    f = ORDINARY[name]
+    np.testing.assert_array_equal(pattern_of(f, X) != 0, numeric(f, X) != 0)
+
+
+class TestNothingIsLeftBehind:
+    def test_constants_that_are_written_to(self) -> None:
+        kept, flag = torch.ones(N, dtype=D), torch.zeros(2, dtype=torch.int64)
+
+        def f(x: Tensor) -> Tensor:
+            kept[1:].mul_(x[:-1].detach())
+            flag.add_(1)
+            return x * kept
+
+        before = kept._version, flag._version
+        pattern_of(f, X)
+        assert kept.tolist() == [1] * N
+        assert flag.tolist() == [0, 0]
+        assert (kept._version, flag._version) == before
+
+    def test_running_statistics(self) -> None:
+        norm = nn.BatchNorm1d(3).double()
+        before = copy.deepcopy(norm.state_dict())
+        pattern_of(norm, value(4, 3))
+        for name, tensor in norm.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+
+    def test_the_input(self) -> None:
+        x = X.clone()
+
+        def f(x: Tensor) -> Tensor:
+            x.detach().zero_()
+            return x * x
+
+        pattern_of(f, x)
+        assert torch.equal(x, X)
+        assert x._version == 0
+
+    def test_what_a_cache_keeps(self) -> None:
+        @functools.cache
+        def grid(n: int) -> Tensor:
+            return torch.linspace(0, 1, n, dtype=D)
+
+        pattern_of(lambda x: x * grid(N), X)
+        assert type(grid(N)) is Tensor
+        assert torch.equal(grid(N), torch.linspace(0, 1, N, dtype=D))
+
+    def test_when_it_fails(self) -> None:
+        kept = torch.ones(N, dtype=D)
+
+        def f(x: Tensor) -> Tensor:
+            kept.zero_()
+            raise ValueError("no")
+
+        with pytest.raises(CaptureRefused):
+            trace_function(Call(f, 0, False, (X,), {}), ())
+        assert kept.tolist() == [1] * N
+
+    def test_the_compiler_is_not_imported(self) -> None:
+        """It takes longer than anything else here."""
+        import subprocess
+
+        program = (
+            "import sys, torch, torchjac\n"
+            "torchjac.jacobian(lambda x: x.sin() * x.roll(1)).pattern(torch.ones(5))\n"
+            "sys.exit('torch._dynamo' in sys.modules)\n"
+        )
+        assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+class TestWrites:
+    """In-place operations are rewritten as functional ones."""
+
+    @pytest.mark.parametrize(
+        "f",
+        [
+            lambda x: x.clone().mul_(x).view(N, 1).squeeze_(1),
+            lambda x: torch.zeros(N, dtype=D).copy_(x).add_(x.flip(0)),
+            lambda x: torch.empty(N, dtype=D).fill_(2.0).mul_(x),
+            lambda x: x.clone().index_add_(0, READ, x[:3]),
+            lambda x: torch.zeros(N, dtype=D).scatter_(0, READ, x[:3]),
+        ],
+        ids=["chain", "copy", "fill", "index_add", "scatter"],
+    )
+    def test_patterns_are_exact(self, f: Callable[[Tensor], Tensor]) -> None:
+        np.testing.assert_array_equal(pattern_of(f, X) != 0, numeric(f, X) != 0)
+
+    def test_a_loop(self) -> None:
+        def f(x: Tensor) -> Tensor:
+            made = torch.empty_like(x)
+            made[0] = x[0]
+            for i in range(1, N):
+                made[i] = x[i] * made[i - 1].detach().clone()
+            return made
+
+        np.testing.assert_array_equal(pattern_of(f, X) != 0, np.eye(N, dtype=bool))
+
+
+def test_operations_carry_their_numbers() -> None:
+    numbers = []
+
+    def f(observer: tracing.Observer, x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        y = x.sin()
+        node = y.grad_fn
+        assert node is not None
+        numbers.append(node._sequence_nr())
+        with tracing.numbered([node], observer):
+            return list(torch.autograd.grad(y.sum(), x))
+
+    module, lines = tracing.trace(f, [X], parameters_vary=True, keep=())
+    (cos,) = [n for n in module.graph.nodes if n.target is torch.ops.aten.cos.default]
+    assert [tracing.sequence_of(cos)] == numbers
+    assert lines == {}
