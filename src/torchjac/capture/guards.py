@@ -13,9 +13,9 @@ all of an `nn.Module`'s parameters, buffers, submodules, hooks and training flag
 all they hold; settings of torch. Tensors are known by identity, version and memory, NumPy arrays
 and numbers by value.
 
-**What counts as an argument.** Floating-point and complex tensors have no value while a function is
-traced, so of these shape, strides, dtype and device count; integer and bool tensors and everything
-else by value.
+**What counts as an argument.** Numbers in floating-point and complex tensors are not given out
+while a function is traced, so of these shape, strides, dtype and device count; integer and bool
+tensors and everything else by value.
 
 **What is refused.** What reads the world outside (files, clocks, random numbers, the environment),
 and what reaches everything (`globals()`, `sys.modules`, `import_module`, frames); operators of

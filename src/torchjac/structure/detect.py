@@ -36,12 +36,11 @@ def pattern_of_function(call: Call) -> Pattern:
         CaptureRefused: Not even the graph can be traced.
         PatternError: The pattern does not fit into memory.
     """
-    # It runs as usual first: caches and lazy parts of it are then filled with real tensors, and
-    # its errors are its own.
-    program, _ = capture_function(call, batched=False, create_graph=False, replayable=False)
     try:
         return global_pattern(call)
     except CaptureRefused as refusal:
+        # Errors of the function are its own: they are raised here.
+        program, _ = capture_function(call, batched=False, create_graph=False, replayable=False)
         return replace(pattern_of_graph(program), reason=str(refusal))
 
 

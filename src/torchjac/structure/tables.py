@@ -62,8 +62,7 @@ def of_same_rows(one: Factors, other: Factors, table: sparse.csr_array | None) -
     that need not be the same.
     """
     total = plus(one, other)
-    zero = total == 0 if isinstance(total, float) else bool((total == 0).any())
-    if table is None or not zero or not np.isnan(table.data).any():
+    if table is None or not np.isnan(table.data).any():
         return total
     if isinstance(total, float):
         return 0.0 if one == 0 and other == 0 else UNKNOWN

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -68,14 +69,10 @@ class Op:
         self._linear = linear
         self._values = values
         self._arguments: dict[str, Any] = {}
-        for position, argument in enumerate(self.target._schema.arguments):
-            if position < len(node.args):
-                value = node.args[position]
-            elif argument.name in node.kwargs:
-                value = node.kwargs[argument.name]
-            else:
-                value = argument.default_value if argument.has_default_value() else None
-            self._arguments[argument.name] = self._wrapped(value)
+        args, kwargs = node.args, node.kwargs
+        for position, (name, default) in enumerate(_arguments(self.target)):
+            value = args[position] if position < len(args) else kwargs.get(name, default)
+            self._arguments[name] = self._wrapped(value)
 
     def __getitem__(self, name: str) -> Any:
         """An argument: an `Operand` (or a list of them) for tensors, else the Python value."""
@@ -138,6 +135,15 @@ class Op:
         if isinstance(value, (list, tuple)):
             return [self._wrapped(v) for v in value]
         return value
+
+
+@lru_cache(maxsize=4096)
+def _arguments(target: OpOverload) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults (asking a schema takes longer than anything else about a node)."""
+    return tuple(
+        (a.name, a.default_value if a.has_default_value() else None)
+        for a in target._schema.arguments
+    )
 
 
 RULES: dict[OpOverload, Rule] = {}
