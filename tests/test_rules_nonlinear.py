@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
 from torch.nn import functional as F
 
 from laws import value
 from patterns import check, dense_pattern, interpreted, numeric, pattern_of
 from test_rules_linear import backward_is
+from torchjac.errors import CaptureRefused
 from torchjac.structure.rules import RULES, nonlinear
 
 higher_order = importlib.import_module("torch._higher_order_ops")
@@ -135,6 +137,28 @@ def test_the_taken_branch_of_a_graph() -> None:
     np.testing.assert_array_equal(pattern_of(function, ones, scope="local") != 0, np.eye(3))
     flipped = pattern_of(function, -ones, scope="local") != 0
     np.testing.assert_array_equal(flipped, np.eye(3)[::-1])
+
+
+class TestWhile:
+    """`while_loop` is unrolled; how often it turns must not depend on values."""
+
+    def test_a_known_number_of_turns(self) -> None:
+        def function(x: Tensor) -> Tensor:
+            turn = lambda i, v: (i + 1, v * v.roll(1))  # noqa: E731
+            return while_loop(lambda i, v: i < 2, turn, (torch.tensor(0), x))[1]
+
+        expected = sum(np.roll(np.eye(8), -k, 1) for k in range(3))
+        np.testing.assert_array_equal(pattern_of(function, value(8)) != 0, expected != 0)
+
+    def test_turns_that_depend_on_values(self) -> None:
+        def function(x: Tensor) -> Tensor:
+            turn = lambda v: (v * v.roll(1) + 1,)  # noqa: E731
+            return while_loop(lambda v: v.sum() < 20, turn, (x,))[0]
+
+        with pytest.raises(CaptureRefused, match="values"):
+            pattern_of(function, value(8))
+        local = pattern_of(function, value(8), scope="local")
+        np.testing.assert_array_equal(local != 0, numeric(function, value(8)) != 0)
 
 
 def test_a_branch_that_does_not_vanish_is_everything() -> None:

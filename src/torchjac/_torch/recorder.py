@@ -20,10 +20,12 @@ from torchjac._torch.traits import (
     COPIED,
     INDEX,
     LIFTED,
+    UNROLLED,
     OpOverload,
     Traits,
     decomposition,
     traits_of,
+    unrolled,
 )
 
 
@@ -222,7 +224,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(func, OpOverload):
-            raise NeedsTracing(str(func))
+            if str(func) not in UNROLLED:
+                raise NeedsTracing(str(func))
+            with self:  # how often it runs must not depend on values; if it does, that shows
+                return unrolled(func)(*args, **kwargs)
         traits = traits_of(func)
         if traits.is_refused:
             raise NotRecorded(f"{func} changes what a tensor is")

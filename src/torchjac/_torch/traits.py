@@ -83,6 +83,15 @@ def traits_of(func: OpOverload) -> Traits:
     )
 
 
+# Loops without a fixed number of turns; the other control flow operators are traced as such.
+UNROLLED = frozenset({"while_loop", "while_loop_stack_output"})
+
+
+def unrolled(func: HigherOrderOperator) -> Any:
+    """How a control flow operator runs when nobody watches."""
+    return func.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]
+
+
 @lru_cache(maxsize=4096)
 def decomposition(func: OpOverload) -> Any:
     """How torch writes a backward operation in terms of others, or None.
