@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import numpy as np
@@ -82,14 +82,35 @@ def _without_modes() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def random_state_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Random states (torch's, also of the tensors' devices, Python's, NumPy's) are put back."""
+def random_states(tensors: Iterable[Tensor]) -> Callable[[], None]:
+    """Remembers torch's random states, also of the tensors' devices; calling it goes back there."""
+    before = torch.get_rng_state()
     devices = {t.device for t in tensors if t.device.type == "cuda"}
-    python, numpy = random.getstate(), np.random.get_state()
+    others = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+
+    def restore() -> None:
+        torch.set_rng_state(before)
+        for device, state in others:
+            torch.cuda.set_rng_state(state, device)
+
+    return restore
+
+
+@contextmanager
+def random_state_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Random states (torch's, also of the tensors' devices, Python's, NumPy's) are put back.
+
+    Those that did not change are left alone: another thread may draw from them.
+    """
+    python, numpy, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    restore = random_states(tensors)
     try:
-        with torch.random.fork_rng([d.index for d in devices if d.index is not None]):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        if random.getstate() != python:
+            random.setstate(python)
+        if str(np.random.get_state()) != str(numpy):
+            np.random.set_state(numpy)
+        on_cpu = all(t.device.type == "cpu" for t in tensors)
+        if not on_cpu or not torch.equal(torch.get_rng_state(), torch_):
+            restore()

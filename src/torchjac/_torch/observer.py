@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from torchjac._torch.modes import real_values
 from torchjac._torch.recorder import NotRecorded
 
 
@@ -52,8 +53,9 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the call, if it may be."""
-        self.check(func, args)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self.check(func, (*args, *kwargs.values()))
+        return func(*args, **kwargs)
 
     def check(self, func: Any, args: tuple[Any, ...]) -> None:
         """Raises if a call is a way around.
@@ -73,6 +75,18 @@ class Watch(TorchFunctionMode):
             self._varies(t) for a in args if not isinstance(a, Tensor) for t in _tensors(a)
         ):
             self.refuse(f"it makes a tensor of numbers taken from tensors, by way of {name}")
+        elif name in _SIZED and any(self._varies(a) for a in args[1:]):
+            self.refuse(f"what it does depends on the values of its input, by way of {name}")
+
+    def check_kinds(self, kinds: Any) -> None:
+        """Raises if tensors of a user's own kind take part: they decide what an operation does.
+
+        Raises:
+            NotRecorded: They do.
+        """
+        for kind in kinds:
+            if kind.__module__.split(".", 1)[0] != "torch":
+                self.refuse(f"operations mean what {kind.__name__}, a kind of tensor, says")
 
     def refuse(self, reason: str) -> None:
         """Raises, and remembers it.
@@ -114,6 +128,7 @@ class Observer(Watch):
         super().__init__(known, [])
         self.calls: list[tuple[int, int, str, int]] = []
         self.aliases: dict[int, tuple[Tensor, Tensor]] = {}
+        self._writes = False
 
     def cotangent(self, output: Tensor) -> Tensor:
         """A tensor to begin a backward pass with."""
@@ -132,7 +147,12 @@ class Observer(Watch):
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
             return func(*args, **kwargs)  # the body of a torch.cond or of its kin
-        self.check(func, args)
+        self.check(func, (*args, *kwargs.values()))
+        self.check_kinds(types)
+        if getattr(func, "__name__", "") == "backward":
+            self.refuse("it calls backward(), which writes to .grad of tensors from elsewhere")
+        if func == _GET_GRAD and args[0].requires_grad and not self.is_ours(args[0]):
+            self.refuse("it reads .grad of a tensor from elsewhere, which changes on its own")
         before = next_sequence()
         result = self.run(func, args, kwargs)
         after = next_sequence()
@@ -144,9 +164,20 @@ class Observer(Watch):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call, with names of our own for tensors from elsewhere."""
-        if func == _GET_GRAD:
-            return func(*args)  # another name has none
-        return func(*self._aliased(args), **self._aliased(kwargs))
+        name = getattr(func, "__name__", "")
+        if name == "__deepcopy__":  # of a tensor from elsewhere: the copy is one as well
+            with real_values():
+                return func(*args, **kwargs)
+        if name == "one_hot" and len(given := [*args, *kwargs.values()]) == 2 and given[1] > 0:
+            return _one_hot(*given)
+        self._writes = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
+        self._writes |= name.startswith("__i") or "out" in kwargs
+        args, kwargs = self._aliased(args), self._aliased(kwargs)
+        if name in _BACKWARD or _saving_hooks() is not None:  # torch calls a user's code
+            # Twice: the outer one sees the call itself, and stands aside while it runs.
+            with self.during_backward(), self.during_backward():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def _aliased(self, argument: Any) -> Any:
         """An argument with names of our own for tensors from elsewhere."""
@@ -163,6 +194,8 @@ class Observer(Watch):
         if self.is_ours(leaf) or not leaf.is_leaf:
             return leaf
         if id(leaf) not in self.aliases:
+            if leaf.requires_grad and not self._writes:
+                return leaf  # or what a user's cache keeps would not lead to it
             with torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch():
                 alias = leaf.data  # with a version of its own
                 if leaf.requires_grad:
@@ -172,6 +205,8 @@ class Observer(Watch):
 
 
 _GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
+_WRITING = frozenset({"__setitem__"})
+_BACKWARD = frozenset({"backward", "grad"})
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # By these, numbers get into a tensor, or out of it, without an operation.
 _HIDDEN = frozenset(
@@ -181,6 +216,9 @@ _HIDDEN = frozenset(
         "__dlpack__",
         "__format__",
         "__reduce_ex__",
+        "apply_",
+        "map2_",
+        "map_",
         "__repr__",
         "_typed_storage",
         "data_ptr",
@@ -193,8 +231,22 @@ _HIDDEN = frozenset(
 _READING = frozenset(
     {"__bool__", "__complex__", "__float__", "__index__", "__int__", "item", "tolist"}
 )
+# They read their other arguments where no operation shows.
+_SIZED = frozenset(
+    {"_pack_padded_sequence", "_pad_packed_sequence", "ctc_loss", "nested_tensor", "tensor_split"}
+)
 # Given lists, they read the tensors in them while no mode is active.
 _MAKING = frozenset({"as_tensor", "asarray", "new", "new_tensor", "scalar_tensor", "tensor"})
+
+
+def _saving_hooks() -> Any:
+    """What a user's code does with tensors that the graph saves, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _one_hot(classes: Tensor, number: int) -> Tensor:
+    """As torch's, which looks at the numbers to check their range."""
+    return (classes.unsqueeze(-1) == torch.arange(number, device=classes.device)).to(torch.int64)
 
 
 def _tensors(argument: Any) -> Iterator[Tensor]:

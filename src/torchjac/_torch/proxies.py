@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,14 @@ from torch.utils import _pytree as pytree
 from torchjac._torch.fakes import FakeObserver
 from torchjac._torch.recorder import NotRecorded
 from torchjac._torch.traits import OpOverload
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within it functions that torch.compile compiled run as they are written."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def traced(

@@ -88,6 +88,7 @@ class Called:
         is_single: Whether it returned one tensor, not several.
         written: Bases that it wrote to.
         number: Sequence number of the autograd node that ran it, or None.
+        drawn_from: Of a random operation: the generator, and its state before.
     """
 
     operation: OpOverload
@@ -97,6 +98,7 @@ class Called:
     is_single: bool
     written: tuple[Value, ...]
     number: int | None
+    drawn_from: tuple[torch.Generator, Tensor] | None
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -108,27 +110,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         calls: Operations, in order.
-        has_random: Whether one of them draws random numbers.
         constants: Tensors that were not made by them, as they were before anything wrote to them.
         inputs: Values of the inputs.
         cotangents: Inputs that were asked for on the way.
         number: Sequence number of the autograd node that runs, or None.
         refusals: What should have ended it, even if a user's code went on regardless.
+        failures: Operations that failed, perhaps on account of values.
     """
 
     def __init__(self, keep: Collection[Any], parameters_vary: bool):
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Called] = []
-        self.has_random = False
         self.constants: list[Tensor] = []
         self.inputs: list[Value] = []
         self.cotangents: list[Tensor] = []
         self.number: int | None = None
         self.refusals: list[Exception] = []
+        self.failures: list[NotRecorded] = []
         self._keep = keep
         self._parameters_vary = parameters_vary
         self._values: dict[int, tuple[Any, Value]] = {}
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self._elsewhere: dict[int, list[Value]] = {}
+        self._varying: set[int] = set()
+        self._kept: set[int] = set()
         self._before: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
@@ -144,21 +149,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def input(self, tensor: Tensor, varies: bool = True) -> Value:
         """Makes a tensor an input."""
-        value = self._from_elsewhere(tensor, "input", len(self.inputs))
-        value.varies = varies
+        value = self._from_elsewhere(tensor, "input", len(self.inputs), varies)
         self.inputs.append(value)
         return value
 
     def constant(self, tensor: Tensor, original: Tensor, varies: bool) -> Value:
         """Makes a tensor stand for a constant."""
-        value = self._from_elsewhere(tensor, "constant", len(self.constants))
-        value.varies = varies
+        value = self._from_elsewhere(tensor, "constant", len(self.constants), varies)
         self.constants.append(original)
         return value
 
-    def _from_elsewhere(self, tensor: Tensor, kind: str, position: int) -> Value:
+    def _from_elsewhere(self, tensor: Tensor, kind: str, position: int, varies: bool) -> Value:
         memory = tensor.untyped_storage()._cdata
-        return self._enter(tensor, Value(kind, position, None, *_about(tensor), memory))
+        value = Value(kind, position, None, *_about(tensor), memory)
+        self._elsewhere.setdefault(memory, []).append(value)
+        value.varies = varies or memory in self._varying
+        if value.varies:
+            self._varying.add(memory)
+        return self._enter(tensor, value)
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a tensor is an input, or was made while this was active."""
@@ -250,11 +258,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         values: list[Value] = []
         noted = tuple([self._note(a, values) for a in args])
         named = {k: self._note(a, values) for k, a in kwargs.items()} if kwargs else kwargs
-        if traits.is_random:
-            self.has_random = True
-            for given in kwargs.values():
-                if isinstance(given, torch.Generator) and id(given) not in self._generators:
-                    self._generators[id(given)] = given, given.get_state()
+        drawn = self._drawn_from(args, kwargs) if traits.is_random else None
         varies = traits.is_random or any([v.base.varies for v in values])
         if traits.decides and varies:
             raise DependsOnValues(func._schema.name.removeprefix("aten::"))
@@ -262,7 +266,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for position in traits.silent:
             if args[position] is not None:
                 self._keep_memory(args[position])
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except Exception as error:  # a function that catches it goes on as it would not elsewhere
+            if varies:
+                self.failures.append(NotRecorded(f"{func} failed: {error}"))
+            raise
         if func is LIFTED:  # a tensor that is nobody's yet, and may be written to from here on
             self.constants[values[0].position] = args[0].clone()
             func = COPIED
@@ -271,8 +280,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = self._results(out, len(self.calls), varies, base)
         if results is not None:
             single = isinstance(out, Tensor)
-            self.calls.append(Called(func, noted, named, results, single, written, self.number))
+            self.calls.append(
+                Called(func, noted, named, results, single, written, self.number, drawn)
+            )
         return out
+
+    def _drawn_from(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[torch.Generator, Tensor]:
+        """The generator that a random operation draws from, and where it stands."""
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
+        generator = given[0] if given else torch.default_generator
+        state = generator.get_state()
+        if given:
+            self._generators.setdefault(id(generator), (generator, state))
+        return generator, state
 
     def _results(
         self, out: Any, position: int, varies: bool, base: Value | None
@@ -330,6 +352,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if base.kind != "made" and not base.written:
                 self._keep_memory(tensor)
             base.written = True
+            if varies and base.kind != "made" and base.memory not in self._varying:
+                self._varying.add(base.memory)
+                for other in self._elsewhere[base.memory]:  # others that share it
+                    other.varies = True
             base.varies |= varies
             bases.append(base)
         return tuple(bases)
@@ -337,6 +363,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _keep_memory(self, tensor: Tensor) -> None:
         """Notes the numbers of a tensor from elsewhere, all that share its memory included."""
         storage = tensor.untyped_storage()
+        if storage._cdata in self._kept:
+            return
+        self._kept.add(storage._cdata)
         memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         self._before.append((memory, memory.clone()))
 

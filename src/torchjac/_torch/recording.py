@@ -34,6 +34,11 @@ class Recording:
     outputs: tuple[Value | None, ...]
 
     @property
+    def is_random(self) -> bool:
+        """Whether an operation draws random numbers."""
+        return any(call.drawn_from is not None for call in self.calls)
+
+    @property
     def writes(self) -> bool:
         """Whether an operation writes to a tensor that is needed."""
         return any(call.written for call in self.calls)
@@ -90,18 +95,8 @@ def functional(recording: Recording, inputs: Sequence[Tensor], keep: Collection[
     Raises:
         NotRecorded: It writes in a way that cannot be rewritten.
     """
-    written = {id(base) for call in recording.calls for base in call.written}
     recorder = Recorder(keep, parameters_vary=False)
-    used = _used_constants(recording)
-    given = [
-        tensor.detach().clone() if id(value) in written else tensor.detach()
-        for tensor, value in zip(inputs, recording.inputs, strict=True)
-    ]
-    bases = [used.get(i) for i in range(len(recording.constants))]
-    constants = [
-        t.detach().clone() if b is not None and id(b) in written else t.detach()
-        for t, b in zip(recording.constants, bases, strict=True)
-    ]
+    given, constants = _to_write_to(recording, inputs)
     for tensor in given:
         recorder.input(tensor)
     for tensor, original in zip(constants, recording.constants, strict=True):
@@ -110,15 +105,32 @@ def functional(recording: Recording, inputs: Sequence[Tensor], keep: Collection[
     def again(*tensors: Tensor) -> list[Tensor | None]:
         return _run(recording, tensors[: len(given)], tensors[len(given) :], recorder)
 
-    with warnings.catch_warnings(), torch.no_grad(), recorder:
-        warnings.simplefilter("ignore")
-        outputs = torch.func.functionalize(again, remove="mutations")(*given, *constants)
-        # In the end it copies what was written to inputs and constants: nobody reads these.
-        recorder.calls = [c for c in recorder.calls if c.operation is not aten.copy_.default]
-        made = recorded(recorder, outputs)
+    try:
+        with warnings.catch_warnings(), torch.enable_grad(), recorder:
+            warnings.simplefilter("ignore")
+            outputs = torch.func.functionalize(again, remove="mutations")(*given, *constants)
+    finally:
+        recorder.restore()
+    # In the end it copies what was written to inputs and constants: nobody reads these.
+    recorder.calls = [c for c in recorder.calls if c.operation is not aten.copy_.default]
+    made = recorded(recorder, outputs)
     if made.writes:
         raise NotRecorded("it writes to tensors in a way that cannot be rewritten")
     return made
+
+
+def _to_write_to(
+    recording: Recording, inputs: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The inputs and the constants, with copies of those that are written to."""
+    written = {id(base) for call in recording.calls for base in call.written}
+    used = _used_constants(recording)
+    bases = [*recording.inputs, *(used.get(i) for i in range(len(recording.constants)))]
+    made = [
+        t.detach().clone() if b is not None and id(b) in written else t.detach()
+        for t, b in zip([*inputs, *recording.constants], bases, strict=True)
+    ]
+    return made[: len(inputs)], made[len(inputs) :]
 
 
 def _used_constants(recording: Recording) -> dict[int, Value]:
@@ -127,9 +139,9 @@ def _used_constants(recording: Recording) -> dict[int, Value]:
 
 
 def rerun(recording: Recording, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Runs the operations again."""
-    with torch.no_grad():
-        return _run(recording, inputs, recording.constants, None)
+    """Runs the operations again (gradients enabled: some of them save more then)."""
+    with torch.enable_grad():
+        return _run(recording, *_to_write_to(recording, inputs), None)
 
 
 def agree(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
@@ -139,7 +151,7 @@ def agree(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bo
             if one is not other:
                 return False
             continue
-        tolerance = _COARSE if one.dtype.itemsize < 4 else _FINE
+        tolerance = _FINE.get(one.dtype.itemsize, _COARSE)
         one, other = one.detach(), other.detach()
         size = torch.where(one.isfinite(), one, 0).abs().amax() if one.numel() else 0.0
         if not torch.allclose(one, other, tolerance, tolerance * float(size), equal_nan=True):
@@ -147,8 +159,9 @@ def agree(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bo
     return True
 
 
-# Two evaluations of one computation may round differently, and what takes other ways differs much.
-_FINE, _COARSE = 1e-3, 0.1
+# Two evaluations of one computation may round differently.
+_FINE = {8: 1e-6, 4: 1e-3}
+_COARSE = 0.1
 
 
 def _run(
@@ -166,6 +179,9 @@ def _run(
     for position, call in enumerate(recording.calls):
         if recorder is not None:
             recorder.number = call.number
+        if call.drawn_from is not None:
+            generator, state = call.drawn_from
+            generator.set_state(state)
         args = _mapped(list(call.args), tensor)
         made = call.operation(*args, **{k: _mapped(a, tensor) for k, a in call.kwargs.items()})
         parts = (made,) if call.is_single else made or ()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from torchjac._torch import proxies
+from torchjac._torch import modes, proxies
 from torchjac._torch.observer import Observer, next_sequence
 from torchjac._torch.recorder import (
     DependsOnValues,
@@ -23,7 +25,7 @@ from torchjac._torch.recorder import (
     NotRecorded,
     Recorder,
 )
-from torchjac._torch.recording import agree, functional, graph_of, recorded, rerun
+from torchjac._torch.recording import Recording, agree, functional, graph_of, recorded, rerun
 from torchjac._torch.traits import HigherOrderOperator, OpOverload
 
 # What tracing raises where the values of tensors decide what happens next.
@@ -41,6 +43,7 @@ def trace(
     *,
     parameters_vary: bool,
     keep: Collection[Any],
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[fx.GraphModule, dict[int, str]]:
     """Runs a function of tensors and writes down the operations, gradients included.
 
@@ -48,12 +51,14 @@ def trace(
 
     Args:
         function: Takes an `Observer`, to be active while a user's code runs, and the tensors;
-            returns tensors (or None) in a sequence. It may run twice.
+            returns tensors (or None) in a sequence. It runs twice, at two points: what was noted
+            at the first must hold at the second.
         tensors: Arguments; each becomes a placeholder, and so does each cotangent that the function
             asks the observer for.
         parameters_vary: Whether training changes what is there to be trained: its values may then
             not decide what is done next. Those of the arguments never may.
         keep: Operations not to decompose.
+        around: To be entered around each evaluation.
 
     Returns:
         The graph, and where in the user's code the operations with these sequence numbers were
@@ -63,11 +68,22 @@ def trace(
         DependsOnValues: Values decide what is done next (one of `DATA_DEPENDENT`).
         NotRecorded: Something happened that a graph cannot say (one of `UNSUPPORTED`).
     """
+    # One at a time: warning filters and random states belong to the whole process. (Not for ever: a
+    # function may wait for a thread that traces too.)
+    locked = _ONE.acquire(timeout=_PATIENCE)
     try:
-        module, observer = _recorded(function, tensors, parameters_vary, keep)
+        module, observer = _recorded(function, tensors, parameters_vary, keep, around)
     except NeedsTracing:
-        module, observer = proxies.traced(function, tensors, parameters_vary, keep)
+        with around():
+            module, observer = proxies.traced(function, tensors, parameters_vary, keep)
+    finally:
+        if locked:
+            _ONE.release()
     return module, _lines(observer)
+
+
+_ONE = threading.RLock()
+_PATIENCE = 10.0
 
 
 def _recorded(
@@ -75,28 +91,109 @@ def _recorded(
     tensors: Sequence[Tensor],
     parameters_vary: bool,
     keep: Collection[Any],
+    around: Callable[[], AbstractContextManager[None]],
 ) -> tuple[fx.GraphModule, Observer]:
     """By noting what runs, on the tensors themselves."""
-    recorder = Recorder(keep, parameters_vary)
+
+    def run(given: Sequence[Tensor]) -> _Run:
+        rewind()
+        with around():
+            return _ran(function, given, Recorder(keep, parameters_vary))
+
+    rewind = modes.random_states(tensors)
+    try:
+        first = run(tensors)
+    except _Failed as failed:
+        raise failed.error from None
+    found = recorded(first.recorder, first.outputs)
+    if not any(t.is_meta for t in tensors):
+        _check(found, first, "its gradients come about by other ways than torch's operations")
+        for other in (_elsewhere, _near):
+            try:
+                second = run([other(t) for t in tensors])
+            except _Failed:  # it need not be defined there
+                continue
+            _check(found, second, "what it does depends on its input in a way that cannot be seen")
+            break
+    if found.writes:
+        found = functional(found, first.given, keep)
+        if not found.is_random:  # random numbers come in another order there
+            _check(found, first, "what it writes in place cannot be rewritten")
+    return graph_of(found), first.observer
+
+
+class _Failed(Exception):
+    """The function failed, on its own account."""
+
+    def __init__(self, error: Exception):
+        """Keeps its error."""
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One evaluation: the arguments with the cotangents, and what came out."""
+
+    given: tuple[Tensor, ...]
+    outputs: Sequence[Tensor | None]
+    recorder: Recorder
+    observer: Observer
+
+
+def _ran(function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Recorder) -> _Run:
     observer = Observer(recorder)
-    given = list(tensors)
-    for tensor in given:
+    for tensor in tensors:
         recorder.input(tensor)
     try:
-        with warnings.catch_warnings(), recorder:
-            warnings.simplefilter("ignore")  # they were given when it ran for the user
-            outputs = function(observer, *given)
-        found = recorded(recorder, outputs)
+        with warnings.catch_warnings(), proxies.uncompiled(), recorder:
+            warnings.simplefilter("ignore")  # they are given when it runs for the user
+            outputs = function(observer, *tensors)
+    except Exception as error:
+        if not _refusals(recorder, observer):
+            raise _Failed(error) from error
     finally:
         recorder.restore()
-        if recorder.refusals or observer.refusals:  # even if the function caught it and went on
-            raise [*recorder.refusals, *observer.refusals][0]
-    given += recorder.cotangents
-    if found.writes:
-        found = functional(found, given, keep)
-    if not recorder.has_random and not agree(outputs, rerun(found, given)):
-        raise NotRecorded("its gradients come about by other ways than torch's operations")
-    return graph_of(found), observer
+    # Even if the function caught them and went on.
+    for refusal in [*_refusals(recorder, observer), *recorder.failures]:
+        raise refusal
+    return _Run((*tensors, *recorder.cotangents), outputs, recorder, observer)
+
+
+def _refusals(recorder: Recorder, observer: Observer) -> list[Exception]:
+    return [*recorder.refusals, *observer.refusals]
+
+
+def _check(recording: Recording, run: _Run, reason: str) -> None:
+    """Runs the operations again, on what the function was given.
+
+    Raises:
+        NotRecorded: Something else came out than for the function.
+    """
+    again = rerun(recording, run.given)
+    run.recorder.restore()
+    if not agree(run.outputs, again):
+        raise NotRecorded(reason)
+
+
+def _elsewhere(tensor: Tensor) -> Tensor:
+    """Another point in the range of this one: what was frozen at the one does not hold there."""
+    if not tensor.numel() or 0 in tensor.stride():
+        return tensor.detach().clone()
+    generator = torch.Generator(tensor.device).manual_seed(0)
+    weight = torch.rand(tensor.shape, generator=generator, device=tensor.device)
+    weight = 0.2 + 0.6 * weight.to(tensor.dtype)
+    flat = tensor.detach().reshape(-1)
+    other = flat.roll(flat.numel() // 3 + 1).reshape(tensor.shape)
+    made = torch.lerp(tensor.detach(), other, weight) * (0.9 + 0.2 * weight)
+    if not made.is_complex() and bool((tensor < 0).any() & (tensor > 0).any()):
+        made = torch.where(weight.flip(0) > 0.5, made, -made) if made.ndim else -made
+    return torch.empty_like(tensor).copy_(made)
+
+
+def _near(tensor: Tensor) -> Tensor:
+    """A point next to this one: what is defined here is defined there, most often."""
+    return tensor.detach() * 0.999
 
 
 def _lines(observer: Observer) -> dict[int, str]:

@@ -7,7 +7,8 @@ between cotangents and gradients is linear, so few kinds of operation occur.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,7 +91,10 @@ def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
         args, kwargs = unflatten(others, rest_spec)
         here = Call(call.function, call.argnums, call.has_aux, _merged(call, args), kwargs)
         with modes.recording(), nested(), observer:
-            output, _ = here.run(unflatten(inputs, input_spec))
+            try:
+                output, _ = here.run(unflatten(inputs, input_spec))
+            except TorchjacError as error:  # of a Jacobian inside the function
+                raise CaptureRefused(str(error)) from error
         outputs = check_leaves(
             flatten(output)[0], lambda p: leaf_names("output", output)[p], "output", BESIDE
         )
@@ -108,8 +112,7 @@ def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
 
     with modes.recording():
         tensors = [modes.usable_in_graph(t).data for t in (*given, *(beside[i] for i in variable))]
-    with restored(call):
-        module, lines = _traced(derivative, tensors, True, keep)
+    module, lines = _traced(derivative, tensors, True, keep, lambda: restored(call))
     return _derivative(module, shapes, [t.shape for t in given], "global", lines)
 
 
@@ -161,11 +164,17 @@ _UNTRACEABLE = (
 
 
 def _traced(
-    derivative: Any, tensors: Sequence[Tensor], parameters_vary: bool, keep: Collection[Any]
+    derivative: Any,
+    tensors: Sequence[Tensor],
+    parameters_vary: bool,
+    keep: Collection[Any],
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[fx.GraphModule, dict[int, str]]:
     try:
         with modes.recording(), modes.random_state_kept(tensors):
-            return tracing.trace(derivative, tensors, parameters_vary=parameters_vary, keep=keep)
+            return tracing.trace(
+                derivative, tensors, parameters_vary=parameters_vary, keep=keep, around=around
+            )
     except TorchjacError:
         raise
     except tracing.DATA_DEPENDENT as dependent:

@@ -11,11 +11,12 @@ from torch import Tensor, fx
 from torchjac._torch.modes import real_values
 from torchjac._torch.tracing import HigherOrderOperator, OpOverload, sequence_of
 from torchjac.capture.derivative import Derivative
+from torchjac.structure.beside import beside
 from torchjac.structure.control import BodyValues, Control
 from torchjac.structure.dependence import Dependence, apply, everything, joined, nothing, seed
-from torchjac.structure.maps import dense
+from torchjac.structure.maps import dense, reshape
 from torchjac.structure.precision import coarse
-from torchjac.structure.rules import RULES, NotLinear, Op
+from torchjac.structure.rules import RULES, Beside, NotLinear, Op, Operand
 from torchjac.structure.values import HALF, SHAPE_ONLY, UNINITIALIZED, Values
 
 
@@ -175,7 +176,14 @@ class _Run:
                 None if value is None else self._summed(part, tuple(value.shape))
                 for part, value in zip(local, node.meta["val"], strict=True)
             ]
+        if isinstance(local, Beside):
+            return beside([self._placed(*part) for part in local.parts], local.axis)
         return self._summed(local, tuple(node.meta["val"].shape))
+
+    def _placed(self, operand: Operand, shape: tuple[int, ...]) -> Dependence:
+        if not operand.linear:
+            return nothing(shape, self._m)
+        return apply(reshape(shape, operand.shape), self._found[operand.node])
 
     def _by_body(self, node: fx.Node) -> list[Dependence]:
         made: list[Dependence] = []

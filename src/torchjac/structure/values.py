@@ -234,9 +234,9 @@ def _moved(values: Values, node: fx.Node) -> Tensor:
         kind = argument.meta["val"].dtype
         return values.factors(argument) if kind.is_floating_point else values.constant(argument)
 
-    args, kwargs = mapped(node, look)
-    if any(a is None and b is not None for a, b in zip(args, node.args, strict=True)):
+    if any(look(argument) is None for argument in node.all_input_nodes):  # an index, perhaps
         return unknown(tuple(node.meta["val"].shape))
+    args, kwargs = mapped(node, look)
     operation: Any = node.target
     with real_values():
         found: Tensor = operation(*args, **kwargs)

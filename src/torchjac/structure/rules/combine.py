@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjac._torch.modes import real_values
 from torchjac.structure.maps import UNKNOWN, broadcast, diagonal, index_map, product
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Beside, Local, NotLinear, Op, Operand, aten, rule
 from torchjac.structure.values import UNINITIALIZED
 
 
@@ -79,9 +79,28 @@ def chosen(op: Op, *, data: tuple[str, ...]) -> Local:
 
 
 @rule(aten.cat.default, aten.stack.default, aten.block_diag.default)
-def cat(op: Op) -> Local:
+def cat(op: Op) -> Local | Beside:
     """Tensors side by side (zeros around them, on a diagonal)."""
+    operands = op["tensors"]
+    if len(operands) > _MANY and op.target is not aten.block_diag.default:
+        return _side_by_side(op)
     return chosen(op, data=("tensors",))
+
+
+def _side_by_side(op: Op) -> Beside:
+    axis = op["dim"] % len(op.shape)
+    size = (1,) if op.target is aten.stack.default else ()
+    parts = []
+    for operand in op["tensors"]:
+        if not operand.linear and not vanishes(operand):
+            raise NotLinear
+        if operand.shape != (0,) or len(op.shape) == 1:  # cat skips those, whatever the others are
+            parts.append((operand, (*operand.shape[:axis], *size, *operand.shape[axis:])))
+    return Beside(axis, tuple(parts))
+
+
+# From so many operands on they are not looked at one by one.
+_MANY = 8
 
 
 @rule(aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)

@@ -25,7 +25,7 @@ from torchjac.structure.maps import (
     reshape,
     scatter,
 )
-from torchjac.structure.rules.registry import Local, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
 
 Axes = tuple[int, ...]
 
@@ -200,6 +200,34 @@ def embedding_bag_weights_backward(op: Op) -> Local:
     unsigned = diagonal(operand.shape, UNKNOWN)
     gather = index_map(lambda t: t.index_select(0, bags), op.shape, total.shape_out, False)
     return [(operand, product(gather, total, unsigned))]
+
+
+@rule(aten.mkldnn_rnn_layer_backward.default)
+def recurrent_layer_backward(op: Op) -> tuple[Local, ...]:
+    """A layer of a recurrent network, (time, batch, feature): samples do not mix."""
+    operands = [o for o in map(op.__getitem__, _OF_RECURRENT) if isinstance(o, Operand)]
+    if any(o not in operands for o in op.linear):
+        raise NotLinear
+    linear = [o for o in operands if o.linear]
+
+    def mixed(shape: Shape, operand: Operand) -> LinearMap:
+        theirs = operand.shape
+        if len(shape) < 2 or shape[-2] != theirs[-2]:
+            return dense(shape, theirs)
+        axes = [[i for i in range(len(s)) if i != len(s) - 2] for s in (shape, theirs)]
+        return dense(shape, theirs, *axes)
+
+    # Of seven results the second to the fifth are gradients of weights.
+    return tuple(
+        [
+            (o, mixed(tuple(v.shape), o) if k in (0, 5, 6) else dense(tuple(v.shape), o.shape))
+            for o in linear
+        ]
+        for k, v in enumerate(op.node.meta["val"])
+    )
+
+
+_OF_RECURRENT = ("grad_output", "grad_hy", "grad_cy")
 
 
 @rule(aten._segment_reduce_backward.default)

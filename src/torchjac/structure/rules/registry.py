@@ -56,7 +56,22 @@ class Operand:
 
 
 Local = list[tuple[Operand, LinearMap]]
-Rule = Callable[["Op"], Local | tuple[Local, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Beside:
+    """Operands side by side: where they are many, a map for each would cost their number squared.
+
+    Attributes:
+        axis: Of the result.
+        parts: Operands that are not zero by themselves, and others, each with its shape there.
+    """
+
+    axis: int
+    parts: tuple[tuple[Operand, Shape], ...]
+
+
+Rule = Callable[["Op"], Local | tuple[Local, ...] | Beside]
 
 
 class Op:
