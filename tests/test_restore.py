@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchjac.capture import Call
-from torchjac.capture.restore import restored
+from torchjac.capture.restore import restoring
 
 count = 0
 registry: dict[str, Any] = {"a": 1}
@@ -224,7 +224,7 @@ def test_is_as_it_was(case: Callable[[], Any], fails: bool) -> None:
     x = torch.ones(3)
 
     def run() -> None:
-        with restored(Call(f, 0, False, (x,), {})):
+        with restoring(Call(f, 0, False, (x,), {}))():
             f(x)
             assert state() != before, "the case does assign"
             if fails:
@@ -246,7 +246,7 @@ def test_containers_stay_the_same_objects() -> None:
         return x
 
     cell = f.__closure__[0]
-    with restored(Call(f, 0, False, (1,), {})):
+    with restoring(Call(f, 0, False, (1,), {}))():
         f(2)
     assert cell.cell_contents is kept
     assert kept == [1]
@@ -260,7 +260,7 @@ def test_arguments_are_restored() -> None:
         b["y"] = b["x"]
         return b["x"]
 
-    with restored(Call(f, 0, False, (batch,), {})):
+    with restoring(Call(f, 0, False, (batch,), {}))():
         f(batch)
     assert list(batch) == ["x", "log"]
     assert batch["log"] == []
@@ -274,7 +274,7 @@ def test_what_is_refused_is_walked_too() -> None:
         kept.append(x)
         return x
 
-    with restored(Call(f, 0, False, (1,), {})):
+    with restoring(Call(f, 0, False, (1,), {}))():
         f(2)
     assert kept == []
 
@@ -286,6 +286,6 @@ def test_a_module_that_was_imported_stays() -> None:
         module.part = types.ModuleType("package_of_mine.part")  # type: ignore[attr-defined]
         return x
 
-    with restored(Call(f, 0, False, (1,), {})):
+    with restoring(Call(f, 0, False, (1,), {}))():
         f(2)
     assert module.part is not None

@@ -22,7 +22,7 @@ from torchjac.capture.checks import check_leaves
 from torchjac.capture.function import BESIDE, PASS_THROUGH, Call
 from torchjac.capture.nesting import nested
 from torchjac.capture.program import Program
-from torchjac.capture.restore import restored
+from torchjac.capture.restore import restoring
 from torchjac.errors import CaptureRefused, TorchjacError
 
 Scope = Literal["global", "local"]
@@ -112,7 +112,7 @@ def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
 
     with modes.recording():
         tensors = [modes.usable_in_graph(t).data for t in (*given, *(beside[i] for i in variable))]
-    module, lines = _traced(derivative, tensors, True, keep, lambda: restored(call))
+    module, lines = _traced(derivative, tensors, True, keep, restoring(call))
     return _derivative(module, shapes, [t.shape for t in given], "global", lines)
 
 

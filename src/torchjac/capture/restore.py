@@ -1,6 +1,6 @@
 """Putting back what a function assigns while it is traced.
 
-A traced function runs on tensors without values. If it keeps one (`self.last = x`), or counts its
+A function is traced beside its real runs. If it keeps a tensor (`self.last = x`), or counts its
 calls, its next real run would find what the trace left behind.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torchjac.capture.code import ROOT
@@ -22,29 +22,52 @@ PutBack = Callable[[], None]
 _UNSET = object()
 
 
-@contextmanager
-def restored(call: Call) -> Iterator[None]:
+def restoring(call: Call) -> Callable[[], AbstractContextManager[None]]:
     """Attributes, items, closure and global variables are put back that a function assigns to.
 
-    Of everything that the function can be seen to read; what an object hides in C stays as it is.
+    Of everything that the function can be seen to read; what an object hides in C stays as it is,
+    and so does what lies behind very much else (`_MOST` values).
+
+    Returns:
+        Makes a context to evaluate the function in, any number of times; after each everything is
+        as it was when this was called.
     """
     met, names = _met(call)
     actions = [action for value in met for action in _actions(value, names)]
-    try:
-        yield
-    finally:
-        for action in actions:
-            action()
+
+    @contextmanager
+    def restored() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for action in actions:
+                action()
+
+    return restored
+
+
+_MOST = 10_000
 
 
 class _Collector(ObjectWatcher):
-    """Walks on where something is not understood."""
+    """Walks on where something is not understood.
+
+    Attributes:
+        walked: Number of values, those of earlier walks included.
+    """
+
+    def __init__(self, policy: Policy, names: frozenset[str], walked: int):
+        super().__init__(policy, names)
+        self.walked = walked
 
     def refuse(self, reason: str) -> None:
         """Walks on."""
 
     def value(self, value: Any, path: str) -> Check:
         """A check that is not used; what matters is what was met."""
+        self.walked += 1
+        if self.walked > _MOST:
+            return lambda new, seen: None
         if isinstance(value, set):
             self.alive.append(value)
         try:
@@ -56,15 +79,17 @@ class _Collector(ObjectWatcher):
 def _met(call: Call) -> tuple[list[Any], frozenset[str]]:
     """What code can reach, and the names in that code."""
     names: frozenset[str] = frozenset()
+    walked = 0
     while True:
-        collector = _Collector(Policy(), names)
+        collector = _Collector(Policy(), names, walked)
         collector.value(call.function, ROOT)
         collector.value(list(call.args), "args")
         collector.value(call.kwargs, "kwargs")
-        if collector.found <= names:
+        if collector.found <= names or collector.walked > _MOST:
             met, collector.alive = collector.alive, []
             return met, names
         names |= collector.found
+        walked = collector.walked
 
 
 def _actions(value: Any, names: frozenset[str]) -> list[PutBack]:
