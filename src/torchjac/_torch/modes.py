@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,8 +110,13 @@ def random_state_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         if random.getstate() != python:
             random.setstate(python)
-        if str(np.random.get_state()) != str(numpy):
+        if not _same(np.random.get_state(), numpy):
             np.random.set_state(numpy)
         on_cpu = all(t.device.type == "cpu" for t in tensors)
         if not on_cpu or not torch.equal(torch.get_rng_state(), torch_):
             restore()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states of NumPy's generator are the same."""
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, Protocol
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torchjac._torch.modes import real_values
-from torchjac._torch.recorder import NotRecorded
+from torchjac._torch.notes import NotRecorded
+from torchjac._torch.recorder import weighted
 
 
 def next_sequence() -> int:
@@ -202,6 +203,33 @@ class Observer(Watch):
                     alias.requires_grad_()
             self.aliases[id(leaf)] = alias, leaf  # the tensor too, or its id could be given away
         return self.aliases[id(leaf)][0]
+
+
+class Unwatched:
+    """In the place of an `Observer` where nothing need be noted."""
+
+    def __init__(self) -> None:
+        """Begins with no cotangent."""
+        self.cotangents: list[Tensor] = []
+
+    def __enter__(self) -> Unwatched:
+        """Nothing is done."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is done."""
+
+    def cotangent(self, output: Tensor) -> Tensor:
+        """A tensor to begin a backward pass with, the same as that of a recorder."""
+        self.cotangents.append(weighted(output))
+        return self.cotangents[-1]
+
+    def enter(self, number: int | None) -> None:
+        """Nothing is noted."""
+
+    def during_backward(self) -> AbstractContextManager[Any]:
+        """Nothing is watched."""
+        return nullcontext()
 
 
 _GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ from torch.fx.traceback import _preserve_node_seq_nr, preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from torchjac._torch.fakes import FakeObserver
-from torchjac._torch.recorder import NotRecorded
+from torchjac._torch.notes import NotRecorded
 from torchjac._torch.traits import OpOverload
 
 

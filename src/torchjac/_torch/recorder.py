@@ -9,13 +9,13 @@ done next; of tensors for which that matters (`Value.varies`) they are not given
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchjac._torch.notes import Called, DependsOnValues, NeedsTracing, NotRecorded, Value
 from torchjac._torch.traits import (
     COPIED,
     INDEX,
@@ -27,78 +27,6 @@ from torchjac._torch.traits import (
     traits_of,
     unrolled,
 )
-
-
-class DependsOnValues(RuntimeError):
-    """A value of a tensor would decide what is done next; the message says by way of what."""
-
-
-class NotRecorded(RuntimeError):
-    """Something happened that a list of operations cannot say; the message names it."""
-
-
-class NeedsTracing(Exception):
-    """Control flow operators are for torch's own tracer."""
-
-
-@dataclass(eq=False, slots=True)
-class Value:
-    """A tensor that was met.
-
-    Attributes:
-        kind: `input`, `constant`, or `made` by a call.
-        position: Of the input, the constant or the call.
-        item: Which of the results of a call; None if there is one.
-        base: The value whose memory it shares.
-        varies: Of a base: whether its numbers are different ones for other inputs.
-        written: Of a base: whether something wrote to it.
-        shape: Its shape.
-        stride: Its strides.
-        dtype: Its dtype.
-        device: Its device.
-        memory: Of inputs and constants: which memory it lies in.
-    """
-
-    kind: str
-    position: int
-    item: int | None
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    memory: int = 0
-    varies: bool = False
-    written: bool = False
-    base: Value = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Memory of its own."""
-        self.base = self
-
-
-@dataclass(frozen=True, slots=True)
-class Called:
-    """An operation that ran.
-
-    Attributes:
-        operation: What it was.
-        args: With values in the places of tensors.
-        kwargs: As well.
-        results: A value for each tensor that it returned; None for others.
-        is_single: Whether it returned one tensor, not several.
-        written: Bases that it wrote to.
-        number: Sequence number of the autograd node that ran it, or None.
-        drawn_from: Of a random operation: the generator, and its state before.
-    """
-
-    operation: OpOverload
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    results: tuple[Value | None, ...]
-    is_single: bool
-    written: tuple[Value, ...]
-    number: int | None
-    drawn_from: tuple[torch.Generator, Tensor] | None
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -182,10 +110,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         No zeros: what a pass takes out of the graph must not look like one.
         """
-        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-            made = torch.linspace(
-                0.3, 1.7, output.numel(), dtype=output.dtype, device=output.device
-            ).reshape(output.shape)
+        with torch.utils._python_dispatch._disable_current_modes():
+            made = weighted(output)
         self.input(made)
         self.cotangents.append(made)
         return made
@@ -208,6 +134,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotRecorded("it reads a sparse tensor")
         trained = tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
         return self.constant(tensor, tensor, trained and self._parameters_vary)
+
+    @property
+    def wrote_elsewhere(self) -> bool:
+        """Whether something wrote to a tensor from elsewhere."""
+        return bool(self._kept)
 
     def restore(self) -> None:
         """Gives tensors from elsewhere that were written to their numbers back.
@@ -388,6 +319,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _MASKS = (torch.bool, torch.uint8)
+
+
+def weighted(output: Tensor) -> Tensor:
+    """A cotangent that tells elements apart; none of it is zero."""
+    with torch.no_grad():
+        return torch.linspace(
+            0.3, 1.7, output.numel(), dtype=output.dtype, device=output.device
+        ).reshape(output.shape)
 
 
 def _about(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,9 @@ from torch._subclasses.fake_tensor import (
 )
 
 from torchjac._torch import modes, proxies
-from torchjac._torch.observer import Observer, next_sequence
-from torchjac._torch.recorder import (
-    DependsOnValues,
-    NeedsTracing,
-    NotRecorded,
-    Recorder,
-)
+from torchjac._torch.notes import DependsOnValues, NeedsTracing, NotRecorded
+from torchjac._torch.observer import Observer, Unwatched, next_sequence
+from torchjac._torch.recorder import Recorder
 from torchjac._torch.recording import Recording, agree, functional, graph_of, recorded, rerun
 from torchjac._torch.traits import HigherOrderOperator, OpOverload
 
@@ -94,32 +90,37 @@ def _recorded(
     around: Callable[[], AbstractContextManager[None]],
 ) -> tuple[fx.GraphModule, Observer]:
     """By noting what runs, on the tensors themselves."""
-
-    def run(given: Sequence[Tensor]) -> _Run:
-        rewind()
-        with around():
-            return _ran(function, given, Recorder(keep, parameters_vary))
-
     rewind = modes.random_states(tensors)
     try:
-        first = run(tensors)
+        with around():
+            first = _ran(function, tensors, Recorder(keep, parameters_vary))
     except _Failed as failed:
         raise failed.error from None
     found = recorded(first.recorder, first.outputs)
+
+    def again(given: Sequence[Tensor]) -> _Run:
+        rewind()
+        with around():
+            if first.recorder.wrote_elsewhere:  # it has to be put back
+                return _ran(function, given, Recorder(keep, parameters_vary))
+            return _ran_plainly(function, given, first.recorder)
+
     if not any(t.is_meta for t in tensors):
-        _check(found, first, "its gradients come about by other ways than torch's operations")
-        for other in (_elsewhere, _near):
-            try:
-                second = run([other(t) for t in tensors])
-            except _Failed:  # it need not be defined there
-                continue
-            _check(found, second, "what it does depends on its input in a way that cannot be seen")
-            break
+        reason = "what it does depends on its input in a way that cannot be seen"
+        _check(found, _another(again, tensors) or first, reason)
     if found.writes:
         found = functional(found, first.given, keep)
         if not found.is_random:  # random numbers come in another order there
             _check(found, first, "what it writes in place cannot be rewritten")
     return graph_of(found), first.observer
+
+
+def _another(run: Callable[[Sequence[Tensor]], _Run], tensors: Sequence[Tensor]) -> _Run | None:
+    """An evaluation at another point; None if the function fails wherever it is tried."""
+    for point in (_elsewhere, _near):
+        with suppress(_Failed):  # it need not be defined there
+            return run([point(t) for t in tensors])
+    return None
 
 
 class _Failed(Exception):
@@ -158,6 +159,22 @@ def _ran(function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Reco
     for refusal in [*_refusals(recorder, observer), *recorder.failures]:
         raise refusal
     return _Run((*tensors, *recorder.cotangents), outputs, recorder, observer)
+
+
+def _ran_plainly(
+    function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Recorder
+) -> _Run:
+    """As `_ran`, but nothing is noted."""
+    observer = Unwatched()
+    try:
+        with warnings.catch_warnings(), proxies.uncompiled():
+            warnings.simplefilter("ignore")
+            outputs = function(observer, *tensors)
+    except Exception as error:
+        raise _Failed(error) from error
+    finally:
+        recorder.restore()  # generators
+    return _Run((*tensors, *observer.cotangents), outputs, recorder, Observer(recorder))
 
 
 def _refusals(recorder: Recorder, observer: Observer) -> list[Exception]:
@@ -205,10 +222,10 @@ def _lines(observer: Observer) -> dict[int, str]:
 
 
 @contextmanager
-def numbered(nodes: Iterable[Any], observer: Observer) -> Iterator[None]:
+def numbered(nodes: Iterable[Any], observer: Observer | Unwatched) -> Iterator[None]:
     """Traced operations carry the sequence number of the autograd node that ran them."""
     handles = []
-    for node in nodes:
+    for node in nodes if isinstance(observer, Observer) else ():
 
         def enter(_: Any, number: int = node._sequence_nr()) -> None:
             observer.enter(number)
