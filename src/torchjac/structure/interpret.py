@@ -92,6 +92,7 @@ class _Run:
         self._control = Control(derivative, self._linear, self._values, self._body)
         self._m = derivative.m
         self._found: dict[fx.Node, Any] = {}
+        self._fills: dict[fx.Node, float] = {}
         self._spreads: list[Spread] = []
         self._assumed: dict[str, None] = {}
 
@@ -101,6 +102,7 @@ class _Run:
         for cotangent, shape in zip(derivative.cotangents, derivative.row_shapes, strict=True):
             if cotangent is not None:
                 self._found[cotangent] = seed(tuple(shape), first, self._m)
+                self._fills[cotangent] = 1.0
             first += shape.numel()
         needed = self._needed()
         for node in derivative.module.graph.nodes:
@@ -135,7 +137,9 @@ class _Run:
         if node.target is operator.getitem:
             source, position = node.args
             assert isinstance(source, fx.Node)
-            return self._found[source][position]
+            made = self._found[source][position]
+            self._fills[node] = max(map(_fill, _each(made)), default=0.0)
+            return made
         why = None
         try:
             made = self._by_rule(node)
@@ -219,11 +223,10 @@ class _Run:
         return joined(parts) if parts else nothing(shape, self._m)
 
     def _look(self, node: fx.Node, made: Any, why: str | None) -> None:
-        before = max(
-            (_fill(v) for a in node.all_input_nodes for v in _each(self._found.get(a))),
-            default=0.0,
-        )
-        after = max((_fill(v) for v in _each(made)), default=0.0)
+        self._fills[node] = after = max(map(_fill, _each(made)), default=0.0)
+        if after <= 1.5:
+            return
+        before = max((self._fills.get(a, 0.0) for a in node.all_input_nodes), default=0.0)
         if after > 1.5 * max(before, 1.0):
             number = sequence_of(node)
             where = self._derivative.lines.get(number) if number is not None else None

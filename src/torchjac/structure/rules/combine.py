@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.modes import real_values
-from torchjac.structure.maps import UNKNOWN, broadcast, diagonal, index_map, product
+from torchjac.structure.maps import UNKNOWN, broadcast, index_map
 from torchjac.structure.rules.registry import Beside, Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.scale import scaled
 from torchjac.structure.values import UNINITIALIZED
 
 
@@ -26,7 +27,7 @@ def add(op: Op) -> Local:
     """`a + alpha * b`, `a - alpha * b`, `b - alpha * a`."""
     alpha = op["alpha"]
     alpha = 1.0 if alpha is None else float(alpha)
-    name = op.target._schema.name
+    name = op.name
     first, second = {
         "aten::add": (1.0, alpha),
         "aten::sub": (1.0, -alpha),
@@ -36,8 +37,7 @@ def add(op: Op) -> Local:
     for key, factor in (("self", first), ("other", second)):
         operand = op[key]
         if isinstance(operand, Operand) and operand.linear:
-            spread = broadcast(op.shape, operand.shape)
-            found.append((operand, product(diagonal(op.shape, factor), spread)))
+            found += scaled(op, operand, factor)
         elif not (operand.zero if isinstance(operand, Operand) else operand == 0):
             raise NotLinear
     return found
@@ -55,7 +55,7 @@ def chosen(op: Op, *, data: tuple[str, ...]) -> Local:
         raise NotLinear
     if any(not o.linear and not vanishes(o) for o in operands):
         raise NotLinear
-    rest = {a.name: _plain(op[a.name]) for a in op.target._schema.arguments if a.name not in data}
+    rest = {k: _plain(v) for k, v in op.others(*data).items()}
     if any(v is None and isinstance(op[k], Operand) for k, v in rest.items()):
         raise LookupError("an index depends on the input")
 
@@ -134,8 +134,7 @@ def lerp(op: Op) -> Local:
     ):
         operand = op[name]
         if operand.linear:
-            spread = broadcast(op.shape, operand.shape)
-            found.append((operand, product(diagonal(op.shape, float(factor)), spread)))
+            found += scaled(op, operand, float(factor))
         elif not operand.zero:
             raise NotLinear
     return found

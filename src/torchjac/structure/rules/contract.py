@@ -81,7 +81,7 @@ def mv(op: Op) -> Local:
 @rule(aten.dot.default, aten.vdot.default)
 def dot(op: Op) -> Local:
     """Vector times vector."""
-    return _two(op, ("self", op.target._schema.arguments[1].name), ("k", "k"), "")
+    return _two(op, ("self", [*op.arguments][1]), ("k", "k"), "")
 
 
 @rule(
@@ -99,7 +99,7 @@ def addmm(op: Op) -> Local:
         "aten::baddbmm": (("batch1", "batch2"), ("bik", "bkj"), "bij"),
         "aten::addbmm": (("batch1", "batch2"), ("bik", "bkj"), "ij"),
         "aten::addr": (("vec1", "vec2"), ("i", "j"), "ij"),
-    }[op.target._schema.name]
+    }[op.name]
     found: Local = []
     beta, alpha = float(op["beta"]), float(op["alpha"])
     added = op["self"]

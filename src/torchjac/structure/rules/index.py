@@ -87,9 +87,9 @@ def gather(op: Op) -> Local:
 def scatter(op: Op) -> Local:
     """Elements written or added to places along an axis."""
     adds = op.target is not aten.scatter.src
-    if _has(op, "reduce") and (op["reduce"] not in ("add", "sum")):
+    if "reduce" in op and (op["reduce"] not in ("add", "sum")):
         raise LookupError("not a sum")
-    if _has(op, "include_self") and not op["include_self"]:
+    if "include_self" in op and not op["include_self"]:
         raise LookupError("what is not added to is lost")
     target, source, where = op["self"], op["src"], op["index"]
     shape, mine = op.shape or (1,), where.shape or (1,)
@@ -362,10 +362,6 @@ def _same(known: Tensor, axis: int) -> bool:
     return known.shape[axis] == 1 or bool(
         (known == known.narrow(axis, 0, min(1, known.shape[axis]))).all()
     )
-
-
-def _has(op: Op, name: str) -> bool:
-    return any(a.name == name for a in op.target._schema.arguments)
 
 
 def _cut(small: Shape, shape: Shape) -> LinearMap:

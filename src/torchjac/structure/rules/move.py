@@ -18,7 +18,7 @@ from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, ate
 def moved(op: Op, name: str = "self", *, fills: bool = False) -> Local:
     """The operation run on positions in the place of its linear operand."""
     operand = op.only(name)
-    rest = {a.name: op[a.name] for a in op.target._schema.arguments if a.name != name}
+    rest = op.others(name)
 
     def run(t: Tensor) -> Tensor:
         with real_values():
@@ -143,7 +143,7 @@ def constant_pad(op: Op) -> Local:
 def split(op: Op) -> tuple[Local, ...]:
     """Parts of the argument, each a result of its own."""
     operand = op.only("self")
-    rest = {a.name: op[a.name] for a in op.target._schema.arguments if a.name != "self"}
+    rest = op.others("self")
 
     def run(k: int, t: Tensor) -> Tensor:
         with real_values():

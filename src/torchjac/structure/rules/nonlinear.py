@@ -145,7 +145,7 @@ def of_zeros(op: Op) -> Local:
 
 def _compared(op: Op) -> Local:
     """`self > c` is false at zero where c is positive, `self < c` where c is negative."""
-    limit, name = op["other"], op.target._schema.name
+    limit, name = op["other"], op.name
     if isinstance(limit, Operand) or not isinstance(op["self"], Operand):
         raise NotLinear
     if (name == "aten::gt" and limit > 0) or (name == "aten::lt" and limit < 0):
@@ -170,10 +170,10 @@ def both(op: Op) -> Local:
 )
 def clamp(op: Op) -> Local:
     """Zero stays zero where it lies within the limits."""
-    for argument in op.target._schema.arguments:
-        if argument.name.startswith("min") and not _at_most(op[argument.name], 0, 1):
+    for name, limit in op.arguments.items():
+        if name.startswith("min") and not _at_most(limit, 0, 1):
             raise NotLinear
-        if argument.name.startswith("max") and not _at_most(op[argument.name], 0, -1):
+        if name.startswith("max") and not _at_most(limit, 0, -1):
             raise NotLinear
     return scaled(op, op.only("self"), UNKNOWN)
 
@@ -231,8 +231,7 @@ def of_many(op: Op) -> Local:
     operand = op.only("self")
     if 0 in operand.shape:
         raise NotLinear  # a product of nothing is one
-    named = any(a.name == "dim" for a in op.target._schema.arguments)
-    return [(operand, along(op.shape, operand.shape, op["dim"] if named else None))]
+    return [(operand, along(op.shape, operand.shape, op.arguments.get("dim")))]
 
 
 def along(

@@ -51,7 +51,7 @@ def _along_axes(op: Op, name: str, fine: Shape, forward: Forward, reach: Sequenc
         if matrix is None:
             return [(operand, planes(op.shape, operand.shape, ndim))]
         matrices.append(matrix.transposed() if name == "grad_output" else matrix)
-    if not _has(op, "indices") and not _agree(op, name, matrices):
+    if "indices" not in op and not _agree(op, name, matrices):
         return [(operand, planes(op.shape, operand.shape, ndim))]
     return [(operand, separable(matrices, operand.shape))]
 
@@ -60,16 +60,15 @@ def _agree(op: Op, name: str, matrices: list[AxisMatrix]) -> bool:
     """Whether the operation on one plane of random numbers is what the matrices say."""
     ndim = len(matrices)
     given: dict[str, Any] = {}
-    for argument in op.target._schema.arguments:
-        value = op[argument.name]
+    for argument, value in op.arguments.items():
         if isinstance(value, Operand):
             shape = (*[1] * (len(value.shape) - ndim), *value.shape[-ndim:])
             value = torch.zeros(shape, dtype=torch.float64)
-            if argument.name == name:
+            if argument == name:
                 value = value.uniform_(1, 2, generator=torch.Generator().manual_seed(0))
-        elif argument.name == "input_size":
+        elif argument == "input_size":
             value = [1, 1, *value[2:]]
-        given[argument.name] = value
+        given[argument] = value
     made = given[name]
     for i, matrix in enumerate(matrices):
         made = matrix.times(made, made.ndim - ndim + i)
@@ -214,15 +213,15 @@ def upsample(op: Op) -> Local:
     """Interpolation on a grid."""
     operation, reach = UPSAMPLES[op.target]
     ndim = len(reach)
-    backward = any(a.name == "grad_output" for a in op.target._schema.arguments)
+    backward = "grad_output" in op
     name = "grad_output" if backward else "self"
     fine = tuple(op["input_size"]) if backward else op["self"].shape
     sizes = list(op["output_size"])
-    scales = [op[n] for n in ("scales", "scales_d", "scales_h", "scales_w") if _has(op, n)]
+    scales = [op[n] for n in ("scales", "scales_d", "scales_h", "scales_w") if n in op]
 
     def forward(axis: int, t: Tensor) -> Tensor:
         mine = [s if i == axis else None for i, s in enumerate(scales)]
-        rest = [op["align_corners"]] if _has(op, "align_corners") else []
+        rest = [op["align_corners"]] if "align_corners" in op else []
         # Next to an axis of size 1 the antialiased kernels of torch 2.13 go astray.
         line = _line(sizes, axis, ndim, 2)
         return _on_line(operation, ndim, axis, t, line, *rest, *mine, beside=2)
@@ -247,9 +246,9 @@ def max_pool_backward(op: Op) -> Local:
     known = op["indices"].constant
     if known is not None:
         return [(operand, _to_places(op.shape, operand.shape, ndim, known.cpu()))]
-    if _has(op, "dilation"):
+    if "dilation" in op:
         return [(operand, _to_windows(op, operand, ndim))]
-    if _has(op, "output_size"):  # where fractional windows lie is random
+    if "output_size" in op:  # where fractional windows lie is random
         return [(operand, planes(op.shape, operand.shape, ndim))]
     operation = aten._adaptive_avg_pool2d if ndim == 2 else aten._adaptive_avg_pool3d
     sizes = (op.shape[-ndim:], operand.shape[-ndim:])
@@ -346,8 +345,4 @@ def _columns(op: Op, plane: Sequence[int]) -> Tensor:
 
 def _sides(op: Op) -> tuple[str, Shape]:
     """The name of the linear operand, and the shape of the argument of the forward operation."""
-    return ("grad_output" if _has(op, "grad_output") else "self"), op["self"].shape
-
-
-def _has(op: Op, name: str) -> bool:
-    return any(a.name == name for a in op.target._schema.arguments)
+    return ("grad_output" if "grad_output" in op else "self"), op["self"].shape

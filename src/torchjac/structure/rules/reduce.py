@@ -25,14 +25,10 @@ from torchjac.structure.rules.registry import Local, Op, aten, rule
 def summed(op: Op, factor: float = 1.0) -> LinearMap:
     """The sum over `dim` (all axes if it is None or empty), times a factor."""
     shape = op.only("self").shape
-    dim: Sequence[int] | int | None = op["dim"] if _named(op, "dim") else None
+    dim: Sequence[int] | int | None = op.arguments.get("dim")
     axes = [dim] if isinstance(dim, int) else list(dim or range(len(shape)))
     total = axis_sum(shape, axes)
     return product(diagonal(op.shape, factor), reshape(op.shape, total.shape_out), total)
-
-
-def _named(op: Op, name: str) -> bool:
-    return any(a.name == name for a in op.target._schema.arguments)
 
 
 @rule(aten.sum.default, aten.sum.dim_IntList)

@@ -7,9 +7,9 @@ a tuple of such lists. Everything a rule needs to know of its node it asks of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import torch
@@ -93,7 +93,25 @@ class Op:
         """An argument: an `Operand` (or a list of them) for tensors, else the Python value."""
         return self._arguments[name]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the operation has an argument of that name."""
+        return name in self._arguments
+
     @property
+    def arguments(self) -> Mapping[str, Any]:
+        """All arguments by name, in the order of the schema."""
+        return self._arguments
+
+    def others(self, *names: str) -> dict[str, Any]:
+        """The arguments that have other names."""
+        return {k: v for k, v in self._arguments.items() if k not in names}
+
+    @property
+    def name(self) -> str:
+        """Name of the operation without its overload, such as `aten::add`."""
+        return _name(self.target)
+
+    @cached_property
     def shape(self) -> Shape:
         """Shape of the (first) result."""
         value = self.node.meta["val"]
@@ -150,6 +168,11 @@ class Op:
         if isinstance(value, (list, tuple)):
             return [self._wrapped(v) for v in value]
         return value
+
+
+@lru_cache(maxsize=4096)
+def _name(target: OpOverload) -> str:
+    return str(target._schema.name)
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,10 @@ from torchjac.structure.values import device_of
 
 def scaled(op: Op, operand: Operand, factors: Factors) -> Local:
     """The operand, broadcast to the result, times factors."""
-    return [(operand, product(diagonal(op.shape, factors), broadcast(op.shape, operand.shape)))]
+    made = diagonal(op.shape, factors)
+    if operand.shape != op.shape:
+        made = product(made, broadcast(op.shape, operand.shape))
+    return [(operand, made)]
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)
@@ -151,7 +154,7 @@ def pointwise_backward(op: Op) -> Local:
 
     The factors are what the operation gives for a cotangent of ones.
     """
-    (name,) = [n for n in ("grad_output", "grad_out", "grad") if _has(op, n)]
+    (name,) = [n for n in ("grad_output", "grad_out", "grad") if n in op]
     operand = op.only(name)
     constants = op.constants()
     made = operand.node.meta["val"]
@@ -167,10 +170,6 @@ def _masked(op: Op, factors: Tensor) -> Factors:
     """Numbers that a saved tensor went into hold for zeros only."""
     found = factors.detach().cpu().to(torch.float64)
     return found.masked_fill(found != 0, UNKNOWN)
-
-
-def _has(op: Op, name: str) -> bool:
-    return any(a.name == name for a in op.target._schema.arguments)
 
 
 def _is_linear(value: object) -> bool:
