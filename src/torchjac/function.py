@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from torchjac._torch.pytree import tree_map
 from torchjac._torch.vmap import inside_transform
+from torchjac.accumulated import Accumulation, accumulate, note
 from torchjac.capture import Call, Program, capture_function, differentiating
 from torchjac.capture.function import Argnums, check_argnums, detached
 from torchjac.errors import (
@@ -23,6 +25,7 @@ from torchjac.errors import (
 )
 from torchjac.explain import Record, last_run
 from torchjac.layout import Arranged, Layout, check_layout, converted, torch_layout
+from torchjac.plan import is_forced
 from torchjac.plan.memory import check_budget
 from torchjac.remembered import Remembered
 from torchjac.solve import Request, solve
@@ -67,18 +70,21 @@ class Jacobian:
         self._given = pattern
         self._remembered = Remembered()
         self._memory_budget = check_budget(memory_budget)
+        self._accumulation = Accumulation(batched, torch_layout(layout), self._memory_budget)
         self._entry = entry
         self._identity = object()  # unlike id(self), never another Jacobian's
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The Jacobian at these arguments; `(J, aux)` with `has_aux=True`."""
-        value, jacobian = self._evaluate(args, kwargs, replayable=not self._has_aux)
+        value, jacobian = self._evaluate(
+            args, kwargs, replayable=not self._has_aux, beside=self._has_aux
+        )
         return (jacobian, value[1]) if self._has_aux else jacobian
 
     def value_and(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """`(f(x), J)` from one forward pass; `((output, aux), J)` with `has_aux=True`."""
-        return self._evaluate(args, kwargs, replayable=False)
+        return self._evaluate(args, kwargs, replayable=False, beside=True)
 
     def explain(self, *args: Any, **kwargs: Any) -> Record:
         """Computes the Jacobian once and tells how: engine, mode, passes, chunk, time, refusals."""
@@ -122,21 +128,41 @@ class Jacobian:
         return f"torchjac.{self._entry}({name}, argnums={self._argnums})"
 
     def _evaluate(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], replayable: bool
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], replayable: bool, beside: bool = False
     ) -> tuple[Any, Any]:
-        """What f returned, and the Jacobian; `replayable` says whether f may run once more."""
+        """What f returned, and the Jacobian.
+
+        Args:
+            args: Positional arguments of f.
+            kwargs: Keyword arguments of f.
+            replayable: Whether f may run once more.
+            beside: Whether anybody looks at what f returned.
+        """
         call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
         if inside_transform() or torch.compiler.is_compiling() or call.traced():
             return delegate(call, self._batched, torch_layout(self._layout), self._entry)
         create_graph = self._create_graph or differentiating()
         check_layout(self._layout, create_graph, self._given)
+        layout = torch_layout(self._layout)
+        entered = perf_counter()
+        accumulates = not create_graph and self._given is None and not is_forced()
+        plan = self._accumulation.find(call) if accumulates else None
+        if plan is not None and plan.wins():
+            value = accumulate(plan, call, self._entry, layout)
+            if value is not None:
+                return self._returned(call, beside), converted(value, self._layout)
         # A module in training mode keeps statistics and counters: it must run once a call.
         stateful = isinstance(self._function, torch.nn.Module) and self._function.training
         replayable = replayable and not stateful
         program, returned = capture_function(
             call, batched=self._batched, create_graph=create_graph, replayable=replayable
         )
-        layout = torch_layout(self._layout)
+        if accumulates and plan is None:
+            planned = self._accumulation.plan(call, program)
+            if planned is not None:
+                plan, value = planned
+                note(plan, self._entry, layout, perf_counter() - entered)
+                return detached(returned), converted(value, self._layout)
         request = Request(self._entry, layout, self._memory_budget, self._identity)
         if layout is not torch.strided:
             find = functools.partial(self._remembered.pattern, call, program)
@@ -146,9 +172,19 @@ class Jacobian:
         started = perf_counter()
         arranged = solve(program, request)
         self._remembered.spent(perf_counter() - started)
+        self._accumulation.spent(perf_counter() - started)
+        if plan is not None:
+            plan.others.append(perf_counter() - entered)
         self._report_unused(program, arranged)
         value = converted(arranged.value, self._layout)
         return (returned if create_graph else detached(returned)), value
+
+    def _returned(self, call: Call, wanted: bool) -> Any:
+        """What f returns, without a graph; not evaluated where nobody looks at it."""
+        if not wanted:
+            return None
+        inputs = tree_map(lambda leaf: leaf.detach(), call.differentiated())
+        return detached(call.run(inputs)[1])
 
     def _report_unused(self, program: Program, arranged: Arranged) -> None:
         if not arranged.unused:
@@ -172,5 +208,5 @@ class Hessian(Jacobian):
 
     def value_and(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """`(f(x), H)` from one forward pass."""
-        (_, value), hessian = self._evaluate(args, kwargs, replayable=False)
+        (_, value), hessian = self._evaluate(args, kwargs, replayable=False, beside=True)
         return value, hessian

@@ -62,7 +62,7 @@ def _check_memory(recorder: Recorder, calls: Sequence[Called]) -> None:
     written = {id(v): v for c in recorder.calls for v in c.written if v.kind != "made"}
     if not written:
         return
-    used = {id(v.base): v.base for c in calls for v in _values((*c.args, *c.kwargs.values()))}
+    used = {id(v.base): v.base for c in calls for v in values_in((*c.args, *c.kwargs.values()))}
     for base in used.values():
         if base.kind == "made":
             continue
@@ -79,7 +79,7 @@ def _needed(calls: Sequence[Called], outputs: Sequence[Value]) -> tuple[Called, 
         made = any(id(v) in values for v in call.results if v is not None)
         if made or any(id(base) in memory for base in call.written):
             found.append(call)
-            for value in _values((*call.args, *call.kwargs.values())):
+            for value in values_in((*call.args, *call.kwargs.values())):
                 values.add(id(value))
                 memory.add(id(value.base))
     return tuple(reversed(found))
@@ -125,7 +125,7 @@ def _to_write_to(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The inputs and the constants, with copies of those that are written to."""
     written = {id(base) for call in recording.calls for base in call.written}
-    used = _used_constants(recording)
+    used = used_constants(recording)
     bases = [*recording.inputs, *(used.get(i) for i in range(len(recording.constants)))]
     made = [
         t.detach().clone() if b is not None and id(b) in written else t.detach()
@@ -134,9 +134,10 @@ def _to_write_to(
     return made[: len(inputs)], made[len(inputs) :]
 
 
-def _used_constants(recording: Recording) -> dict[int, Value]:
+def used_constants(recording: Recording) -> dict[int, Value]:
+    """The constants that calls take, by position."""
     arguments = [a for call in recording.calls for a in (*call.args, *call.kwargs.values())]
-    return {v.position: v for v in _values(arguments) if v.kind == "constant"}
+    return {v.position: v for v in values_in(arguments) if v.kind == "constant"}
 
 
 def rerun(recording: Recording, inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -193,8 +194,8 @@ def _run(
         if call.drawn_from is not None:
             generator, state = call.drawn_from
             generator.set_state(state)
-        args = _mapped(list(call.args), tensor)
-        made = call.operation(*args, **{k: _mapped(a, tensor) for k, a in call.kwargs.items()})
+        args = mapped(list(call.args), tensor)
+        made = call.operation(*args, **{k: mapped(a, tensor) for k, a in call.kwargs.items()})
         parts = (made,) if call.is_single else made or ()
         for value, part in zip(call.results, parts, strict=True):
             if value is not None:
@@ -208,7 +209,7 @@ def _last_uses(recording: Recording) -> dict[int, list[int]]:
     """For each call the values that are not used after it."""
     last: dict[int, int] = {}
     for position, call in enumerate(recording.calls):
-        for value in (*_values((*call.args, *call.kwargs.values())), *call.results):
+        for value in (*values_in((*call.args, *call.kwargs.values())), *call.results):
             if value is not None:
                 last[id(value)] = position
     for output in recording.outputs:
@@ -238,11 +239,11 @@ def graph_of(recording: Recording) -> fx.GraphModule:
         return constants[value.position]
 
     for call in recording.calls:
-        if call.operation in _SAME:
+        if call.operation in SAME:
             nodes[id(call.results[0])] = node_of(call.args[0])
             continue
-        args = tuple(_mapped(list(call.args), node_of))
-        kwargs = {k: _mapped(a, node_of) for k, a in call.kwargs.items()}
+        args = tuple(mapped(list(call.args), node_of))
+        kwargs = {k: mapped(a, node_of) for k, a in call.kwargs.items()}
         node = graph.call_function(call.operation, args, kwargs)
         if call.number is not None:
             node.meta["seq_nr"] = call.number
@@ -263,7 +264,7 @@ def graph_of(recording: Recording) -> fx.GraphModule:
         return _make_graph_module(attributes, graph)
 
 
-_SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
+SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -271,6 +272,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _with_value(node: fx.Node, value: Value) -> fx.Node:
+    """The node, which now carries a tensor without memory that is like the value."""
     node.meta["val"], node.meta["device"] = _like(value), value.device
     return node
 
@@ -280,17 +282,19 @@ def _like(value: Value) -> Tensor:
     return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
 
 
-def _values(arguments: Any) -> list[Value]:
+def values_in(arguments: Any) -> list[Value]:
+    """All values in arguments."""
     found: list[Value] = []
     for argument in arguments:
         if isinstance(argument, Value):
             found.append(argument)
         elif isinstance(argument, list):
-            found += _values(argument)
+            found += values_in(argument)
     return found
 
 
-def _mapped(argument: Any, to: Callable[[Value], Any]) -> Any:
+def mapped(argument: Any, to: Callable[[Value], Any]) -> Any:
+    """An argument with something else in the place of each value."""
     if isinstance(argument, Value):
         return to(argument)
-    return [_mapped(a, to) for a in argument] if isinstance(argument, list) else argument
+    return [mapped(a, to) for a in argument] if isinstance(argument, list) else argument

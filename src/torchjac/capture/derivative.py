@@ -80,7 +80,7 @@ def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
     given, input_spec = flatten(call.differentiated())
     check_leaves(given, call.name_input, "input", PASS_THROUGH)
     beside, rest_spec = flatten((_without(call), call.kwargs))
-    variable = [i for i, x in enumerate(beside) if _is_variable(x)]
+    variable = _variable(beside)
     shapes: list[torch.Size] = []
 
     def derivative(observer: tracing.Observer, *tensors: Tensor) -> list[Any]:
@@ -209,8 +209,25 @@ def _derivative(
     )
 
 
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+def arguments(call: Call) -> list[Tensor]:
+    """The tensors that a traced function takes before its cotangents, in order.
+
+    The differentiated ones come first, then other floating-point arguments.
+    """
+    given = flatten(call.differentiated())[0]
+    if len(call.args) > len(call.positions()) or call.kwargs:
+        beside = flatten((_without(call), call.kwargs))[0]
+        given = [*given, *(beside[i] for i in _variable(beside))]
+    return [t.detach() for t in given]
+
+
+def _variable(leaves: Sequence[Any]) -> list[int]:
+    """Which leaves may have any value."""
+    return [
+        i
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    ]
 
 
 def _without(call: Call) -> tuple[Any, ...]:

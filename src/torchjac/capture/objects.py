@@ -247,6 +247,7 @@ _INERT = frozenset(
         "logging.Logger",
         "logging.RootLogger",
         "torchjac.capture.cache.CaptureCache",
+        "torchjac.accumulated.Accumulation",
         "torchjac.remembered.Remembered",
     }
 )

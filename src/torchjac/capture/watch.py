@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchjac._torch.state import PLAIN_TENSORS, is_wrapped
 from torchjac.capture.exact import NotUnderstood, exact, is_flat, shown
 
-What = Literal["values", "shapes"]
+What = Literal["values", "objects", "shapes"]
 Seen = dict[int, Any]
 
 
@@ -47,8 +47,9 @@ class Policy:
     """What of a module's tensors matters.
 
     Attributes:
-        parameters: `values`: a parameter that is replaced or written to is a change. `shapes`:
-            only its shape, strides, dtype, device and whether it requires gradients count.
+        parameters: `values`: a parameter that is replaced or written to is a change. `objects`:
+            one that is replaced. `shapes`: only its shape, strides, dtype, device and whether it
+            requires gradients count.
         buffers: The same for the buffers of modules.
     """
 
@@ -295,15 +296,17 @@ class Watcher:
             raise NotUnderstood(f"{path} is a tensor of type {type(value).__name__}")
         if what == "shapes":
             return _shape(value, path)
-        if value.is_inference():
+        if what == "values" and value.is_inference():
             return _content(value, path)
         dense, version, expected = value.layout is torch.strided, value._version, weakref.ref(value)
-        state = _state(value, dense)
+        state = _shape(value, path) if what == "objects" else _state(value, dense)
 
         def check(new: Any, seen: Seen) -> Mismatch | None:
             old = expected()
             if old is None or new is not old:
                 return Mismatch(f"{path} was replaced: {shown(new)}", final=old is None)
+            if callable(state):
+                return state(new, seen)
             if new._version != version:
                 return Mismatch(f"{path} was written to in place", final=True)
             if _state(new, dense) != state:

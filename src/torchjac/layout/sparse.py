@@ -145,9 +145,15 @@ class _Growing:
 _FIRST = 2**17
 
 
-def _csr(row: Tensor, column: Tensor, values: Tensor, m: int, n: int) -> Tensor:
+def csr_starts(row: Tensor, m: int) -> Tensor:
+    """Where each row of a CSR matrix begins, from the row of each entry."""
     starts = torch.zeros(m + 1, dtype=torch.int64, device=row.device)
     torch.cumsum(torch.bincount(row, minlength=m), 0, out=starts[1:])
+    return starts
+
+
+def _csr(row: Tensor, column: Tensor, values: Tensor, m: int, n: int) -> Tensor:
+    starts = csr_starts(row, m)
     return torch.sparse_csr_tensor(starts, column, values, (m, n), check_invariants=False)
 
 

@@ -50,6 +50,11 @@ def forced_plan(plan: Plan) -> Iterator[None]:
         _forced.reset(token)
 
 
+def is_forced() -> bool:
+    """Whether a plan is forced."""
+    return _forced.get() is not None
+
+
 class Race:
     """The candidates for one program, what they were predicted to cost and what they did cost."""
 

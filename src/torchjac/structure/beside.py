@@ -10,8 +10,7 @@ from scipy import sparse
 from torch import Tensor
 
 from torchjac.structure.dependence import Dependence, Term, distinct, merged, nothing
-from torchjac.structure.maps import Factors
-from torchjac.structure.maps.factors import spread
+from torchjac.structure.maps.factors import Known, spread
 
 # More terms than this are merged into one.
 _TERMS = 12
@@ -46,7 +45,7 @@ def _none(part: Dependence) -> Term:
     return Term(torch.zeros((), dtype=kind).expand(part.shape), 0.0, None)
 
 
-def _all(terms: Sequence[Term], axis: int) -> Factors:
+def _all(terms: Sequence[Term], axis: int) -> Known:
     numbers = {t.factors for t in terms if isinstance(t.factors, float)}
     if len(numbers) == 1 and all(isinstance(t.factors, float) for t in terms):
         return numbers.pop()

@@ -26,7 +26,6 @@ from torchjac.structure.maps import (
     AxisSum,
     Dense,
     Diagonal,
-    Factors,
     IndexMap,
     LinearMap,
     Product,
@@ -37,7 +36,7 @@ from torchjac.structure.maps import (
     Zero,
     times,
 )
-from torchjac.structure.maps.factors import spread, stored
+from torchjac.structure.maps.factors import Known, known, spread, stored
 from torchjac.structure.tables import first_row, numbered
 
 # More terms than this are merged into one: each costs a pass over the elements (bundle adjustment
@@ -62,7 +61,7 @@ class Term:
     """
 
     positions: Tensor
-    factors: Factors
+    factors: Known
     table: sparse.csr_array | None
 
 
@@ -205,7 +204,7 @@ def _(map_: Scaled, value: Dependence) -> Dependence:
 
 @_applied.register
 def _(map_: Diagonal, value: Dependence) -> Dependence:
-    return _scaled(value, map_.factors)
+    return _scaled(value, known(map_.factors))
 
 
 @_applied.register
@@ -301,12 +300,12 @@ def _(map_: Dense, value: Dependence) -> Dependence:
     return Dependence(map_.shape_out, value.m, tuple(terms))
 
 
-def _scaled(value: Dependence, factors: Factors) -> Dependence:
+def _scaled(value: Dependence, factors: Known) -> Dependence:
     terms = []
     for term in value.terms:
         mine = factors
         if isinstance(mine, Tensor) and isinstance(term.factors, float) and term.factors == 1:
-            product: Factors = mine
+            product: Known = mine
         else:
             if isinstance(mine, Tensor) and isinstance(term.factors, float):
                 mine = mine.expand(value.shape)

@@ -12,7 +12,7 @@ from torchjac.structure.lanes import is_batched
 from torchjac.structure.pattern import Pattern, pattern_of
 from torchjac.structure.rules import RULES
 
-_KEEP = frozenset(RULES)
+KEEP = frozenset(RULES)
 
 
 def global_pattern(call: Call) -> Pattern:
@@ -22,7 +22,7 @@ def global_pattern(call: Call) -> Pattern:
         CaptureRefused: What the function does depends on values, or cannot be traced.
         PatternError: The pattern does not fit into memory.
     """
-    derivative = trace_function(call, _KEEP)
+    derivative = trace_function(call, KEEP)
     return pattern_of(derivative, interpret(derivative))
 
 
@@ -52,7 +52,7 @@ def is_independent(call: Call) -> bool:
     Raises:
         CaptureRefused: What the function does depends on values, or cannot be traced.
     """
-    derivative = trace_function(call, _KEEP)
+    derivative = trace_function(call, KEEP)
     return is_batched(derivative, interpret(derivative))
 
 
@@ -63,5 +63,5 @@ def pattern_of_graph(program: Program) -> Pattern:
         CaptureRefused: Its backward pass cannot be traced.
         PatternError: The pattern does not fit into memory.
     """
-    derivative = trace_graph(program, _KEEP)
+    derivative = trace_graph(program, KEEP)
     return pattern_of(derivative, interpret(derivative))

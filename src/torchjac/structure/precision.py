@@ -7,8 +7,8 @@ import torch
 from scipy import sparse
 
 from torchjac.structure.dependence import Dependence, Term
-from torchjac.structure.maps import UNKNOWN, Factors
-from torchjac.structure.maps.factors import on_support
+from torchjac.structure.maps import UNKNOWN
+from torchjac.structure.maps.factors import Known, on_support
 
 
 def coarse(value: Dependence) -> Dependence:
@@ -23,7 +23,7 @@ def coarse(value: Dependence) -> Dependence:
     )
 
 
-def _factors(factors: Factors) -> Factors:
+def _factors(factors: Known) -> Known:
     if isinstance(factors, float):
         return factors if abs(factors) == 1 else UNKNOWN
     return on_support(lambda t: torch.where((t.abs() == 1) | (t == 0), t, UNKNOWN), factors)

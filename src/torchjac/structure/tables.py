@@ -21,7 +21,7 @@ from torchjac.structure.maps.factors import (
     BITS,
     GRIDS,
     UNKNOWN,
-    Factors,
+    Known,
     on_support,
     plus,
     spread,
@@ -55,7 +55,7 @@ def first_row(shape: tuple[int, ...]) -> Tensor:
     return torch.zeros((), dtype=torch.int32).expand(shape)
 
 
-def of_same_rows(one: Factors, other: Factors, table: sparse.csr_array | None) -> Factors:
+def of_same_rows(one: Known, other: Known, table: sparse.csr_array | None) -> Known:
     """The sum of factors of the same rows of a table, which cancel only if the rows are known.
 
     Elements that share a row whose entries are not known depend on the same rows of J, by numbers

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torchjac._torch import tracing
 from torchjac._torch.modes import real_values
 from torchjac.capture.derivative import Derivative
-from torchjac.structure.maps import UNKNOWN, times
+from torchjac.structure.maps import UNKNOWN, Factors, Numbers, times
 
 aten = torch.ops.aten
 
@@ -61,6 +61,14 @@ class Values:
                     found = unknown(tuple(found.shape))
                 self._known[needed] = found
         return self._known[node]
+
+    def coefficients(self, node: fx.Node) -> Tensor | Numbers:
+        """The same as factors of a map; an engine that computes them gives what it computes."""
+        return self.factors(node)
+
+    def response(self, node: fx.Node, operand: fx.Node, known: Factors) -> Factors:
+        """What elements of an operand are multiplied by: what is known of it, here."""
+        return known
 
     def is_zero(self, node: Any) -> bool:
         """Whether a value is known to be zero everywhere."""

@@ -40,7 +40,15 @@ from torchjac.structure.maps.build import (
     reshape,
     scatter,
 )
-from torchjac.structure.maps.factors import UNKNOWN, Factors, Shape, on_support, plus, times
+from torchjac.structure.maps.factors import (
+    UNKNOWN,
+    Factors,
+    Numbers,
+    Shape,
+    on_support,
+    plus,
+    times,
+)
 from torchjac.structure.maps.kinds import (
     AxisSum,
     Dense,
@@ -62,6 +70,7 @@ __all__ = [
     "Factors",
     "IndexMap",
     "LinearMap",
+    "Numbers",
     "Product",
     "Scaled",
     "Scatter",

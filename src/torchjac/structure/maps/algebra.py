@@ -19,7 +19,7 @@ from torchjac.structure.maps.build import (
     reshape,
     scatter,
 )
-from torchjac.structure.maps.factors import Factors, plus, stored, times
+from torchjac.structure.maps.factors import Factors, Numbers, plus, stored, times
 from torchjac.structure.maps.kinds import (
     AxisSum,
     Dense,
@@ -85,7 +85,8 @@ def _joined(left: LinearMap, right: LinearMap) -> LinearMap | None:
 def _keeps_all(map_: LinearMap) -> bool:
     """Whether it only multiplies, and nothing by zero: unknown factors stay what they are."""
     if isinstance(map_, Diagonal):
-        return bool(stored(map_.factors).all())
+        factors = map_.factors
+        return isinstance(factors, Numbers) or bool(stored(factors).all())
     return isinstance(map_, Scaled) and map_.factor != 0
 
 

@@ -12,7 +12,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from torchjac.structure.maps.factors import on_support, stored
+from torchjac.structure.maps.factors import known, on_support, stored
 from torchjac.structure.maps.kinds import (
     AxisSum,
     Dense,
@@ -67,7 +67,7 @@ def _(map_: LinearMap) -> list[Along]:
 
 @_lanes.register
 def _(map_: Diagonal) -> list[Along]:
-    return [Along(i, i, not step) for i, step in enumerate(map_.factors.stride())]
+    return [Along(i, i, not step) for i, step in enumerate(known(map_.factors).stride())]
 
 
 @_lanes.register

@@ -30,7 +30,9 @@ def diagonal(shape: Sequence[int], factors: Factors) -> LinearMap:
     shape = tuple(shape)
     if isinstance(factors, float):
         return Zero(shape, shape) if factors == 0 else Scaled(shape, shape, factors)
-    return Diagonal(shape, shape, factors.to(torch.float64).expand(shape))
+    if isinstance(factors, Tensor):
+        factors = factors.to(torch.float64)
+    return Diagonal(shape, shape, factors.expand(shape))
 
 
 def index_map(

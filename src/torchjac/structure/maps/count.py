@@ -18,7 +18,7 @@ from torch import Tensor
 from torchjac.structure.dependence import Dependence, Term, apply, distinct, matrix, seed
 from torchjac.structure.maps.algebra import transpose
 from torchjac.structure.maps.axes import lanes
-from torchjac.structure.maps.factors import UNKNOWN, Factors, Shape, on_support, stored
+from torchjac.structure.maps.factors import UNKNOWN, Factors, Shape, known, on_support, stored
 from torchjac.structure.maps.kinds import (
     AxisSum,
     Dense,
@@ -166,7 +166,7 @@ def _per_row(table: sparse.csr_array, choice: Choice) -> Tensor:
 
 def _factors(map_: Scaled | Diagonal) -> Tensor:
     if isinstance(map_, Diagonal):
-        return map_.factors
+        return known(map_.factors)
     return _number(map_.factor).expand(map_.shape_out)
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import overload
 
 import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-Factors = float | Tensor
 
 UNKNOWN = math.nan
 
@@ -32,6 +32,72 @@ GRIDS = (1.0, 2.0**6)
 BITS = 2.0**24
 
 
+class Numbers:
+    """Factors that an engine computes: nothing is known of them beforehand.
+
+    The structure stage has none of these: there a number that is not known is NaN.
+
+    Args:
+        shape: Their shape.
+        make: Gives them; called once, when they are needed.
+    """
+
+    def __init__(self, shape: Shape, make: Callable[[], Tensor]):
+        self.shape = tuple(shape)
+        self._make = make
+        self._value: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The numbers, of that shape."""
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+    def moved(self, run: Callable[[Tensor], Tensor], shape: Shape) -> Numbers:
+        """The same numbers in other places."""
+        return Numbers(shape, lambda: run(self.value))
+
+    def expand(self, shape: Shape) -> Numbers:
+        """As `Tensor.expand`."""
+        return self if self.shape == shape else self.moved(lambda t: t.expand(shape), shape)
+
+    def reshape(self, shape: Shape) -> Numbers:
+        """As `Tensor.reshape`."""
+        return self if self.shape == shape else self.moved(lambda t: t.reshape(shape), shape)
+
+    def permute(self, order: list[int]) -> Numbers:
+        """As `Tensor.permute`."""
+        return self.moved(lambda t: t.permute(order), tuple(self.shape[i] for i in order))
+
+    def unsqueeze(self, axis: int) -> Numbers:
+        """As `Tensor.unsqueeze`."""
+        shape = [*self.shape]
+        shape.insert(axis % (len(shape) + 1), 1)
+        return self.moved(lambda t: t.unsqueeze(axis), tuple(shape))
+
+
+Known = float | Tensor
+Factors = Known | Numbers
+
+
+def known(factors: Tensor | Numbers) -> Tensor:
+    """Factors of a map of the structure stage, where engines have computed none."""
+    assert isinstance(factors, Tensor), "numbers of an engine in the structure stage"
+    return factors
+
+
+def moved(
+    factors: Tensor | Numbers, run: Callable[[Tensor], Tensor], shape: Shape
+) -> Tensor | Numbers:
+    """Factors in other places, of another shape."""
+    return factors.moved(run, shape) if isinstance(factors, Numbers) else run(factors)
+
+
+@overload
+def times(a: Known, b: Known) -> Known: ...
+@overload
+def times(a: Factors, b: Factors) -> Factors: ...
 def times(a: Factors, b: Factors) -> Factors:
     """Product of factors, in which a structural zero stays zero whatever it meets."""
     if isinstance(a, float) and isinstance(b, float):
@@ -40,6 +106,8 @@ def times(a: Factors, b: Factors) -> Factors:
         if abs(a) == 1 or abs(b) == 1 or math.isnan(a * b):
             return a * b
         return float(_product(_number(a), _number(b)))
+    if isinstance(a, Numbers) or isinstance(b, Numbers):
+        return _computed(torch.mul, a, b)
     if isinstance(a, float):
         a, b = b, a
     assert isinstance(a, Tensor)
@@ -56,10 +124,16 @@ def times(a: Factors, b: Factors) -> Factors:
     return on_support(_product, a, b)
 
 
+@overload
+def plus(a: Known, b: Known) -> Known: ...
+@overload
+def plus(a: Factors, b: Factors) -> Factors: ...
 def plus(a: Factors, b: Factors) -> Factors:
     """Sum of factors: zero only where exact numbers cancel."""
     if isinstance(a, float) and isinstance(b, float):
         return float(_sum(_number(a), _number(b)))
+    if isinstance(a, Numbers) or isinstance(b, Numbers):
+        return _computed(torch.add, a, b)
     if isinstance(a, float):
         a, b = b, a
     assert isinstance(a, Tensor)
@@ -68,7 +142,35 @@ def plus(a: Factors, b: Factors) -> Factors:
     return on_support(_sum, a, b)
 
 
-def spread(factors: Factors, shape: Shape) -> Tensor:
+def _computed(function: Callable[..., Tensor], a: Factors, b: Factors) -> Factors:
+    """A sum or product with numbers that an engine computes."""
+    one, neutral = (a, b) if isinstance(a, Numbers) else (b, a)
+    if isinstance(neutral, float):
+        if neutral == (1 if function is torch.mul else 0):
+            return one
+        if neutral == 0:
+            return 0.0
+    if not isinstance(neutral, Numbers) and is_unknown(neutral):
+        return UNKNOWN
+    assert isinstance(one, Numbers)
+
+    def made() -> Tensor:
+        x, other = one.value, neutral.value if isinstance(neutral, Numbers) else neutral
+        if isinstance(other, float):
+            return on_support(lambda t: function(t, other), x)
+        return on_support(function, x, other.to(x.dtype) if other.dtype != x.dtype else other)
+
+    return Numbers(one.shape, made)
+
+
+def is_unknown(factors: Known) -> bool:
+    """Whether a number among them is not known."""
+    if isinstance(factors, float):
+        return math.isnan(factors)
+    return bool(stored(factors).isnan().any())
+
+
+def spread(factors: Known, shape: Shape) -> Tensor:
     """Factors as a tensor of a shape, without memory for one number."""
     if isinstance(factors, Tensor):
         return factors

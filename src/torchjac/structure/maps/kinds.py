@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchjac.structure.maps.factors import Shape
+from torchjac.structure.maps.factors import Numbers, Shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +49,7 @@ class Diagonal(LinearMap):
         factors: Of that shape; strides of 0 where they do not change along an axis.
     """
 
-    factors: Tensor
+    factors: Tensor | Numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjac._torch.modes import real_values
-from torchjac.structure.maps import UNKNOWN, broadcast, index_map
+from torchjac.structure.maps import broadcast, index_map
 from torchjac.structure.rules.registry import Beside, Local, NotLinear, Op, Operand, aten, rule
 from torchjac.structure.rules.scale import scaled
 from torchjac.structure.values import UNINITIALIZED
@@ -69,8 +68,7 @@ def chosen(op: Op, *, data: tuple[str, ...]) -> Local:
             name: [filled(o) for o in op[name]] if isinstance(op[name], list) else filled(op[name])
             for name in data
         }
-        with real_values():
-            made: Tensor = op.target(**given, **rest)
+        made: Tensor = op.target(**given, **rest)
         return made
 
     return [
@@ -126,15 +124,14 @@ def lerp(op: Op) -> Local:
     weight = op["weight"]
     if isinstance(weight, Operand) and weight.linear:
         raise NotLinear
-    known = isinstance(weight, (int, float))
     found: Local = []
-    for name, factor in (
-        ("self", 1 - weight if known else UNKNOWN),
-        ("end", float(weight) if known else UNKNOWN),
-    ):
+    for name in ("self", "end"):
         operand = op[name]
         if operand.linear:
-            found += scaled(op, operand, float(factor))
+            factor = op.response(operand)
+            if isinstance(weight, (int, float)):
+                factor = float(weight if name == "end" else 1 - weight)
+            found += scaled(op, operand, factor)
         elif not operand.zero:
             raise NotLinear
     return found

@@ -30,6 +30,7 @@ from torchjac.structure.maps import (
     product,
     reshape,
 )
+from torchjac.structure.maps.factors import moved
 from torchjac.structure.rules.places import along
 from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
 
@@ -154,7 +155,7 @@ class Form:
         if math.prod(full) > _PRODUCTS:
             return [(operand, self._whole(result, role, operand.shape))]
         lift = index_map(self._lift(role, base), full, operand.shape, role not in ("kernel", base))
-        factors = self._lift(known_role, base)(known.factors)
+        factors = moved(known.factors, self._lift(known_role, base), full)
         ndim = len(self.taps)
         gone = {
             "coarse": [3, *range(4 + ndim, 4 + 2 * ndim)],

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchjac.structure.maps import (
     UNKNOWN,
+    Factors,
     LinearMap,
     Shape,
     add,
@@ -15,8 +16,9 @@ from torchjac.structure.maps import (
     diagonal,
     index_map,
     product,
+    times,
 )
-from torchjac.structure.maps.factors import on_axis
+from torchjac.structure.maps.factors import moved, on_axis
 from torchjac.structure.rules.reduce import along_pairs
 from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
 
@@ -108,6 +110,9 @@ def cross(op: Op) -> Local:
     def turned(t: Tensor, step: int) -> Tensor:
         return on_axis(lambda x: x.roll(-step, axis), t, axis)
 
+    def placed(step: int) -> Factors:
+        return moved(theirs, lambda t: turned(t, step), shape)
+
     def rolled(step: int) -> LinearMap:
         return index_map(lambda t: turned(t, step), shape, shape, False)
 
@@ -116,8 +121,8 @@ def cross(op: Op) -> Local:
             operand,
             product(
                 add(
-                    product(diagonal(shape, turned(theirs, 2) * sign), rolled(1)),
-                    product(diagonal(shape, turned(theirs, 1) * -sign), rolled(2)),
+                    product(diagonal(shape, times(placed(2), sign)), rolled(1)),
+                    product(diagonal(shape, times(placed(1), -sign)), rolled(2)),
                 ),
                 broadcast(shape, operand.shape),
             ),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjac._torch.modes import real_values
 from torchjac.structure.maps import UNKNOWN, axis_sum, broadcast, diagonal, index_map, product
 from torchjac.structure.maps import reshape as reshaped
 from torchjac.structure.maps import scatter as scattered
@@ -21,8 +20,7 @@ def moved(op: Op, name: str = "self", *, fills: bool = False) -> Local:
     rest = op.others(name)
 
     def run(t: Tensor) -> Tensor:
-        with real_values():
-            made: Tensor = op.target(**{name: t}, **rest)
+        made: Tensor = op.target(**{name: t}, **rest)
         return made
 
     return [(operand, index_map(run, op.shape, operand.shape, fills))]
@@ -146,8 +144,7 @@ def split(op: Op) -> tuple[Local, ...]:
     rest = op.others("self")
 
     def run(k: int, t: Tensor) -> Tensor:
-        with real_values():
-            made: list[Tensor] = op.target(t, **rest)
+        made: list[Tensor] = op.target(t, **rest)
         return made[k]
 
     return tuple(

@@ -182,7 +182,7 @@ def _at_most(limit: object, bound: float, sign: float) -> bool:
     if limit is None:
         return True
     if isinstance(limit, Operand):
-        return not limit.linear and bool((sign * limit.factors <= bound).all())
+        return not limit.linear and bool((sign * limit.known <= bound).all())
     return sign * limit <= bound  # type: ignore[operator]
 
 

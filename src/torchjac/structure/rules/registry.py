@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.tracing import OpOverload
-from torchjac.structure.maps import LinearMap, Shape
+from torchjac.structure.maps import UNKNOWN, Factors, LinearMap, Numbers, Shape
 from torchjac.structure.values import Values
 
 
@@ -40,7 +40,12 @@ class Operand:
     _values: Values = field(repr=False)
 
     @property
-    def factors(self) -> Tensor:
+    def factors(self) -> Tensor | Numbers:
+        """Its numbers, as factors of a map. Not for linear operands."""
+        return self._values.coefficients(self.node)
+
+    @property
+    def known(self) -> Tensor:
         """Float64 numbers of its shape; NaN where they are not known. Not for linear operands."""
         return self._values.factors(self.node)
 
@@ -143,6 +148,17 @@ class Op:
             raise NotLinear
         operand: Operand = self[name]
         return operand
+
+    def response(self, operand: Operand, known: Factors = UNKNOWN) -> Factors:
+        """What each element of a linear operand is multiplied by, in an elementwise operation.
+
+        An engine that needs the numbers runs the operation on ones.
+
+        Args:
+            operand: The operand; others that are linear count as zero.
+            known: What is known of the factors beforehand.
+        """
+        return self._values.response(self.node, operand.node, known)
 
     def constants(self) -> dict[str, Any] | None:
         """All arguments with values for tensors, linear ones left out; None if one is unknown."""

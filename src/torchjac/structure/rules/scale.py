@@ -46,11 +46,12 @@ def vanishing(op: Op) -> Local:
 @rule(aten.div.Tensor, aten.div.Scalar)
 def div(op: Op) -> Local:
     """`a / b` with b not linear."""
-    operand = op.only("self")
-    factors = _factor(op["other"], op.shape)
-    if isinstance(factors, float):
-        return scaled(op, operand, float(_inverse(torch.tensor(factors, dtype=torch.float64))))
-    return scaled(op, operand, on_support(_inverse, factors))
+    operand, other = op.only("self"), op["other"]
+    if isinstance(other, Operand):
+        inverse: Factors = on_support(_inverse, other.known.expand(op.shape))
+    else:
+        inverse = float(_inverse(torch.tensor(float(other), dtype=torch.float64)))
+    return scaled(op, operand, op.response(operand, inverse))
 
 
 def _inverse(factors: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def where(op: Op) -> Local:
         if mask is not None:
             factors = (mask if keeps else ~mask).cpu().to(torch.float64).expand(op.shape)
         if operand.linear:
-            found += scaled(op, operand, factors)
+            found += scaled(op, operand, op.response(operand, factors))
         elif not operand.zero:
             raise NotLinear
     return found
@@ -120,7 +121,7 @@ def masked_fill(op: Op) -> Local:
         raise NotLinear
     constant = mask.constant
     if constant is None:
-        return scaled(op, operand, UNKNOWN)
+        return scaled(op, operand, op.response(operand))
     return scaled(op, operand, (~constant).cpu().to(torch.float64).expand(op.shape))
 
 
@@ -159,11 +160,11 @@ def pointwise_backward(op: Op) -> Local:
     constants = op.constants()
     made = operand.node.meta["val"]
     if constants is None or not made.is_floating_point():
-        return scaled(op, operand, UNKNOWN)
+        return scaled(op, operand, op.response(operand))
     with real_values():
         ones = torch.ones(operand.shape, dtype=made.dtype, device=device_of(operand.node))
         factors: Tensor = op.target(**{name: ones}, **constants)
-    return scaled(op, operand, _masked(op, factors))
+    return scaled(op, operand, op.response(operand, _masked(op, factors)))
 
 
 def _masked(op: Op, factors: Tensor) -> Factors:
@@ -200,8 +201,8 @@ def addcmul(op: Op) -> Local:
     for operand, other in ((first, second), (second, first)):
         if operand.linear:
             known = not (other.linear or divides)
-            factors = times(other.factors.expand(op.shape), value) if known else UNKNOWN
-            found += scaled(op, operand, factors)
+            factors = times(other.known.expand(op.shape), value) if known else UNKNOWN
+            found += scaled(op, operand, op.response(operand, factors))
     return found
 
 
@@ -228,7 +229,8 @@ def times_function(op: Op) -> Local:
 @rule(aten.polar.default)
 def polar(op: Op) -> Local:
     """`abs * exp(i angle)` with an angle that is not linear."""
-    return scaled(op, op.only("abs"), UNKNOWN)
+    operand = op.only("abs")
+    return scaled(op, operand, op.response(operand))
 
 
 @rule(aten.fill.Scalar, aten.fill.Tensor)

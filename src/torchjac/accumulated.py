@@ -1,0 +1,382 @@
+"""Functions whose Jacobian is accumulated: planned once, checked, timed, and then just computed.
+
+A plan holds as long as nothing that the function reads has changed (`capture.guards`). It is made
+when calls have taken as long as it will take, or when this one would; it is checked against a pass
+of autograd, and used where it measures faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchjac._torch.autograd import backward
+from torchjac._torch.modes import real_values
+from torchjac._torch.pytree import TreeSpec, unflatten
+from torchjac.capture import Call, Program
+from torchjac.capture.cache import CaptureCache
+from torchjac.capture.derivative import Derivative, arguments, trace_function
+from torchjac.capture.watch import Policy
+from torchjac.engines.accumulate import Emitted, Target, emit
+from torchjac.engines.plain.check import tolerance
+from torchjac.engines.plain.seeds import weights
+from torchjac.errors import CaptureRefused, PlanRefused
+from torchjac.explain import Candidate, Record, remember
+from torchjac.layout.sparse import csr_starts
+from torchjac.plan import default_budget, plain_seconds
+from torchjac.structure import Pattern
+from torchjac.structure.detect import KEEP
+from torchjac.structure.interpret import interpret
+from torchjac.structure.lanes import is_batched
+from torchjac.structure.pattern import pattern_of
+
+# Seconds that a plan takes: to trace, and for each operation of the graph.
+_PLAN, _PLAN_NODE = 20e-3, 0.5e-3
+# Numbers that intermediate values may have for each second that passes would take, and at least.
+_NUMBERS, _LEAST = 2e8, 2**21
+# Timings of either way, of which the best counts.
+_RUNS = 3
+# Passes predicted this much slower need not be timed.
+_CLEAR = 4.0
+# Plans that did not hold before this function is not planned any more.
+_PATIENCE = 3
+
+
+@dataclass(eq=False)
+class Accumulated:
+    """A Jacobian that a straight line of operations computes.
+
+    Attributes:
+        emitted: The operations.
+        pattern: Structural nonzeros of a sparse result; None for a dense one.
+        finish: Nests what they give as the user nests outputs and inputs.
+        seconds: Of the runs so far.
+        others: Of calls that were answered by passes.
+        predicted: Seconds that passes were predicted to take.
+        shape: Rows, columns, samples.
+        budget: Bytes that intermediate values were allowed to take.
+    """
+
+    emitted: Emitted
+    pattern: Pattern | None
+    finish: Callable[[Any], Any]
+    shape: tuple[int, int, int | None]
+    predicted: float
+    budget: int
+    seconds: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+
+    def wins(self) -> bool:
+        """Whether the next call is for this plan, by what was measured."""
+        if len(self.seconds) < _RUNS:
+            return True
+        mine = min(self.seconds)
+        if not self.others and self.predicted > _CLEAR * mine:
+            return True
+        if len(self.others) < _RUNS:
+            return False
+        return mine <= min(self.others)
+
+    def __call__(self, call: Call) -> Any:
+        """The Jacobian at the arguments of a call; None where it is not finite."""
+        with torch.no_grad():
+            parts = self.emitted(arguments(call))
+            return None if parts is None else self.finish(parts)
+
+
+class Accumulation:
+    """The plans of one function."""
+
+    def __init__(self, batched: bool, layout: torch.layout, budget: int | None):
+        """Begins without any.
+
+        Args:
+            batched: Whether leading axes are a batch of independent samples.
+            layout: Layout of the result.
+            budget: Bytes that intermediate values may take, or None for the default.
+        """
+        self._batched = batched
+        self._layout = layout
+        self._budget = budget
+        self._plans: CaptureCache[Accumulated | str] = CaptureCache(
+            policy=Policy(parameters="objects")
+        )
+        self._spent = 0.0
+        self._made = 0
+        self.refused: str | None = None
+
+    def find(self, call: Call) -> Accumulated | None:
+        """The plan for a call, if there is one."""
+        if not len(self._plans) or torch.is_autocast_enabled("cpu"):
+            return None
+        found = self._plans.lookup(call)
+        if isinstance(found, str):
+            self.refused = found
+            return None
+        return found
+
+    def spent(self, seconds: float) -> None:
+        """Notes how long a call took that was answered by passes."""
+        self._spent += seconds
+
+    def plan(self, call: Call, program: Program) -> tuple[Accumulated, Any] | None:
+        """A new plan and the Jacobian at this call, where that is worth the time.
+
+        Args:
+            call: The function and its arguments.
+            program: Its graph at these arguments, to check the plan against.
+        """
+        if self._made >= _PATIENCE or not _is_supported(call, program):
+            return None
+        nodes, predicted = plain_seconds(program, self._budget or default_budget(program.device))
+        if self._spent + predicted < _PLAN + _PLAN_NODE * nodes:
+            return None
+        if self._plans.lookup(call) is not None:
+            return None
+        self._made += 1
+        made: list[Any] = []
+
+        def make() -> Accumulated | str:
+            try:
+                plan, value = planned(call, program, self._layout, self._budget, predicted)
+            except (CaptureRefused, PlanRefused) as refusal:
+                return str(refusal)
+            except Exception as error:  # passes give the result; the record says what went wrong
+                return f"{type(error).__name__}: {error}"
+            made.append(value)
+            return plan
+
+        found = self._plans.get_or_make(call, make)
+        self.refused = found if isinstance(found, str) else self._plans.refused
+        if isinstance(found, str) or not made:
+            return None
+        return found, made[0]
+
+
+def planned(
+    call: Call,
+    program: Program,
+    layout: torch.layout = torch.strided,
+    budget: int | None = None,
+    predicted: float = 0.0,
+) -> tuple[Accumulated, Any]:
+    """A plan for a function, checked, and the Jacobian at these arguments.
+
+    Args:
+        call: The function and its arguments.
+        program: Its graph at these arguments, to check the plan against.
+        layout: Layout of the result.
+        budget: Bytes that intermediate values may take, or None for the default.
+        predicted: Seconds that passes would take.
+
+    Raises:
+        CaptureRefused: The derivative cannot be traced.
+        PlanRefused: It cannot be accumulated, or would take too much, or is wrong.
+    """
+    derivative = trace_function(call, KEEP)
+    nest, batched = program.nest, program.batch is not None
+    if any(g is None for g in derivative.gradients):
+        raise PlanRefused("an input is not used")
+    if not derivative.m or not all(s.numel() for s in derivative.column_shapes):
+        raise PlanRefused("there is nothing to compute")
+    pattern = None
+    if layout is not torch.strided or batched:
+        found = interpret(derivative)
+        if batched and not is_batched(derivative, found):
+            raise PlanRefused("samples are not proved to be independent")
+        if layout is not torch.strided:
+            pattern = pattern_of(derivative, found)
+    budget = budget or default_budget(program.device)
+    most = min(int(max(_LEAST, predicted * _NUMBERS)), budget // 16)
+    emitted, parts = emit(derivative, arguments(call), Target(pattern, batched), most)
+    _check(parts, pattern, derivative, program)
+    samples = program.batch
+    plan = Accumulated(
+        emitted,
+        pattern,
+        _finisher(pattern, layout, nest.output_spec, nest.input_spec, derivative),
+        (derivative.m // (samples or 1), derivative.n // (samples or 1), samples),
+        predicted,
+        budget,
+    )
+    return plan, plan.finish(parts)
+
+
+def accumulate(plan: Accumulated, call: Call, entry: str, layout: torch.layout) -> Any:
+    """Computes a Jacobian by its plan, and leaves a record of it; None where it is not finite."""
+    started = perf_counter()
+    value = plan(call)
+    if value is None:
+        return None
+    took = perf_counter() - started
+    if len(plan.seconds) < _RUNS:
+        plan.seconds.append(took)
+    note(plan, entry, layout, took)
+    return value
+
+
+def note(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) -> None:
+    """Leaves a record of a run, which holds no result."""
+    remember(lambda: record(plan, entry, layout, seconds))
+
+
+def record(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) -> Record:
+    """The record of one run."""
+    m, n, samples = plan.shape
+    mine = min(plan.seconds, default=None)
+    others = min(plan.others, default=None)
+    return Record(
+        entry=entry,
+        engine="accumulate",
+        mode="reverse",
+        passes=0,
+        chunk=0,
+        budget=plan.budget,
+        rows=m,
+        columns=n,
+        batch=samples,
+        layout=layout,
+        seconds=seconds,
+        independence=None if samples is None else "proved",
+        pattern=None if plan.pattern is None else f"{plan.pattern.nnz} nonzeros, global",
+        candidates=(
+            Candidate("accumulate", mine or seconds, mine),
+            Candidate("passes", plan.predicted, others),
+        ),
+    )
+
+
+def _is_supported(call: Call, program: Program) -> bool:
+    given = (*program.inputs, *program.outputs)
+    return (
+        bool(program.inputs)
+        and len(program.inputs) == len(program.nest.inputs)
+        and all(t.device.type == "cpu" and t.numel() for t in given)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _check(
+    parts: tuple[Tensor, ...],
+    pattern: Pattern | None,
+    derivative: Derivative,
+    program: Program,
+) -> None:
+    """Compares u'J of the entries with a pass of autograd, for a random u.
+
+    Raises:
+        PlanRefused: They differ by more than rounding.
+    """
+    cotangent = weights(program.outputs)
+    expected = backward(program.outputs, cotangent, program.inputs)
+    every = iter(cotangent)
+    live = [
+        next(every) if i in program.nest.live_outputs else None
+        for i in range(len(program.nest.outputs))
+    ]
+    with torch.no_grad(), real_values():
+        if pattern is None:
+            found = _products(parts, live, len(program.inputs), program.batch is not None)
+        else:
+            u = torch.cat(
+                [
+                    torch.zeros(s.numel()) if c is None else c.reshape(-1)
+                    for c, s in zip(live, derivative.row_shapes, strict=True)
+                ]
+            )
+            flat = torch.zeros(pattern.shape[1], dtype=parts[0].dtype)
+            where = torch.from_numpy(pattern.columns.astype(np.int64))
+            rows = torch.from_numpy(pattern.rows.astype(np.int64))
+            flat.index_add_(0, where, parts[0] * u.to(parts[0].dtype)[rows])
+            found = list(torch.split(flat, [t.numel() for t in program.inputs]))
+        for given, want, got in zip(program.inputs, expected, found, strict=True):
+            reference = torch.zeros_like(given) if want is None else want.detach()
+            difference = (got.reshape(given.shape) - reference).abs()
+            size = reference.abs().amax()
+            eps = max(torch.finfo(t.dtype).eps for t in (given, *program.outputs))
+            if not bool((difference <= tolerance(eps) * size).all()):
+                raise PlanRefused("it does not agree with a pass of autograd")
+
+
+def _products(
+    parts: tuple[Tensor, ...], live: list[Tensor | None], inputs: int, batched: bool
+) -> list[Tensor]:
+    """U'J of dense blocks, for each input leaf."""
+    totals: list[Any] = [0.0] * inputs
+    for k, part in enumerate(parts):
+        u = live[k // inputs]
+        if u is None:
+            continue
+        if batched:
+            samples = u.shape[0]
+            weight = u.reshape(samples, 1, -1).to(part.dtype)
+            made = weight @ part.reshape(samples, weight.shape[2], -1)
+        else:
+            made = u.reshape(1, -1).to(part.dtype) @ part.reshape(u.numel(), -1)
+        totals[k % inputs] = totals[k % inputs] + made
+    return totals
+
+
+def _finisher(
+    pattern: Pattern | None,
+    layout: torch.layout,
+    output_spec: TreeSpec,
+    input_spec: TreeSpec,
+    derivative: Derivative,
+) -> Callable[[Any], Any]:
+    """What turns the parts of a result into the result."""
+    outputs, inputs = len(derivative.row_shapes), len(derivative.column_shapes)
+    simple = outputs == inputs == 1 and output_spec.is_leaf() and input_spec.is_leaf()
+    if pattern is None:
+        if simple:
+            return lambda parts: parts[0]
+
+        def nested(parts: Any) -> Any:
+            rows = [
+                unflatten(list(parts[i * inputs : (i + 1) * inputs]), input_spec)
+                for i in range(outputs)
+            ]
+            return unflatten(rows, output_spec)
+
+        return nested
+    blocks = [[_sparse_block(pattern, i, j, layout) for j in range(inputs)] for i in range(outputs)]
+    if simple:
+        only = blocks[0][0]
+        return lambda parts: only(parts[0])
+    return lambda parts: unflatten(
+        [unflatten([make(parts[0]) for make in line], input_spec) for line in blocks], output_spec
+    )
+
+
+def _sparse_block(
+    pattern: Pattern, i: int, j: int, layout: torch.layout
+) -> Callable[[Tensor], Tensor]:
+    row, column, kept = pattern.block(i, j)
+    rows = torch.from_numpy(np.asarray(row, dtype=np.int64))
+    columns = torch.from_numpy(np.asarray(column, dtype=np.int64))
+    chosen = None if kept is None else torch.from_numpy(np.asarray(kept))
+    size = (
+        int(np.prod(pattern.row_shapes[i], dtype=np.int64)),
+        int(np.prod(pattern.column_shapes[j], dtype=np.int64)),
+    )
+    if layout is torch.sparse_csr:
+        starts = csr_starts(rows, size[0])
+
+        def csr(values: Tensor) -> Tensor:
+            mine = values if chosen is None else values[chosen]
+            return torch.sparse_csr_tensor(starts, columns, mine, size, check_invariants=False)
+
+        return csr
+    index = torch.stack([rows, columns])
+
+    def coo(values: Tensor) -> Tensor:
+        mine = values if chosen is None else values[chosen]
+        return torch.sparse_coo_tensor(index, mine, size, is_coalesced=True, check_invariants=False)
+
+    return coo

@@ -1,0 +1,40 @@
+"""Jacobians by the accumulate engine, whatever they cost, at any point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchjac.accumulated import Accumulated, planned
+from torchjac.capture import Call, capture_function
+
+
+def plan_of(
+    f: Callable[..., Any],
+    *args: Any,
+    argnums: int | tuple[int, ...] = 0,
+    layout: torch.layout = torch.strided,
+    batched: bool = False,
+    **kwargs: Any,
+) -> tuple[Accumulated, Any]:
+    """The plan of a function, and the Jacobian at these arguments.
+
+    Raises:
+        CaptureRefused, PlanRefused: There is none.
+    """
+    call = Call(f, argnums, False, args, kwargs)
+    program, _ = capture_function(call, batched=batched, create_graph=False, replayable=False)
+    return planned(call, program, layout, predicted=1.0)
+
+
+def run(
+    plan: Accumulated,
+    f: Callable[..., Any],
+    *args: Any,
+    argnums: int | tuple[int, ...] = 0,
+    **kwargs: Any,
+) -> Any:
+    """The Jacobian at other arguments by the plan; None where it leaves them to passes."""
+    return plan(Call(f, argnums, False, args, kwargs))

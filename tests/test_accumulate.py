@@ -1,0 +1,417 @@
+"""The accumulate engine against the row loop: the point it was planned at, and others.
+
+What it cannot do it must refuse; which operations it refuses stands on a scoreboard
+(`data/accumulate_scoreboard.json`), which fails on more and on fewer. After a change that is meant
+to change it:
+
+    OMP_NUM_THREADS=1 python tests/test_accumulate.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.sparse
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from hypothesis import given
+from torch import Tensor, nn
+
+import torchjac
+from accumulating import plan_of, run
+from captured import values
+from laws import oracle_jacobian, quiet, same, value
+from opinfo_exceptions import TORCH_DISAGREES
+from programs import PROGRAMS, Program
+from test_opinfo import cases
+from test_pattern_cases import CASES
+from test_patterns_opinfo import OPS, elsewhere, realized
+from torchjac.errors import CaptureRefused, PlanRefused
+
+SCOREBOARD = Path(__file__).parent / "data" / "accumulate_scoreboard.json"
+SAMPLES = 3
+Function = Callable[..., Any]
+
+ENDS = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [1, 3]])
+WIDE = value(6, 5, seed=1)
+DEEP = value(5, 6, seed=2)
+KERNEL = value(2, 1, 3, 3, seed=3)
+
+
+def pairs(x: Tensor) -> Tensor:
+    """Forces between all pairs of bodies."""
+    p = x.reshape(-1, 2)
+    apart = p[:, None] - p[None, :]
+    near = (apart.square().sum(-1) + 0.5).pow(-1.5)
+    return (apart * near[..., None]).sum(1).reshape(-1)
+
+
+def edges(x: Tensor) -> Tensor:
+    """Messages along edges, gathered, and added up at both ends."""
+    a, b = x[ENDS[:, 0]], x[ENDS[:, 1]]
+    flux = (a * b).sin()
+    return torch.zeros_like(x).index_add(0, ENDS[:, 0], flux).index_add(0, ENDS[:, 1], -flux)
+
+
+def twice(x: Tensor) -> Tensor:
+    """Two rounds of messages: the second begins where the first ended."""
+    return edges(edges(x) * 0.5 + x)
+
+
+def residual(x: Tensor) -> Tensor:
+    """Blocks with skips around them."""
+    for k in range(4):
+        x = x + torch.tanh(x @ WIDE @ DEEP + 0.1 * k)
+    return x
+
+
+def recurrent(x: Tensor) -> Tensor:
+    """A small cell, unrolled."""
+    h = torch.zeros(5, dtype=x.dtype)
+    for step in x.reshape(3, 2):
+        h = torch.tanh(step @ WIDE[:2] + h @ DEEP[:, :5])
+    return h
+
+
+def attention(x: Tensor) -> Tensor:
+    """One head, with a norm and a skip."""
+    h = F.layer_norm(x, x.shape[-1:])
+    q, k, v = (h @ WIDE).unsqueeze(0).expand(3, -1, -1)
+    return x + (torch.softmax(q @ k.mT, -1) @ v) @ DEEP
+
+
+def stencil(x: Tensor) -> Tensor:
+    """Reaction and diffusion on a ring."""
+    return x.roll(1) + x.roll(-1) - 2 * x + x * x * x.flip(0)
+
+
+def bounded(x: Tensor) -> Tensor:
+    """A stencil with a boundary."""
+    padded = F.pad(x, (1, 1))
+    return (padded[2:] - padded[:-2]) * x
+
+
+def steps(x: Tensor) -> Tensor:
+    """Several steps of a stencil, which fill in."""
+    for _ in range(4):
+        x = x + 0.1 * stencil(x)
+    return x
+
+
+def unet(x: Tensor) -> Tensor:
+    """Down, up, and a skip."""
+    image = x.reshape(1, 1, 4, 4)
+    down = F.avg_pool2d(torch.tanh(F.conv2d(image, KERNEL, padding=1)), 2)
+    up = F.interpolate(down, scale_factor=2)
+    return torch.cat([up, image], 1)
+
+
+PROBLEMS: dict[str, tuple[Function, tuple[int, ...]]] = {
+    "the question": (lambda q: torch.cat([2 * q, 4 * q * q], -1), (2,)),
+    "pairs": (pairs, (8,)),
+    "edges": (edges, (4, 3)),
+    "edges twice": (twice, (4, 3)),
+    "residual": (residual, (2, 6)),
+    "recurrent": (recurrent, (6,)),
+    "attention": (attention, (3, 6)),
+    "stencil": (stencil, (9,)),
+    "bounded": (bounded, (9,)),
+    "steps": (steps, (9,)),
+    "unet": (unet, (16,)),
+    "mean added": (lambda x: x + x.mean().exp(), (7,)),
+    "softmax": (lambda x: x.softmax(-1), (3, 4)),
+    "norm": (lambda x: F.layer_norm(x, (4,)) + F.normalize(x, dim=-1), (3, 4)),
+    "waist": (lambda x: torch.tanh(torch.tanh(x @ WIDE[:, :1]) @ DEEP[:1]), (6,)),
+    "fft step": (lambda x: torch.fft.irfft(torch.fft.rfft(x).abs() + 1, n=8), (8,)),
+    "solve": (lambda x: torch.linalg.solve(torch.diag(x) + x.outer(x) * 0.1, x), (5,)),
+    "scan": (lambda x: x.cumsum(0).sin().cumprod(0), (6,)),
+    "output twice": (lambda x: torch.cat([x.sin(), x.sin()]), (5,)),
+    "constant": (lambda x: 3 * x.flip(0) - x, (5,)),
+    "conv": (lambda x: F.conv2d(x.reshape(1, 1, 4, 4), KERNEL).sigmoid(), (16,)),
+    "maximum": (lambda x: torch.maximum(x, x.flip(0)) + x.amax(), (6,)),
+}
+
+
+def check(f: Function, *args: Any, argnums: int | tuple[int, ...] = 0, **how: Any) -> None:
+    """Law: the plan gives the Jacobian of the row loop, where it was made and elsewhere."""
+    plan, first = plan_of(f, *args, argnums=argnums, **how)
+    batched = how.get("batched", False)
+    points = [args, *(tuple(0.7 * a.roll(1) + 0.1 * k for a in args) for k in (1, 2))]
+    for k, point in enumerate(points):
+        J = run(plan, f, *point, argnums=argnums)
+        want = oracle_jacobian(f, argnums, batched=batched)(*point)
+        if "layout" in how:
+            J, first = (x if x is None else x.to_dense() for x in (J, first))
+            want = want.reshape(J.shape)
+        same(J, want)
+        if not k:
+            same(first, want)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_dense(name: str) -> None:
+    """Every problem."""
+    f, shape = PROBLEMS[name]
+    check(f, value(*shape))
+
+
+SINGLE = ["the question", "pairs", "edges", "edges twice", "stencil", "bounded", "steps", "softmax"]
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_csr], ids=["dense", "csr"])
+def test_single_precision(name: str, layout: torch.layout) -> None:
+    """Those that close over nothing, in float32."""
+    f, shape = PROBLEMS[name]
+    how = {} if layout is torch.strided else {"layout": layout}
+    check(f, value(*shape, dtype=torch.float32), **how)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo], ids=["csr", "coo"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_sparse(name: str, layout: torch.layout) -> None:
+    """The same entries in their places."""
+    f, shape = PROBLEMS[name]
+    check(f, value(*shape), layout=layout)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_where_patterns_are_hard(name: str) -> None:
+    """The cases that another detector gets wrong."""
+    f, shape, _ = CASES[name]
+    if name in REFUSED:
+        with pytest.raises((CaptureRefused, PlanRefused)):
+            plan_of(f, value(*shape))
+    else:
+        check(f, value(*shape))
+
+
+# What is left to passes, and why.
+REFUSED = {
+    "convolution with its kernel": "it draws random numbers",
+    "matrix exponential": "its backward is linear through a trick of its formula only",
+}
+
+
+BATCHED: dict[str, Function] = {
+    "network": lambda x: torch.tanh(torch.tanh(x @ WIDE) @ DEEP),
+    "softmax": lambda x: x.softmax(-1),
+    "norm": lambda x: F.layer_norm(x, (6,)),
+    "product": lambda x: x.prod(-1, keepdim=True) * x.sin(),
+    "matrices": lambda x: (x[:, :4].reshape(-1, 2, 2) @ x[:, 2:].reshape(-1, 2, 2)).flatten(1),
+    "linear": lambda x: x @ WIDE,
+    "gathered": lambda x: x[:, [0, 0, 3]] * x[:, [1, 2, 5]],
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_batched(name: str) -> None:
+    """Samples side by side."""
+    check(BATCHED[name], value(7, 6), batched=True)
+
+
+def test_samples_that_are_coupled_are_refused() -> None:
+    """The plan is for what is proved."""
+    with pytest.raises(PlanRefused, match="independent"):
+        plan_of(lambda x: x - x.mean(0), value(5, 3), batched=True)
+
+
+def test_several_arguments_and_results() -> None:
+    """Trees of inputs and outputs, one of which does not depend on everything."""
+
+    def f(state: dict[str, Tensor], k: float, gain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return state["a"] * gain, {"sum": state["b"].sum() * k, "both": state["a"] * state["b"]}
+
+    args = {"a": value(3), "b": value(3, seed=1)}, 2.0, value(3, seed=2)
+    plan, first = plan_of(f, *args, argnums=(0, 2))
+    want = oracle_jacobian(f, (0, 2))(*args)
+    same(first, want)
+    same(run(plan, f, *args, argnums=(0, 2)), want)
+
+
+@given(PROGRAMS)
+def test_random_programs(program: Program) -> None:
+    """Law: right or refused."""
+    inputs = program.inputs()
+    argnums = tuple(range(len(inputs)))
+    with quiet():
+        try:
+            plan, first = plan_of(program, *inputs, argnums=argnums)
+        except (CaptureRefused, PlanRefused):
+            return
+        want = oracle_jacobian(program, argnums)(*inputs)
+        same(first, want)
+        again = run(plan, program, *inputs, argnums=argnums)
+        if again is not None:
+            same(again, want)
+
+
+def refusals(n: str) -> list[str]:
+    """Checks the samples of an op; gives why some are refused."""
+    found: set[str] = set()
+    for case in cases(n)[:SAMPLES]:
+        f, tensors = realized(case), case.tensors
+        argnums = tuple(range(len(tensors)))
+        plain = [x.detach() for x in tensors]
+        if not all(x.numel() for x in plain):
+            continue
+        try:
+            plan, _ = plan_of(f, *plain, argnums=argnums)
+        except (CaptureRefused, PlanRefused, RuntimeError) as refusal:
+            found.add(type(refusal).__name__)
+            continue
+        if n in TORCH_DISAGREES:
+            continue
+        points = [tuple(plain), *([x.detach() for x in elsewhere(tensors, k)] for k in range(2))]
+        for point in points:
+            with contextlib.suppress(RuntimeError):  # not defined there
+                agrees(run(plan, f, *point, argnums=argnums), oracle_jacobian(f, argnums)(*point))
+    return sorted(found)
+
+
+def agrees(got: Any, want: Any) -> None:
+    """Law: the same but for rounding, where the plan gives anything."""
+    if got is None:
+        return
+    for x, y in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
+        tolerance = 1e-7 if y.dtype == torch.float64 else 2e-3
+        size = float(y.abs().max()) if y.numel() else 0.0
+        torch.testing.assert_close(
+            x, y, rtol=tolerance, atol=tolerance * max(size, 1.0), check_stride=False
+        )
+
+
+@pytest.mark.parametrize("n", OPS)
+def test_operations(n: str) -> None:
+    """Every differentiable operation: right, or refused as the scoreboard says."""
+    with quiet():
+        assert refusals(n) == json.loads(SCOREBOARD.read_text()).get(n, [])
+
+
+class TestJacobian:
+    """The engine behind the public call."""
+
+    def ran(self, J: Any, *args: Any, calls: int = 400) -> bool:
+        """Whether it comes into use."""
+        for _ in range(calls):
+            J(*args)
+            if torchjac.last_run().engine == "accumulate":
+                return True
+        return False
+
+    def test_comes_into_use(self) -> None:
+        J = torchjac.jacobian(pairs)
+        x = value(24)
+        assert self.ran(J, x)
+        same(J(x), oracle_jacobian(pairs)(x))
+        y = value(24, seed=5)
+        same(J(y), oracle_jacobian(pairs)(y))
+        record = J.explain(y)
+        assert record.engine in str(record)
+        assert {c.name for c in record.candidates} >= {"accumulate", "passes"}
+
+    def test_scipy(self) -> None:
+        J = torchjac.jacobian(stencil, layout=scipy.sparse.csr_array)
+        x = value(4000)
+        assert self.ran(J, x)
+        got = J(x)
+        assert isinstance(got, scipy.sparse.csr_array)
+        assert got.nnz == J.pattern(x).nnz
+
+    def test_what_the_function_reads_may_change(self) -> None:
+        """A plan is not used for a function that is another one now."""
+        scale = {"k": 2.0}
+        J = torchjac.jacobian(f := lambda x: scale["k"] * pairs(x))
+        x = value(24)
+        assert self.ran(J, x)
+        scale["k"] = 3.0
+        same(J(x), oracle_jacobian(f)(x))
+
+    @pytest.mark.parametrize("how", ["in place", "data", "replaced"])
+    def test_parameters_may_be_trained(self, how: str) -> None:
+        net = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 40)).double()
+        J = torchjac.jacobian(net)
+        x = value(40)
+        assert self.ran(J, x)
+        with torch.no_grad():
+            if how == "in place":
+                net[0].weight.mul_(1.5)
+            elif how == "data":
+                net[0].weight.data = net[0].weight.data * 1.5
+            else:
+                net[0].weight = nn.Parameter(net[0].weight * 1.5)
+        same(J(x), oracle_jacobian(net)(x))
+        if how == "in place":
+            assert torchjac.last_run().engine == "accumulate"
+
+    def test_value_and_aux(self) -> None:
+        J = torchjac.jacobian(lambda x: (pairs(x), {"n": x.sum()}), has_aux=True)
+        x = value(24)
+        assert self.ran(J, x)
+        jacobian, aux = J(x)
+        same(jacobian, oracle_jacobian(pairs)(x))
+        same(aux["n"], x.sum())
+        (out, aux), jacobian = J.value_and(x)
+        same(out, pairs(x))
+        assert not out.requires_grad
+
+    def test_values_that_are_not_finite_are_for_passes(self) -> None:
+        J = torchjac.jacobian(f := lambda x: pairs(x).abs().sqrt() + x.abs().sqrt())
+        x = value(24)
+        assert self.ran(J, x)
+        x[3] = 0.0
+        same(J(x), oracle_jacobian(f)(x))
+
+    def test_another_argument_may_have_any_value(self) -> None:
+        J = torchjac.jacobian(f := lambda x, w: pairs(x) * w)
+        x, w = value(24), value(24, seed=1)
+        assert self.ran(J, x, w)
+        w = value(24, seed=2)
+        same(J(x, w), oracle_jacobian(f)(x, w))
+        assert torchjac.last_run().engine == "accumulate"
+
+    def test_arguments_need_not_be_contiguous(self) -> None:
+        J = torchjac.jacobian(pairs)
+        assert self.ran(J, value(24))
+        x = value(48)[::2]
+        same(J(x), oracle_jacobian(pairs)(x))
+
+    def test_a_second_derivative_is_not_lost(self) -> None:
+        J = torchjac.jacobian(pairs, create_graph=True)
+        x = value(24)
+        for _ in range(20):
+            J(x)
+        y = x.clone().requires_grad_()
+        J(y).square().sum().backward()
+        assert y.grad is not None
+
+    def test_random_functions_are_for_passes(self) -> None:
+        J = torchjac.jacobian(lambda x: F.dropout(pairs(x)))
+        assert not self.ran(J, value(24), calls=30)
+
+    def test_a_hessian(self) -> None:
+        H = torchjac.hessian(energy := lambda x: pairs(x).square().sum())
+        x = value(24)
+        assert self.ran(H, x)
+        same(H(x), torch.func.hessian(energy)(x))
+
+    def test_results_do_not_share_memory(self) -> None:
+        J = torchjac.jacobian(lambda x: torch.cat([pairs(x), 3 * x]))
+        x = value(24)
+        assert self.ran(J, x)
+        one = J(x)
+        kept = one.clone()
+        J(values(24)).mul_(2)
+        same(one, kept)
+
+
+if __name__ == "__main__":
+    with quiet():
+        board = {n: found for n in OPS if (found := refusals(n))}
+    SCOREBOARD.write_text(json.dumps(board, indent=1, sort_keys=True) + "\n")
