@@ -61,7 +61,7 @@ def test_budget_holds_when_the_data_grow(entry: str, depth: int) -> None:
             got = torchjac.jac(widening(x, width, depth), x, memory_budget=MIB)
         else:
             got = J(x.detach(), width, depth)
-        assert torchjac.last_run().chunk in range(1, 2 + MIB // (20 * width * 4))
+        assert torchjac.last_run().chunk < 2 + MIB // (20 * width * 4)
         assert got.isfinite().all()
 
 

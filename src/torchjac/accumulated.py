@@ -40,6 +40,8 @@ from torchjac.structure.pattern import pattern_of
 _PLAN, _PLAN_NODE = 20e-3, 0.5e-3
 # Numbers that intermediate values may have for each second that passes would take, and at least.
 _NUMBERS, _LEAST = 2e8, 2**21
+# Or for each number of the result.
+_TIMES = 32
 # Timings of either way, of which the best counts.
 _RUNS = 3
 # Passes predicted this much slower need not be timed.
@@ -193,7 +195,9 @@ def planned(
         if layout is not torch.strided:
             pattern = pattern_of(derivative, found)
     budget = budget or default_budget(program.device)
-    most = min(int(max(_LEAST, predicted * _NUMBERS)), budget // 16)
+    size = pattern.nnz if pattern is not None else derivative.m * derivative.n
+    size //= program.batch or 1
+    most = min(int(max(_LEAST, _TIMES * size, predicted * _NUMBERS)), budget // 16)
     emitted, parts = emit(derivative, arguments(call), Target(pattern, batched), most)
     _check(parts, pattern, derivative, program)
     samples = program.batch

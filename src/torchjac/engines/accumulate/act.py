@@ -77,7 +77,9 @@ def joined(shape: Shape, terms: Sequence[Term]) -> Adjoint:
 
 def _alike(one: Term, other: Term) -> bool:
     """Whether entries of two terms are in the same places."""
-    if one.loop != other.loop or (one.target is None) != (other.target is None):
+    if one.table is not other.table or one.loop != other.loop:
+        return False
+    if (one.target is None) != (other.target is None):
         return False
     if one.target is not None and not _equal(one.target, other.target):
         return False
@@ -186,7 +188,7 @@ def _(map_: IndexMap, shape: Shape, term: Term) -> list[Term]:
             shift = 1 if map_.fills else 0
             rows = t.moved(map_.run, _shifted(term.rows, shift), ndim, out)
             rows = _shifted(rows, -shift)
-    made = Term(loop, rows, term.dtype, (), term.scale)
+    made = Term(loop, rows, term.dtype, (), term.scale, table=term.table)
     if whole and map_.fills and not term.factors:  # where nothing came from, entries are zero
         like = torch.ones((), dtype=term.dtype).expand(shape)
         mask = map_.run(like).reshape((*out, *[1] * len(rest))).expand(loop)
@@ -252,6 +254,7 @@ def _(map_: AxisSum, shape: Shape, term: Term) -> list[Term]:
             made.dtype,
             tuple(f.permute(where) for f in made.factors),
             made.scale,
+            table=made.table,
         )
     ]
 
@@ -294,6 +297,6 @@ def by_element(term: Term, shape: Shape) -> Term:
         rows = torch.where(valid, rows[entry], -1).reshape((*shape, width))
     loop = (*shape, width)
     if not term.factors:
-        return Term(loop, rows, term.dtype, (), term.scale)
+        return Term(loop, rows, term.dtype, (), term.scale, table=term.table)
     made = t.product(term.factors).reshape(-1).index_select(0, entry.reshape(-1))
-    return Term(loop, rows, term.dtype, (made.reshape(loop),), term.scale)
+    return Term(loop, rows, term.dtype, (made.reshape(loop),), term.scale, table=term.table)

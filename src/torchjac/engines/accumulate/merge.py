@@ -13,6 +13,7 @@ from torchjac._torch.modes import real_values
 from torchjac.engines.accumulate import terms as t
 from torchjac.engines.accumulate.place import placed
 from torchjac.engines.accumulate.terms import Adjoint, Term
+from torchjac.structure.maps import Shape
 
 # Seconds that an operation takes by itself, and that writing a number out takes.
 _OPERATION, _NUMBER = 4e-6, 4e-9
@@ -23,39 +24,50 @@ _ENTRIES = 2**21
 
 
 def merged(adjoint: Adjoint, m: int, below: int) -> Adjoint:
-    """The same with one term, if that pays.
+    """The same with one term for each waist, where that pays.
 
     Args:
         adjoint: A sum of terms.
         m: Number of rows of J.
         below: Operations that its terms will still go through.
     """
-    found = adjoint.terms
-    count = sum(math.prod(term.loop) for term in found)
-    if len(found) < 2 or not below or count > _ENTRIES:
+    if len(adjoint.terms) < 2 or not below:
         return adjoint
+    groups: dict[int, list[Term]] = {}
+    for term in adjoint.terms:
+        groups.setdefault(id(term.table), []).append(term)
+    found: list[Term] = []
+    for group in groups.values():
+        table = group[0].table
+        height = m if table is None else math.prod(table.adjoint.shape)
+        found += _one(group, adjoint.shape, height, below)
+    return Adjoint(adjoint.shape, tuple(found))
+
+
+def _one(terms: list[Term], shape: Shape, m: int, below: int) -> list[Term]:
+    """Terms with the same kind of rows as one term, if that pays."""
+    if len(terms) < 2 or sum(math.prod(term.loop) for term in terms) > _ENTRIES:
+        return terms
     with real_values():
-        made = _laid_out(adjoint, m)
+        made = _laid_out(Adjoint(shape, tuple(terms)), m)
     if made is None:
-        return adjoint
+        return terms
     rows, places, kept = made
     size = rows.numel()
-    saved = below * (len(found) - 1) * _OPERATION
-    if size > _GROWTH * sum(term.size for term in found) and size * _NUMBER > saved:
-        return adjoint
-    if not _overlap(found, size) and size * _NUMBER > saved:
-        return adjoint
-    like = torch.ones((), dtype=found[0].dtype)
+    saved = below * (len(terms) - 1) * _OPERATION
+    grows = size > _GROWTH * sum(term.size for term in terms) or not _overlap(terms, size)
+    if grows and size * _NUMBER > saved:
+        return terms
+    like = torch.ones((), dtype=terms[0].dtype)
     values = [
         flat if some is None else flat.index_select(0, some)
-        for flat, some in zip((t.value(x, like).reshape(-1) for x in found), kept, strict=True)
+        for flat, some in zip((t.value(x, like).reshape(-1) for x in terms), kept, strict=True)
     ]
-    flat = torch.cat(values)
-    whole = placed(size, places, flat).reshape(rows.shape)
+    whole = placed(size, places, torch.cat(values)).reshape(rows.shape)
     with real_values():
-        rows = _compressed(rows, len(adjoint.shape))
-    term = Term(tuple(whole.shape), rows, found[0].dtype, (whole,))
-    return Adjoint(adjoint.shape, (term,))
+        rows = _compressed(rows, len(shape))
+    first = terms[0]
+    return [Term(tuple(whole.shape), rows, first.dtype, (whole,), table=first.table)]
 
 
 def _overlap(terms: Sequence[Term], size: int) -> bool:

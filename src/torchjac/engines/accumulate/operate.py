@@ -86,7 +86,7 @@ def _spread(term: Term, axes: list[int]) -> Term:
         rows = rows.expand(loop)
     factors = [f.reshape((*f.shape, *[1] * len(sizes))).expand(loop) for f in term.factors]
     eye = same.to(term.dtype)
-    return Term(loop, rows, term.dtype, (*factors, eye.expand(loop)), term.scale)
+    return Term(loop, rows, term.dtype, (*factors, eye.expand(loop)), term.scale, table=term.table)
 
 
 def _run(
@@ -108,7 +108,7 @@ def _run(
     made = run(flat[0]).unsqueeze(-1) if len(flat) == 1 else together(flat)
     loop = (*map_.shape_out, *rest)
     made = made.reshape((*map_.shape_out, *sizes)).expand(loop)
-    return Term(loop, rows, term.dtype, (made,))
+    return Term(loop, rows, term.dtype, (made,), table=term.table)
 
 
 def _carried(map_: LinearMap, term: Term, ndim: int) -> Tensor | None:

@@ -17,6 +17,7 @@ from torchjac.engines.accumulate.act import NoNumbers, apply, joined
 from torchjac.engines.accumulate.merge import merged
 from torchjac.engines.accumulate.operate import operated
 from torchjac.engines.accumulate.terms import Adjoint, Term, seed
+from torchjac.engines.accumulate.waist import narrowed, resolved
 from torchjac.errors import PlanRefused
 from torchjac.structure.interpret import linear_nodes
 from torchjac.structure.maps import Factors, LinearMap, Numbers, Shape
@@ -187,12 +188,16 @@ class Sweep:
         gradients: list[Adjoint | None] = []
         for node in derivative.gradients:
             if node is None or node in self._found:
-                gradients.append(None if node is None else self._found[node])
+                gradients.append(None if node is None else self._whole(self._found[node]))
             elif self._values.is_zero(node):
                 gradients.append(None)
             else:
                 raise PlanRefused("a gradient does not depend on the cotangent")
         return tuple(gradients)
+
+    def _whole(self, adjoint: Adjoint) -> Adjoint:
+        made: Adjoint = self._record(lambda: resolved(adjoint))
+        return made
 
     def _needed(self) -> set[fx.Node]:
         stack = [g for g in self._derivative.gradients if g is not None and g in self._linear]
@@ -232,7 +237,13 @@ class Sweep:
             found += self._applied(node, operand.node, map_, item).terms
         below = self._below[node]
         m = self._derivative.m
-        made: Adjoint = self._record(lambda: merged(joined(shape, found), m, below))
+        n = self._derivative.n
+
+        def gathered() -> Adjoint:
+            made = merged(joined(shape, found), m, below)
+            return narrowed(made, len(self._found), n, below) if below else made
+
+        made: Adjoint = self._record(gathered)
         self._count(made)
         return made
 

@@ -35,6 +35,7 @@ class Term:
         factors: Running tensors of the loop's shape; the entry is their product.
         scale: A number that it is multiplied by.
         target: Element of the value at each point; None if the first axes say it.
+        table: A waist whose elements are meant by rows; None for rows of J.
     """
 
     loop: Shape
@@ -43,6 +44,7 @@ class Term:
     factors: tuple[Tensor, ...] = ()
     scale: float = 1.0
     target: Tensor | None = None
+    table: Waist | None = None
 
     @property
     def support(self) -> frozenset[int]:
@@ -66,6 +68,38 @@ class Adjoint:
 
     shape: Shape
     terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waist:
+    """A value whose elements take the place of rows.
+
+    Attributes:
+        number: Later ones have higher numbers.
+        adjoint: Its own adjoint.
+    """
+
+    number: int
+    adjoint: Adjoint
+
+
+def even(places: Tensor) -> tuple[int, list[int]] | None:
+    """The first of some numbers and the step along each axis, if they are evenly spaced."""
+    start = int(places[(0,) * places.ndim])
+    expected = torch.full((), start)
+    steps = []
+    for axis, size in enumerate(places.shape):
+        step = 0
+        if size > 1 and not is_free(places, axis):
+            at = [0] * places.ndim
+            at[axis] = 1
+            step = int(places[tuple(at)]) - start
+            line = [1] * places.ndim
+            line[axis] = size
+            expected = expected + (torch.arange(size) * step).reshape(line)
+        steps.append(step)
+    small = compact(places, [a for a in range(places.ndim) if is_free(places, a)])
+    return (start, steps) if torch.equal(small, expected.expand(small.shape)) else None
 
 
 def seed(shape: Shape, first: int, dtype: torch.dtype) -> Adjoint:
@@ -155,6 +189,7 @@ def summed(term: Term, axes: Sequence[int]) -> Term:
     inside = [f for f in term.factors if changing(f) & wanted]
     while len(inside) > 2:
         inside = _closest_multiplied(inside)
+    inside, outside = _taken_in(inside, outside, wanted, term.loop)
     if inside:
         outside.append(_contracted(inside, wanted, term.loop))
     kept = [i for i in range(len(term.loop)) if i not in wanted]
@@ -165,10 +200,39 @@ def summed(term: Term, axes: Sequence[int]) -> Term:
         return t
 
     loop = tuple(term.loop[i] for i in kept)
-    made = Term(loop, without(term.rows), term.dtype, (), term.scale * count)
+    target = None if term.target is None else without(term.target)
+    made = Term(loop, without(term.rows), term.dtype, (), term.scale * count, target, term.table)
     for factor in outside:
         made = scaled(made, without(factor))
     return made
+
+
+def _taken_in(
+    inside: list[Tensor], outside: list[Tensor], axes: frozenset[int], loop: Shape
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Factors that a sum leaves alone multiplied with those it does not, where these are smaller.
+
+    Args:
+        inside: Factors that change along the axes of the sum.
+        outside: The others.
+        axes: The axes.
+        loop: Sizes of all axes.
+    """
+    remaining = frozenset().union(*map(changing, inside)) - axes
+    result = math.prod(loop[a] for a in remaining)
+    left = []
+    for factor in outside:
+        fits = [
+            (math.prod(loop[a] for a in changing(f)), i)
+            for i, f in enumerate(inside)
+            if changing(factor) <= changing(f)
+        ]
+        if fits and min(fits)[0] <= result:
+            i = min(fits)[1]
+            inside = [*inside[:i], on_support(torch.mul, inside[i], factor), *inside[i + 1 :]]
+        else:
+            left.append(factor)
+    return inside, left
 
 
 def _closest_multiplied(factors: list[Tensor]) -> list[Tensor]:

@@ -140,21 +140,12 @@ def _regular(term: Term, block: Block) -> Regular | None:
     start = int(rows[(0,) * rows.ndim]) - block.first
     if term.target is not None or start < 0:
         return None
-    even = torch.full((), start)
-    steps = []
-    for axis, size in enumerate(term.loop):
-        step = 0
-        if size > 1 and not t.is_free(rows, axis):
-            at = [0] * rows.ndim
-            at[axis] = 1
-            step = int(rows[tuple(at)]) - block.first - start
-            line = [1] * rows.ndim
-            line[axis] = size
-            even = even + (torch.arange(size) * step).reshape(line)
-        steps.append(step * block.width + (own[axis] if axis < len(own) else 0))
+    found = t.even(rows)
     small = t.compact(rows, [a for a in range(rows.ndim) if t.is_free(rows, a)]) - block.first
-    if int(small.max()) >= block.rows or not torch.equal(small, even.expand(small.shape)):
+    if found is None or int(small.max()) >= block.rows:
         return None
+    own += [0] * (rows.ndim - len(own))
+    steps = [s * block.width + o for s, o in zip(found[1], own, strict=True)]
     if block.samples is not None and len(block.shape):
         per = max(block.rows // max(block.samples, 1), 1)
         sample = small.div(per, rounding_mode="floor")

@@ -1,0 +1,196 @@
+"""Waists: values with fewer elements than rows of J that meet in them.
+
+From a waist on, what follows is accumulated as if the waist were the output: its elements take the
+place of rows, and its own adjoint waits until the end. So `x + g(x.mean())` stays a diagonal and a
+product of two vectors, and a layer of 20 between layers of 1000 costs 20 columns, not 1000. The
+products that are left then are those of a chain of matrices, each taken from the cheaper side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchjac._torch.modes import real_values
+from torchjac.engines.accumulate import terms as t
+from torchjac.engines.accumulate.act import by_element, joined
+from torchjac.engines.accumulate.terms import Adjoint, Term, Waist
+from torchjac.errors import PlanRefused
+from torchjac.structure.maps import Shape
+from torchjac.structure.maps.factors import on_support
+
+# Rows that meet in an element, for each element of a sample, that make a waist; and at least.
+_NARROW, _LEAST = 2, 4
+# Fewer entries than this cost less than the product at the end.
+_SMALL = 4096
+
+
+def narrowed(adjoint: Adjoint, number: int, columns: int, below: int) -> Adjoint:
+    """The adjoint of a value in terms of its own elements, where it is a waist.
+
+    Args:
+        adjoint: Its adjoint.
+        number: For the waist, if it is one.
+        columns: Number of columns of J.
+        below: Operations that its terms will still go through.
+    """
+    size = math.prod(adjoint.shape)
+    entries = sum(math.prod(term.loop) for term in adjoint.terms)
+    if not below or entries < _SMALL:
+        return adjoint
+    if entries < max(_LEAST, _NARROW * _own(adjoint)) * size:
+        return adjoint
+    try:
+        terms = [by_element(term, adjoint.shape) for term in adjoint.terms]
+    except PlanRefused:  # rows of very different lengths
+        return adjoint
+    inner = Adjoint(adjoint.shape, tuple(terms))
+    if size <= columns:  # else it is cheaper to come from the other side
+        inner = resolved(inner)
+    rows = torch.arange(size).reshape(adjoint.shape)
+    term = Term(adjoint.shape, rows, terms[0].dtype, table=Waist(number, inner))
+    return Adjoint(adjoint.shape, (term,))
+
+
+def _own(adjoint: Adjoint) -> int:
+    """Elements that share rows: those of a sample, where the first axis is one of samples."""
+    size, shape = math.prod(adjoint.shape), adjoint.shape
+    if len(shape) < 1 or shape[0] < 2 or any(x.target is not None for x in adjoint.terms):
+        return size
+    with real_values():
+        low = torch.full((shape[0],), 2**62)
+        high = torch.full((shape[0],), -1)
+        for term in adjoint.terms:
+            if term.table is not None or t.is_free(term.rows, 0):
+                return size
+            free = [a for a in range(1, len(term.loop)) if t.is_free(term.rows, a)]
+            flat = t.compact(term.rows, free).reshape(shape[0], -1)
+            low = torch.minimum(low, flat.amin(1))
+            high = torch.maximum(high, flat.amax(1))
+        order = torch.argsort(low)
+        apart = bool((high[order][:-1] < low[order][1:]).all())
+    return size // shape[0] if apart else size
+
+
+def resolved(adjoint: Adjoint) -> Adjoint:
+    """The same in terms of rows of J.
+
+    Raises:
+        PlanRefused: It would fill in.
+    """
+    while True:
+        waists = [term.table for term in adjoint.terms if term.table is not None]
+        if not waists:
+            return adjoint
+        last = max(waists, key=lambda w: w.number)
+        found: list[Term] = []
+        for term in adjoint.terms:
+            if term.table is last:
+                found += _composed(term, last.adjoint, adjoint.shape)
+            else:
+                found.append(term)
+        adjoint = joined(adjoint.shape, found)
+
+
+def _composed(term: Term, inner: Adjoint, shape: Shape) -> list[Term]:
+    """The product of a term and the adjoint whose elements are its rows."""
+    placed = _Placed.of(term.rows, inner.shape)
+    own = 0 if term.target is not None else len(shape)
+    found = []
+    for other in inner.terms:
+        more = other.loop[len(inner.shape) :]
+        loop = (*term.loop, *more)
+        with real_values():
+            rows = placed.take(other.rows, more)
+            if bool((term.rows < 0).any()):
+                mine = _widened(term.rows, loop)
+                rows = on_support(lambda p, r: torch.where(p < 0, -1, r), mine, rows)
+            target = None if term.target is None else _widened(term.target, loop)
+        made = Term(loop, rows, term.dtype, (), term.scale * other.scale, target, other.table)
+        for factor in term.factors:
+            made = t.scaled(made, _widened(factor, loop))
+        for factor in other.factors:
+            made = t.scaled(made, placed.take(factor, more))
+        free = [
+            a
+            for a in range(own, len(term.loop))
+            if t.is_free(rows, a) and (target is None or t.is_free(target, a))
+        ]
+        found.append(t.summed(made, free) if free else made)
+    return found
+
+
+def _widened(tensor: Tensor, loop: Shape) -> Tensor:
+    """A tensor with axes behind its own along which it is the same."""
+    return tensor.reshape((*tensor.shape, *[1] * (len(loop) - tensor.ndim))).expand(loop)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """Elements of a value that a loop goes through.
+
+    Attributes:
+        loop: The loop.
+        places: Their numbers; used where no axes are known.
+        axes: For each axis of the loop the axis of the value that it runs along, or None; None for
+            all where it is not that simple.
+        start: Where it begins on each axis of the value.
+        shape: Shape of the value.
+    """
+
+    loop: Shape
+    places: Tensor
+    axes: Sequence[int | None] | None
+    start: Sequence[int]
+    shape: Shape
+
+    @classmethod
+    def of(cls, places: Tensor, shape: Shape) -> _Placed:
+        """Reads off numbers of elements how the loop goes through them."""
+        with real_values():
+            found = t.even(places)
+            loop = tuple(places.shape)
+            if found is None or found[0] < 0:
+                return cls(loop, places, None, (), shape)
+            first, steps = found
+            strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
+            start = [first // s % size for s, size in zip(strides, shape, strict=True)]
+            axes: list[int | None] = []
+            for size, step in zip(loop, steps, strict=True):
+                fits = [
+                    a
+                    for a, s in enumerate(strides)
+                    if s == step and a not in axes and shape[a] > 1 and start[a] + size <= shape[a]
+                ]
+                if step and not fits:
+                    return cls(loop, places, None, (), shape)
+                axes.append(fits[0] if step else None)
+            return cls(loop, places, axes, start, shape)
+
+    def take(self, tensor: Tensor, more: Shape) -> Tensor:
+        """The elements of a tensor of the value's shape (and more axes), over the loop."""
+        out = (*self.loop, *more)
+        if self.axes is None:
+            free = [a for a in range(len(self.loop)) if t.is_free(self.places, a)]
+            where = t.compact(self.places, free).clamp(min=0)
+            behind = [a for a in range(len(self.shape), tensor.ndim) if t.is_free(tensor, a)]
+            small = t.compact(tensor, behind)
+            rest = small.shape[len(self.shape) :]
+            flat = small.reshape((math.prod(self.shape), *rest))
+            made = flat.index_select(0, where.reshape(-1))
+            return made.reshape((*where.shape, *rest)).expand(out)
+        for axis in range(len(self.shape)):
+            along = [s for s, a in zip(self.loop, self.axes, strict=True) if a == axis]
+            tensor = tensor.narrow(axis, self.start[axis], along[0] if along else 1)
+        used = [a for a in self.axes if a is not None]
+        left = [a for a in range(len(self.shape)) if a not in used]
+        others = range(len(self.shape), tensor.ndim)
+        tensor = tensor.permute([*left, *used, *others])[(0,) * len(left)]
+        for position, along_axis in enumerate(self.axes):
+            if along_axis is None:
+                tensor = tensor.unsqueeze(position)
+        return tensor.expand(out)
