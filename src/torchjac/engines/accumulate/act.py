@@ -13,6 +13,7 @@ from torch import Tensor
 from torchjac._torch.modes import real_values
 from torchjac.engines.accumulate import terms as t
 from torchjac.engines.accumulate.terms import Adjoint, Term
+from torchjac.engines.accumulate.walk import Walk, compressed
 from torchjac.errors import PlanRefused
 from torchjac.structure.maps import (
     AxisSum,
@@ -156,13 +157,8 @@ def _(map_: Diagonal, shape: Shape, term: Term) -> list[Term]:
         rest = len(term.loop) - len(shape)
         made = made.reshape((*shape, *[1] * rest)) if rest else made
         return [t.scaled(term, made.expand(term.loop))]
-    if not t.changing(made):
-        one = made[(0,) * made.ndim].reshape([1] * len(term.loop))
-        return [t.scaled(term, one.expand(term.loop))]
-    free = [a for a in range(len(term.loop)) if t.is_free(term.target, a)]
-    where = t.compact(term.target, free)
-    picked = made.reshape(-1).index_select(0, where.reshape(-1)).reshape(where.shape)
-    return [t.scaled(term, picked.expand(term.loop))]
+    taken = Walk.of(term.target, shape).take(made, ())
+    return [t.scaled(term, taken)]
 
 
 @_acted.register
@@ -171,7 +167,7 @@ def _(map_: IndexMap, shape: Shape, term: Term) -> list[Term]:
     rest = term.loop[ndim:]
     loop = (*out, *rest)
     whole = term.target is None and all(t.is_free(term.rows, a) for a in range(ndim))
-    if term.target is not None or (map_.fills and not whole):
+    if term.target is not None or map_.fills:
         found = _moved_target(map_, shape, term)
         if found is not None:
             return found
@@ -203,29 +199,48 @@ def _shifted(rows: Tensor, by: int) -> Tensor:
 
 
 def _moved_target(map_: IndexMap, shape: Shape, term: Term) -> list[Term] | None:
-    """Entries stay in their loop and their elements are listed, if each goes to one place."""
+    """Entries stay in their loop and their elements are listed.
+
+    None where an element goes to several places that are not those along an axis.
+    """
     with real_values():
-        source = map_.positions().reshape(-1)
+        positions = map_.positions()
+        source = positions.reshape(-1)
         size = math.prod(shape)
-        if (
-            term.target is not None
-            and source.numel() == size
-            and torch.equal(source, torch.arange(size))
-        ):
+        same = source.numel() == size and torch.equal(source, torch.arange(size))
+        if term.target is not None and same:
             return [term]
+        free = [a for a in range(positions.ndim) if t.is_free(positions, a)]
+        free = [a for a in free if positions.shape[a] > 1]
+        numbers = torch.arange(positions.numel()).reshape(positions.shape)
+        source = t.compact(positions, free).reshape(-1)
+        place = t.compact(numbers, free).reshape(-1)
         used = (source >= 0).nonzero().flatten()
         count = torch.bincount(source[used], minlength=size)
         if bool((count > 1).any()):
             return None
         goes = torch.full((size,), -1)
-        goes[source[used]] = used
+        goes[source[used]] = place[used]
         before = t.elements(term, shape)
-        target = on_support(lambda x: goes[x], before)
+        target = compressed(on_support(lambda x: goes[x], before))
         rows = on_support(
             lambda r, g: torch.where(g < 0, -1, r), term.rows, target.expand(term.loop)
         )
         target = on_support(lambda x: x.clamp(min=0), target)
-        return [replace(term, rows=rows, target=target)]
+        for axis in free:  # an element that is repeated: a loop of its own
+            steps = torch.arange(positions.shape[axis])
+            target = target.unsqueeze(-1) + steps * math.prod(map_.shape_out[axis + 1 :])
+        loop = (*term.loop, *(positions.shape[a] for a in free))
+        rows = _behind(compressed(rows), loop)
+        made = replace(term, loop=loop, rows=rows, target=compressed(target), factors=())
+    for factor in term.factors:
+        made = t.scaled(made, _behind(factor, loop))
+    return [made]
+
+
+def _behind(tensor: Tensor, loop: Shape) -> Tensor:
+    """A tensor with axes behind its own along which it is the same."""
+    return tensor.reshape((*tensor.shape, *[1] * (len(loop) - tensor.ndim))).expand(loop)
 
 
 @_acted.register
@@ -237,7 +252,11 @@ def _(map_: AxisSum, shape: Shape, term: Term) -> list[Term]:
             for axis in map_.axes:
                 places = places.unsqueeze(axis)
             flat = places.expand(shape).reshape(-1)
-            return [replace(term, target=on_support(lambda x: flat[x], term.target))]
+            target = compressed(on_support(lambda x: flat[x], term.target))
+            both = [a for a in range(target.ndim) if t.is_free(target, a)]
+            both = [a for a in both if t.is_free(term.rows, a) and term.loop[a] > 1]
+        made = replace(term, target=target)
+        return [t.summed(made, both) if both else made]
     free = [a for a in map_.axes if t.is_free(term.rows, a)]
     bound = [a for a in map_.axes if a not in free]
     rest = range(len(shape), len(term.loop))
@@ -272,6 +291,24 @@ def _(map_: Scatter, shape: Shape, term: Term) -> list[Term]:
         return [replace(term, target=goes.reshape((*shape, *rest)).expand(term.loop))]
 
 
+def _filled(term: Term, target: Tensor, shape: Shape) -> Term:
+    """Entries of elements that all have the same rows, with zeros for the other elements."""
+    own, rest = sorted(t.changing(target)), sorted(t.changing(term.rows))
+    with real_values():
+        others = [a for a in range(len(term.loop)) if a not in own]
+        where = t.compact(target, others).reshape(-1)
+        sizes = [term.loop[a] for a in rest]
+        kept = [a for a in range(len(term.loop)) if a not in rest]
+        loop = (*shape, *sizes)
+        rows = t.compact(term.rows, kept).reshape((*[1] * len(shape), *sizes)).expand(loop)
+    both = [a for a in range(len(term.loop)) if a not in own and a not in rest]
+    values = t.entries(t.summed(term, both) if both else term)
+    axes = [a for a in range(len(term.loop)) if a not in both]
+    values = values.permute([axes.index(a) for a in (*own, *rest)]).reshape(len(where), -1)
+    whole = values.new_zeros((math.prod(shape), values.shape[1])).index_add(0, where, values)
+    return Term(loop, rows, term.dtype, (whole.reshape(loop),), table=term.table)
+
+
 def by_element(term: Term, shape: Shape) -> Term:
     """A term whose first axes are those of the value: entries of an element, padded.
 
@@ -281,6 +318,8 @@ def by_element(term: Term, shape: Shape) -> Term:
     if term.target is None:
         return term
     size = math.prod(shape)
+    if not t.changing(term.target) & t.changing(term.rows):
+        return _filled(term, term.target, shape)
     with real_values():
         target = term.target.expand(term.loop).reshape(-1)
         rows = term.rows.expand(term.loop).reshape(-1)

@@ -58,10 +58,9 @@ def _one(terms: list[Term], shape: Shape, m: int, below: int) -> list[Term]:
     grows = size > _GROWTH * sum(term.size for term in terms) or not _overlap(terms, size)
     if grows and size * _NUMBER > saved:
         return terms
-    like = torch.ones((), dtype=terms[0].dtype)
     values = [
         flat if some is None else flat.index_select(0, some)
-        for flat, some in zip((t.value(x, like).reshape(-1) for x in terms), kept, strict=True)
+        for flat, some in zip((t.entries(x).reshape(-1) for x in terms), kept, strict=True)
     ]
     whole = placed(size, places, torch.cat(values)).reshape(rows.shape)
     with real_values():

@@ -25,7 +25,6 @@ from torchjac.structure.maps import (
     Shape,
     Sum,
 )
-from torchjac.structure.maps.factors import on_support
 
 
 def operated(
@@ -94,10 +93,7 @@ def _run(
 ) -> Term:
     rows = _carried(map_, term, ndim)
     assert rows is not None
-    like = torch.ones((), dtype=term.dtype)
-    columns = t.product(term.factors) if term.factors else like.expand(term.loop)
-    if term.scale != 1:
-        columns = on_support(lambda x: x * term.scale, columns)
+    columns = t.entries(term)
     rest = term.loop[ndim:]
     free = [a for a in range(ndim, len(term.loop)) if t.is_free(columns, a)]
     small = t.compact(columns, free)

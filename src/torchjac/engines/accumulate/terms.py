@@ -144,18 +144,25 @@ def product(factors: Sequence[Tensor]) -> Tensor:
     return made
 
 
+def entries(term: Term) -> Tensor:
+    """The entries of a term, of the loop's shape."""
+    if not term.factors:
+        return torch.full((), term.scale, dtype=term.dtype).expand(term.loop)
+    made = product(sorted(term.factors, key=lambda f: len(changing(f))))
+    return made if term.scale == 1 else on_support(lambda t: t * term.scale, made)
+
+
 def value(term: Term, like: Tensor) -> Tensor:
-    """The entries of a term, of the loop's shape.
+    """The entries of a term as part of the result.
 
     Args:
         term: The term.
         like: A tensor of the dtype of J.
+
+    Raises:
+        PlanRefused: They are complex.
     """
-    if not term.factors:
-        return torch.full((), term.scale, dtype=like.dtype, device=like.device).expand(term.loop)
-    made = product(sorted(term.factors, key=lambda f: len(changing(f))))
-    if term.scale != 1:
-        made = on_support(lambda t: t * term.scale, made)
+    made = entries(term)
     if made.is_complex() and not like.is_complex():
         raise PlanRefused("complex values are taken for real ones in a way that is not followed")
     return made if made.dtype == like.dtype else on_support(lambda t: t.to(like.dtype), made)

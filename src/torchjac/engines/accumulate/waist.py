@@ -9,8 +9,6 @@ products that are left then are those of a chain of matrices, each taken from th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from torchjac._torch.modes import real_values
 from torchjac.engines.accumulate import terms as t
 from torchjac.engines.accumulate.act import by_element, joined
 from torchjac.engines.accumulate.terms import Adjoint, Term, Waist
+from torchjac.engines.accumulate.walk import Walk
 from torchjac.errors import PlanRefused
 from torchjac.structure.maps import Shape
 from torchjac.structure.maps.factors import on_support
@@ -98,7 +97,7 @@ def resolved(adjoint: Adjoint) -> Adjoint:
 
 def _composed(term: Term, inner: Adjoint, shape: Shape) -> list[Term]:
     """The product of a term and the adjoint whose elements are its rows."""
-    placed = _Placed.of(term.rows, inner.shape)
+    placed = Walk.of(term.rows, inner.shape)
     own = 0 if term.target is not None else len(shape)
     found = []
     for other in inner.terms:
@@ -127,70 +126,3 @@ def _composed(term: Term, inner: Adjoint, shape: Shape) -> list[Term]:
 def _widened(tensor: Tensor, loop: Shape) -> Tensor:
     """A tensor with axes behind its own along which it is the same."""
     return tensor.reshape((*tensor.shape, *[1] * (len(loop) - tensor.ndim))).expand(loop)
-
-
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """Elements of a value that a loop goes through.
-
-    Attributes:
-        loop: The loop.
-        places: Their numbers; used where no axes are known.
-        axes: For each axis of the loop the axis of the value that it runs along, or None; None for
-            all where it is not that simple.
-        start: Where it begins on each axis of the value.
-        shape: Shape of the value.
-    """
-
-    loop: Shape
-    places: Tensor
-    axes: Sequence[int | None] | None
-    start: Sequence[int]
-    shape: Shape
-
-    @classmethod
-    def of(cls, places: Tensor, shape: Shape) -> _Placed:
-        """Reads off numbers of elements how the loop goes through them."""
-        with real_values():
-            found = t.even(places)
-            loop = tuple(places.shape)
-            if found is None or found[0] < 0:
-                return cls(loop, places, None, (), shape)
-            first, steps = found
-            strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
-            start = [first // s % size for s, size in zip(strides, shape, strict=True)]
-            axes: list[int | None] = []
-            for size, step in zip(loop, steps, strict=True):
-                fits = [
-                    a
-                    for a, s in enumerate(strides)
-                    if s == step and a not in axes and shape[a] > 1 and start[a] + size <= shape[a]
-                ]
-                if step and not fits:
-                    return cls(loop, places, None, (), shape)
-                axes.append(fits[0] if step else None)
-            return cls(loop, places, axes, start, shape)
-
-    def take(self, tensor: Tensor, more: Shape) -> Tensor:
-        """The elements of a tensor of the value's shape (and more axes), over the loop."""
-        out = (*self.loop, *more)
-        if self.axes is None:
-            free = [a for a in range(len(self.loop)) if t.is_free(self.places, a)]
-            where = t.compact(self.places, free).clamp(min=0)
-            behind = [a for a in range(len(self.shape), tensor.ndim) if t.is_free(tensor, a)]
-            small = t.compact(tensor, behind)
-            rest = small.shape[len(self.shape) :]
-            flat = small.reshape((math.prod(self.shape), *rest))
-            made = flat.index_select(0, where.reshape(-1))
-            return made.reshape((*where.shape, *rest)).expand(out)
-        for axis in range(len(self.shape)):
-            along = [s for s, a in zip(self.loop, self.axes, strict=True) if a == axis]
-            tensor = tensor.narrow(axis, self.start[axis], along[0] if along else 1)
-        used = [a for a in self.axes if a is not None]
-        left = [a for a in range(len(self.shape)) if a not in used]
-        others = range(len(self.shape), tensor.ndim)
-        tensor = tensor.permute([*left, *used, *others])[(0,) * len(left)]
-        for position, along_axis in enumerate(self.axes):
-            if along_axis is None:
-                tensor = tensor.unsqueeze(position)
-        return tensor.expand(out)

@@ -119,47 +119,82 @@ def dense(adjoint: Adjoint | None, block: Block, like: Tensor) -> Tensor:
         None if found is None else found.order(term.loop, size)
         for term, found in zip(terms, regular, strict=True)
     ]
-    base = next((i for i, order in enumerate(orders) if order is not None), None)
-    if base is None:
-        made = torch.zeros(size, dtype=like.dtype, device=like.device)
-    else:
-        values = t.value(terms[base], like).permute(orders[base] or [])
+    whole = next((i for i, order in enumerate(orders) if order is not None), None)
+    if whole is not None:
+        values = t.value(terms[whole], like).permute(orders[whole] or [])
         made = values.reshape(-1)
-        alone = len(terms) == 1 and 0 not in values.stride()
-        if not alone:
+        if len(terms) > 1 or 0 in values.stride():
             made = made.clone()
+        for i, term in enumerate(terms):
+            if i != whole:
+                made = _added(made, term, block, regular[i], like)
+        return made
+    with real_values():
+        fresh, full = _untouched(terms, regular, size)
+    make = torch.empty if full else torch.zeros
+    made = make(size, dtype=like.dtype, device=like.device)
     for i, term in enumerate(terms):
-        if i != base:
-            made = _added(made, term, block, regular[i], like)
+        made = _added(made, term, block, regular[i], like, fresh[i])
     return made
+
+
+# More entries than this are not marked one by one to see which come first at their place.
+_MARKED = 2**26
+
+
+def _untouched(
+    terms: Sequence[Term], regular: Sequence[Regular | None], size: int
+) -> tuple[list[bool], bool]:
+    """Which terms come first at all of their places, and whether they fill everything once."""
+    fresh = [False] * len(terms)
+    if size > _MARKED:
+        return fresh, False
+    marks = torch.zeros(size, dtype=torch.bool)
+    for i, (term, found) in enumerate(zip(terms, regular, strict=True)):
+        if found is None or not found.disjoint(term.loop):
+            return fresh, False
+        part = marks.as_strided(term.loop, found.steps, found.start)
+        fresh[i] = not bool(part.any())
+        part.fill_(True)
+    return fresh, all(fresh) and bool(marks.all())
 
 
 def _regular(term: Term, block: Block) -> Regular | None:
     """The steps of a term, if places are even and all in the block."""
-    rows, own = term.rows, block.steps
+    rows = term.rows
     start = int(rows[(0,) * rows.ndim]) - block.first
-    if term.target is not None or start < 0:
-        return None
-    found = t.even(rows)
+    found, columns = t.even(rows), (0, [*block.steps, *[0] * (rows.ndim - len(block.shape))])
     small = t.compact(rows, [a for a in range(rows.ndim) if t.is_free(rows, a)]) - block.first
-    if found is None or int(small.max()) >= block.rows:
+    if start < 0 or found is None or int(small.max()) >= block.rows:
         return None
-    own += [0] * (rows.ndim - len(own))
-    steps = [s * block.width + o for s, o in zip(found[1], own, strict=True)]
+    if term.target is not None:
+        placed_at = t.even(term.target.expand(term.loop))
+        if placed_at is None or block.samples is not None:
+            return None
+        columns = placed_at
+    steps = [s * block.width + o for s, o in zip(found[1], columns[1], strict=True)]
     if block.samples is not None and len(block.shape):
         per = max(block.rows // max(block.samples, 1), 1)
         sample = small.div(per, rounding_mode="floor")
         mine = torch.arange(term.loop[0]).reshape(-1, *[1] * (rows.ndim - 1))
         if not bool((sample == mine).all()):
             return None
-    return Regular(start * block.width, steps)
+    return Regular(start * block.width + columns[0], steps)
 
 
-def _added(made: Tensor, term: Term, block: Block, regular: Regular | None, like: Tensor) -> Tensor:
-    """The entries of a term added where they belong."""
+def _added(
+    made: Tensor,
+    term: Term,
+    block: Block,
+    regular: Regular | None,
+    like: Tensor,
+    first: bool = False,
+) -> Tensor:
+    """The entries of a term added where they belong; written there if they come first."""
     values = t.value(term, like)
     if regular is not None and regular.disjoint(term.loop):
-        made.as_strided(term.loop, regular.steps, regular.start).add_(values)
+        part = made.as_strided(term.loop, regular.steps, regular.start)
+        _ = part.copy_(values) if first else part.add_(values)
         return made
     with real_values():
         places = block.places(term)
