@@ -10,6 +10,7 @@ to change it:
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +33,10 @@ from programs import PROGRAMS, Program
 from test_opinfo import cases
 from test_pattern_cases import CASES
 from test_patterns_opinfo import OPS, elsewhere, realized
+from torchjac._torch.inductor import NotCompiled, compiled
 from torchjac.errors import CaptureRefused, PlanRefused
 
+emit = importlib.import_module("torchjac.engines.accumulate.emit")
 SCOREBOARD = Path(__file__).parent / "data" / "accumulate_scoreboard.json"
 SAMPLES = 3
 Function = Callable[..., Any]
@@ -409,6 +412,54 @@ class TestJacobian:
         kept = one.clone()
         J(values(24)).mul_(2)
         same(one, kept)
+
+
+class TestCompiled:
+    """The same through Inductor."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["the question", "pairs", "edges twice", "attention"])
+    def test_gives_the_same(self, name: str) -> None:
+        f, shape = PROBLEMS[name]
+        J = torchjac.jacobian(f, compile=True)
+        for seed in range(3):
+            x = value(*shape, seed=seed)
+            same(J(x), oracle_jacobian(f)(x))
+        assert torchjac.last_run().mode == "reverse, compiled"
+
+    @pytest.mark.slow
+    def test_sparse(self) -> None:
+        J = torchjac.jacobian(stencil, layout=torch.sparse_csr, compile=True)
+        for seed in range(3):
+            x = value(9, seed=seed)
+            same(J(x).to_dense(), oracle_jacobian(stencil)(x))
+        assert torchjac.last_run().mode == "reverse, compiled"
+
+    def test_without_a_compiler_it_runs_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no(*_: Any) -> Any:
+            raise NotCompiled("no compiler found")
+
+        monkeypatch.setattr(emit, "compiled", no)
+        J = torchjac.jacobian(pairs, compile=True)
+        x = value(24)
+        J(x)
+        same(J(x), oracle_jacobian(pairs)(x))
+        record = J.explain(x)
+        assert record.engine == "accumulate"
+        assert ("compile", "no compiler found") in record.refusals
+
+    def test_what_went_wrong_is_told(self) -> None:
+        module = straight_line()
+        with pytest.raises(NotCompiled):
+            compiled(module, [torch.zeros(3)])  # it takes two
+
+
+def straight_line() -> torch.fx.GraphModule:
+    """A graph of two inputs."""
+    graph = torch.fx.Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (a, b)),))
+    return torch.fx.GraphModule({}, graph)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torchjac.capture.watch import Policy
 from torchjac.engines.accumulate import Emitted, Target, emit
 from torchjac.engines.plain.check import tolerance
 from torchjac.engines.plain.seeds import weights
-from torchjac.errors import CaptureRefused, PlanRefused
+from torchjac.errors import CaptureRefused, PlanRefused, RefusedHere
 from torchjac.explain import Candidate, Record, remember
 from torchjac.layout.sparse import csr_starts
 from torchjac.plan import default_budget, plain_seconds
@@ -95,15 +95,15 @@ class Accumulated:
 class Accumulation:
     """The plans of one function."""
 
-    def __init__(self, batched: bool, layout: torch.layout, budget: int | None):
+    def __init__(self, compiled: bool, layout: torch.layout, budget: int | None):
         """Begins without any.
 
         Args:
-            batched: Whether leading axes are a batch of independent samples.
+            compiled: Whether plans are to be compiled.
             layout: Layout of the result.
             budget: Bytes that intermediate values may take, or None for the default.
         """
-        self._batched = batched
+        self._compiled = compiled
         self._layout = layout
         self._budget = budget
         self._plans: CaptureCache[Accumulated | str] = CaptureCache(
@@ -137,7 +137,7 @@ class Accumulation:
         if self._made >= _PATIENCE or not _is_supported(call, program):
             return None
         nodes, predicted = plain_seconds(program, self._budget or default_budget(program.device))
-        if self._spent + predicted < _PLAN + _PLAN_NODE * nodes:
+        if not self._compiled and self._spent + predicted < _PLAN + _PLAN_NODE * nodes:
             return None
         if self._plans.lookup(call) is not None:
             return None
@@ -146,7 +146,11 @@ class Accumulation:
 
         def make() -> Accumulated | str:
             try:
-                plan, value = planned(call, program, self._layout, self._budget, predicted)
+                plan, value = planned(
+                    call, program, self._layout, self._budget, predicted, self._compiled
+                )
+            except RefusedHere:  # it says nothing of other values
+                raise
             except (CaptureRefused, PlanRefused) as refusal:
                 return str(refusal)
             except Exception as error:  # passes give the result; the record says what went wrong
@@ -154,7 +158,11 @@ class Accumulation:
             made.append(value)
             return plan
 
-        found = self._plans.get_or_make(call, make)
+        try:
+            found = self._plans.get_or_make(call, make)
+        except RefusedHere as refusal:
+            self.refused = str(refusal)
+            return None
         self.refused = found if isinstance(found, str) else self._plans.refused
         if isinstance(found, str) or not made:
             return None
@@ -167,6 +175,7 @@ def planned(
     layout: torch.layout = torch.strided,
     budget: int | None = None,
     predicted: float = 0.0,
+    compiled: bool = False,
 ) -> tuple[Accumulated, Any]:
     """A plan for a function, checked, and the Jacobian at these arguments.
 
@@ -176,6 +185,7 @@ def planned(
         layout: Layout of the result.
         budget: Bytes that intermediate values may take, or None for the default.
         predicted: Seconds that passes would take.
+        compiled: Whether the operations are to be compiled.
 
     Raises:
         CaptureRefused: The derivative cannot be traced.
@@ -198,7 +208,7 @@ def planned(
     size = pattern.nnz if pattern is not None else derivative.m * derivative.n
     size //= program.batch or 1
     most = min(int(max(_LEAST, _TIMES * size, predicted * _NUMBERS)), budget // 16)
-    emitted, parts = emit(derivative, arguments(call), Target(pattern, batched), most)
+    emitted, parts = emit(derivative, arguments(call), Target(pattern, batched, compiled), most)
     _check(parts, pattern, derivative, program)
     samples = program.batch
     plan = Accumulated(
@@ -238,7 +248,7 @@ def record(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) 
     return Record(
         entry=entry,
         engine="accumulate",
-        mode="reverse",
+        mode="reverse" if plan.emitted.run == plan.emitted.module.forward else "reverse, compiled",
         passes=0,
         chunk=0,
         budget=plan.budget,
@@ -253,6 +263,7 @@ def record(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) 
             Candidate("accumulate", mine or seconds, mine),
             Candidate("passes", plan.predicted, others),
         ),
+        refusals=() if plan.emitted.note is None else (("compile", plan.emitted.note),),
     )
 
 
@@ -284,6 +295,9 @@ def _check(
         next(every) if i in program.nest.live_outputs else None
         for i in range(len(program.nest.outputs))
     ]
+    finite = all(bool(p.isfinite().all()) for p in parts)
+    if not finite or not all(e is None or bool(e.isfinite().all()) for e in expected):
+        raise RefusedHere("values are not finite")
     with torch.no_grad(), real_values():
         if pattern is None:
             found = _products(parts, live, len(program.inputs), program.batch is not None)

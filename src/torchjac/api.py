@@ -133,6 +133,7 @@ def jacobian(
     layout: Layout = torch.strided,
     pattern: Any = None,
     memory_budget: int | None = None,
+    compile: bool = False,
 ) -> Jacobian:
     """Jacobian of a function.
 
@@ -156,6 +157,9 @@ def jacobian(
         layout: As for `jac`.
         pattern: As for `jac`.
         memory_budget: As for `jac`.
+        compile: Whether to compile what computes the Jacobian of a function that can be captured:
+            the first call takes seconds, later ones a fraction. Where that fails it runs as it is,
+            and `explain` says why.
 
     Returns:
         A `Jacobian`: call it with f's arguments. Also `.value_and(*args)` and `.explain(*args)`.
@@ -181,6 +185,7 @@ def jacobian(
         layout=layout,
         pattern=pattern,
         memory_budget=memory_budget,
+        compile=compile,
     )
 
 
@@ -194,6 +199,7 @@ def hessian(
     layout: Layout = torch.strided,
     pattern: Any = None,
     memory_budget: int | None = None,
+    compile: bool = False,
 ) -> Jacobian:
     """Hessian of a function: the Jacobian of its gradient (of its Jacobian, if f is not scalar).
 
@@ -209,6 +215,7 @@ def hessian(
         layout: As for `jac`.
         pattern: As for `jac`.
         memory_budget: As for `jac`.
+        compile: As for `jacobian`.
 
     Returns:
         A `Jacobian` of shape `out.shape + in.shape + in.shape`.
@@ -238,5 +245,6 @@ def hessian(
         layout=layout,
         pattern=pattern,
         memory_budget=memory_budget,
+        compile=compile,
         entry="hessian",
     )

@@ -51,6 +51,7 @@ class Jacobian:
         layout: Layout = torch.strided,
         pattern: Any = None,
         memory_budget: int | None = None,
+        compile: bool = False,
         entry: str = "jacobian",
     ):
         if not callable(function):
@@ -70,7 +71,7 @@ class Jacobian:
         self._given = pattern
         self._remembered = Remembered()
         self._memory_budget = check_budget(memory_budget)
-        self._accumulation = Accumulation(batched, torch_layout(layout), self._memory_budget)
+        self._accumulation = Accumulation(compile, torch_layout(layout), self._memory_budget)
         self._entry = entry
         self._identity = object()  # unlike id(self), never another Jacobian's
         functools.update_wrapper(self, function, updated=())
@@ -91,7 +92,10 @@ class Jacobian:
         self._evaluate(args, kwargs, replayable=not self._has_aux)
         record = last_run()
         assert record is not None, "every evaluation leaves a record"
-        return record
+        reason = self._accumulation.refused
+        if reason is None or record.engine == "accumulate":
+            return record
+        return replace(record, refusals=(*record.refusals, ("accumulate", reason)))
 
     def pattern(self, *args: Any, **kwargs: Any) -> Pattern:
         """The sparsity pattern, valid for every input of the shapes of these arguments.

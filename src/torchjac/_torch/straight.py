@@ -72,6 +72,17 @@ def executable(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]
 
     Inputs must be contiguous. What is computed twice is computed once, chains of views are one.
     """
+    return _graph(recording, _Views(), _FAST)
+
+
+def compilable(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """As `executable`, for a compiler, which would rather see the operations as they are."""
+    return _graph(recording, None, {})
+
+
+def _graph(
+    recording: Recording, views: _Views | None, bindings: dict[Any, Any]
+) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     used = used_constants(recording)
     used |= {v.position: v for v in recording.outputs if v is not None and v.kind == "constant"}
     graph = fx.Graph()
@@ -84,20 +95,22 @@ def executable(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]
         return places[value.position] if value.kind == "constant" else nodes[id(value)]
 
     seen: dict[str, fx.Node] = {}
-    views = _Views()
     for call in recording.calls:
         if _changes_nothing(call):
             nodes[id(call.results[0])] = node_of(call.args[0])
-            views.same(call)
+            if views is not None:
+                views.same(call)
             continue
-        operation, args, kwargs = views.target(call)
+        operation, args, kwargs = call.operation, call.args, call.kwargs
+        if views is not None:
+            operation, args, kwargs = views.target(call)
         args = tuple(mapped(list(args), node_of))
         kwargs = {k: mapped(a, node_of) for k, a in kwargs.items()}
         key = f"{operation} {args} {kwargs}"
         values = [*_arguments(call), *(v for v in call.results if v is not None)]
         written = any(v.base.written for v in values)
         if written or key not in seen:
-            node = graph.call_function(_FAST.get(operation, operation), args, kwargs)
+            node = graph.call_function(bindings.get(operation, operation), args, kwargs)
             node.meta["writes"] = bool(call.written)
             if not written:
                 seen[key] = node

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
+from torchjac._torch.inductor import NotCompiled, compiled
 from torchjac._torch.recorder import Recorder
-from torchjac._torch.recording import recorded
-from torchjac._torch.straight import executable, folded
+from torchjac._torch.recording import Recording, recorded
+from torchjac._torch.straight import compilable, executable, folded
 from torchjac.capture.derivative import Derivative
 from torchjac.engines.accumulate import write
 from torchjac.engines.accumulate.sweep import Sweep
@@ -31,17 +32,21 @@ class Emitted:
         module: Takes the inputs and the constants, gives the parts of the result and a number that
             is not finite where one of them is not.
         constants: What it read or could compute beforehand.
+        run: The module, or what it was compiled to.
+        note: Why it was not compiled, though that was asked for.
     """
 
     module: fx.GraphModule
     constants: tuple[Tensor, ...]
+    run: Callable[..., Any]
+    note: str | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The parts of the Jacobian at other inputs; None where they are not all finite.
 
         In another order of multiplication infinities meet other zeros: passes say what is right.
         """
-        *parts, probe = self.module.forward(*(x.contiguous() for x in inputs), *self.constants)
+        *parts, probe = self.run(*(x.contiguous() for x in inputs), *self.constants)
         return tuple(parts) if math.isfinite(probe) else None
 
 
@@ -92,8 +97,19 @@ def emit(
         parts = record(lambda: _parts(derivative, gradients, inputs, target, recorder.varies))
         probe = record(lambda: _probe(parts))
     recording = folded(recorded(recorder, [*parts, probe]))
+    return _emitted(recording, inputs, target.compiled), tuple(parts)
+
+
+def _emitted(recording: Recording, inputs: Sequence[Tensor], compiling: bool) -> Emitted:
+    note = None
+    if compiling:
+        module, constants = compilable(recording)
+        try:
+            return Emitted(module, constants, compiled(module, [*inputs, *constants]))
+        except NotCompiled as refusal:
+            note = str(refusal)
     module, constants = executable(recording)
-    return Emitted(module, constants), tuple(parts)
+    return Emitted(module, constants, module.forward, note)
 
 
 def _probe(parts: Sequence[Tensor]) -> Tensor:
@@ -109,10 +125,12 @@ class Target:
     Attributes:
         pattern: Structural nonzeros of a sparse result; None for a dense one.
         batched: Whether a dense one has a batch of independent samples.
+        compiled: Whether the program is to be compiled.
     """
 
     pattern: Pattern | None = None
     batched: bool = False
+    compiled: bool = False
 
 
 def _parts(

@@ -1,0 +1,34 @@
+"""Inductor on a graph that is there already, without the front door of `torch.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+
+class NotCompiled(Exception):
+    """Inductor gave up, or there is no compiler; the message says what it said."""
+
+
+def compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """A graph of ATen operations as compiled code, for inputs of these shapes and strides.
+
+    Takes seconds, and imports torch's compiler. One thread compiles: no pool of processes is left.
+
+    Raises:
+        NotCompiled: It cannot be compiled.
+    """
+    try:
+        import torch._inductor.config
+        from torch._inductor.compile_fx import compile_fx
+
+        with torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
+            run: Any = compile_fx(module, list(inputs))
+            run(*inputs)  # some of it is compiled when it first runs
+    except Exception as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise NotCompiled(f"{type(error).__name__}: {first}") from error
+    found: Callable[..., Any] = run
+    return found
