@@ -77,8 +77,9 @@ def chosen_methods(args: argparse.Namespace) -> list[Method]:
     if unknown:
         raise ValueError(f"no method {sorted(unknown)}; keys: {', '.join(known)}")
     keys = [key for key in known if not args.methods or key in args.methods]
-    if (args.no_compile or args.quick) and "compile" not in (args.methods or ()):
-        keys.remove("compile") if "compile" in keys else None
+    if args.no_compile or args.quick:
+        compiling = {key for key, m in known.items() if m.compiles} - set(args.methods or ())
+        keys = [k for k in keys if k not in compiling]
     if not args.peers_python:
         keys = [key for key in keys if known[key].prepare is not None]
     return [known[key] for key in keys]

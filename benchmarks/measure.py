@@ -34,7 +34,9 @@ METHOD_SECONDS = 1.2
 """Time a method gets for its rounds."""
 LEAST_ROUNDS = 3
 WARM_CALLS = 30
-"""Calls before the first sample: compilers, caches and torchjac's choice of a plan settle."""
+WARM_SECONDS = 0.2
+"""Calls before the first sample, or time that they take (at most 1000 calls): compilers, caches and
+torchjac's choice of a plan settle."""
 SAMPLE_SECONDS = 0.004
 """A sample repeats the call until it takes about this long."""
 
@@ -189,7 +191,8 @@ def _warm(
 ) -> tuple[int, int] | None:
     """Warm a method up; calls per sample and number of samples, None if it does not run."""
     limit = COMPILE_LIMIT if method.compiles else 4 * CALL_LIMIT
-    calls = 1 if probed.seconds > 0.5 else max(5, min(WARM_CALLS, int(2 / probed.seconds)))
+    enough = min(1000, max(WARM_CALLS, int(WARM_SECONDS / max(probed.seconds, 1e-6))))
+    calls = 1 if probed.seconds > 0.5 else max(5, min(enough, int(2 / probed.seconds)))
     try:
         reply = worker.ask({"do": "warm", "method": method.key, "calls": calls}, limit)
         if "failure" in reply:

@@ -61,6 +61,22 @@ def torchjac_dense(w: Workload, args: Arguments) -> Call:
     return lambda: jacobian(*args)
 
 
+def torchjac_compiled(w: Workload, args: Arguments) -> Call:
+    """`torchjac.jacobian` with `compile=True`."""
+    import torchjac
+
+    jacobian = torchjac.jacobian(w.f, w.argnums, batched=w.batched, compile=True)
+    return lambda: jacobian(*args)
+
+
+def torchjac_csr_compiled(w: Workload, args: Arguments) -> Call:
+    """`torchjac.jacobian` with `compile=True` and a sparse result."""
+    import torchjac
+
+    jacobian = torchjac.jacobian(w.f, w.argnums, layout=torch.sparse_csr, compile=True)
+    return lambda: jacobian(*args)
+
+
 def torchjac_csr(w: Workload, args: Arguments) -> Call:
     """`torchjac.jacobian` with a sparse result."""
     import torchjac
@@ -190,6 +206,8 @@ def _sparse(w: Workload) -> bool:
 METHODS: tuple[Method, ...] = (
     Method("torchjac", "torchjac", torchjac_dense, _always),
     Method("torchjac-csr", "torchjac CSR", torchjac_csr, _sparse),
+    Method("torchjac-compiled", "torchjac compiled", torchjac_compiled, _from_function, True),
+    Method("torchjac-csr-compiled", "torchjac CSR compiled", torchjac_csr_compiled, _sparse, True),
     Method("jacrev", "jacrev", jacrev, _from_function),
     Method("jacfwd", "jacfwd", jacfwd, _from_function),
     Method("compile", "compile(jacrev)", compiled, _from_function, compiles=True),

@@ -10,6 +10,7 @@ from benchmarks.results import Measurement, Row, Run, ratio
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 BASE = "torchjac"
+OURS = (BASE, "torchjac-csr", "torchjac-compiled", "torchjac-csr-compiled")
 MEMORY = ("torchjac", "torchjac-csr", "jacrev", "jacfwd", "grad-rows")
 """Methods whose peak memory is shown."""
 ABSENT = Measurement("absent")
@@ -104,7 +105,7 @@ def _where(run: Run) -> str:
 def readme_block(run: Run) -> str:
     """The tables for the README: PyTorch, the other systems, memory."""
     torch_keys = [k for k in run.titles if k not in PEER_METHODS]
-    peer_keys = [BASE, "torchjac-csr", *(k for k in run.titles if k in PEER_METHODS)]
+    peer_keys = [*OURS, *(k for k in run.titles if k in PEER_METHODS)]
     parts = ["**Against PyTorch**", _table(run, torch_keys, _time_cell)]
     if any(k in PEER_METHODS for k in run.titles):
         known = [k for k in peer_keys if k in run.titles]

@@ -404,6 +404,32 @@ class TestJacobian:
         assert self.ran(H, x)
         same(H(x), torch.func.hessian(energy)(x))
 
+    @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_csr, torch.sparse_coo])
+    def test_results_are_the_callers(self, layout: torch.layout) -> None:
+        """Constant entries, entries that are an argument, entries that are the same twice."""
+
+        def f(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+            return torch.cat([3 * (x + y), w * (x + y), (x + y).sin()])
+
+        x, y, w = value(4), value(4, seed=1), value(4, seed=2)
+        plan, first = plan_of(f, x, y, w, argnums=(0, 1), layout=layout)
+        want = oracle_jacobian(f, (0, 1))(x, y, w)
+        for _ in range(3):
+            for got in (first, run(plan, f, x, y, w, argnums=(0, 1))):
+                dense = [g if layout is torch.strided else g.to_dense() for g in got]
+                same(tuple(dense), want)
+                for block in got:
+                    block.mul_(0) if layout is torch.strided else block.values().mul_(0)
+            first = run(plan, f, x, y, w, argnums=(0, 1))
+        same(w, value(4, seed=2))
+
+    def test_a_linear_function(self) -> None:
+        plan, _ = plan_of(f := lambda x: 2 * x.flip(0), value(5), layout=torch.sparse_csr)
+        for _ in range(3):
+            J = run(plan, f, value(5))
+            assert torch.equal(J.values(), torch.full((5,), 2.0, dtype=torch.float64))
+            J.values().zero_()
+
     def test_results_do_not_share_memory(self) -> None:
         J = torchjac.jacobian(lambda x: torch.cat([pairs(x), 3 * x]))
         x = value(24)

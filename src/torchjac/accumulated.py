@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchjac._torch import modes
 from torchjac._torch.autograd import backward
 from torchjac._torch.modes import real_values
 from torchjac._torch.pytree import TreeSpec, unflatten
@@ -87,7 +88,7 @@ class Accumulated:
 
     def __call__(self, call: Call) -> Any:
         """The Jacobian at the arguments of a call; None where it is not finite."""
-        with torch.no_grad():
+        with torch.no_grad(), modes.ordinary_tensors():
             parts = self.emitted(arguments(call))
             return None if parts is None else self.finish(parts)
 

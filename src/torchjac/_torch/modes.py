@@ -69,6 +69,11 @@ def usable_in_graph(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def ordinary_tensors() -> AbstractContextManager[None]:
+    """What is made is no inference tensor, whatever mode the caller is in."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+
+
 def real_values() -> AbstractContextManager[None]:
     """Operations run on values and record nothing, whatever mode the caller is in."""
     stacks: int = torch._C._len_torch_dispatch_stack()

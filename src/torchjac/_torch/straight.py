@@ -117,7 +117,11 @@ def _graph(
         else:
             node = seen[key]
         _results(graph, node, call, nodes)
-    graph.output(tuple(None if v is None else node_of(v) for v in recording.outputs))
+    outputs = [None if v is None else node_of(v) for v in recording.outputs]
+    for i, result in enumerate(recording.outputs):  # whoever gets a result may write to it
+        if result is not None and result.base.kind != "made":
+            outputs[i] = graph.call_function(aten.clone.default, (outputs[i],))
+    graph.output(tuple(outputs))
     graph.eliminate_dead_code(lambda n: n.op != "call_function" or n.meta.get("writes", False))
     constants = tuple(recording.constants[position] for position in sorted(used))
     return fx.GraphModule({}, graph), constants

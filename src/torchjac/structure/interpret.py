@@ -76,6 +76,18 @@ def linear_nodes(derivative: Derivative) -> set[fx.Node]:
     return found
 
 
+def needed_nodes(derivative: Derivative, linear: set[fx.Node]) -> set[fx.Node]:
+    """Linear nodes that a gradient is made of."""
+    stack = [g for g in derivative.gradients if g is not None]
+    found = set(stack)
+    while stack:
+        for argument in stack.pop().all_input_nodes:
+            if argument not in found and argument in linear:
+                found.add(argument)
+                stack.append(argument)
+    return found
+
+
 def interpret(derivative: Derivative) -> Interpretation:
     """Runs the linear graph on what each value depends on."""
     with real_values():
@@ -104,7 +116,7 @@ class _Run:
                 self._found[cotangent] = seed(tuple(shape), first, self._m)
                 self._fills[cotangent] = 1.0
             first += shape.numel()
-        needed = self._needed()
+        needed = needed_nodes(derivative, self._linear)
         for node in derivative.module.graph.nodes:
             if node in self._linear and node in needed and node not in self._found:
                 self._found[node] = self._of(node)
@@ -121,17 +133,6 @@ class _Run:
                 made = nothing if zero else everything
                 gradients.append(made(tuple(shape), self._m))
         return Interpretation(tuple(gradients), tuple(self._spreads), tuple(self._assumed))
-
-    def _needed(self) -> set[fx.Node]:
-        """Linear nodes that a gradient is made of."""
-        stack = [g for g in self._derivative.gradients if g is not None]
-        found = set(stack)
-        while stack:
-            for argument in stack.pop().all_input_nodes:
-                if argument not in found and argument in self._linear:
-                    found.add(argument)
-                    stack.append(argument)
-        return found
 
     def _of(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:

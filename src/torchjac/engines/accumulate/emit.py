@@ -95,6 +95,7 @@ def emit(
     with torch.no_grad():
         gradients = Sweep(derivative, given, record, most).gradients()
         parts = record(lambda: _parts(derivative, gradients, inputs, target, recorder.varies))
+        parts = record(lambda: _apart(parts, recorder))
         probe = record(lambda: _probe(parts))
     recording = folded(recorded(recorder, [*parts, probe]))
     return _emitted(recording, inputs, target.compiled), tuple(parts)
@@ -110,6 +111,17 @@ def _emitted(recording: Recording, inputs: Sequence[Tensor], compiling: bool) ->
             note = str(refusal)
     module, constants = executable(recording)
     return Emitted(module, constants, module.forward, note)
+
+
+def _apart(parts: Sequence[Tensor], recorder: Recorder) -> list[Tensor]:
+    """Parts that share no memory: writing to one must not change another."""
+    seen: set[int] = set()
+    found = []
+    for part in parts:
+        base = id(recorder.value(part).base)
+        found.append(part.clone() if base in seen else part)
+        seen.add(base)
+    return found
 
 
 def _probe(parts: Sequence[Tensor]) -> Tensor:

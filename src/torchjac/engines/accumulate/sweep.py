@@ -19,7 +19,7 @@ from torchjac.engines.accumulate.operate import operated
 from torchjac.engines.accumulate.terms import Adjoint, Term, seed
 from torchjac.engines.accumulate.waist import narrowed, resolved
 from torchjac.errors import PlanRefused
-from torchjac.structure.interpret import linear_nodes
+from torchjac.structure.interpret import linear_nodes, needed_nodes
 from torchjac.structure.maps import Factors, LinearMap, Numbers, Shape
 from torchjac.structure.maps.factors import is_unknown
 from torchjac.structure.rules import RULES, Beside, NotLinear, Op
@@ -180,7 +180,7 @@ class Sweep:
             if cotangent is not None:
                 self._found[cotangent] = seed(tuple(shape), first, cotangent.meta["val"].dtype)
             first += shape.numel()
-        needed = self._needed()
+        needed = needed_nodes(derivative, self._linear) & self._linear
         self._below = _below([n for n in derivative.module.graph.nodes if n in needed])
         for node in derivative.module.graph.nodes:
             if node in needed and node not in self._found:
@@ -198,16 +198,6 @@ class Sweep:
     def _whole(self, adjoint: Adjoint) -> Adjoint:
         made: Adjoint = self._record(lambda: resolved(adjoint))
         return made
-
-    def _needed(self) -> set[fx.Node]:
-        stack = [g for g in self._derivative.gradients if g is not None and g in self._linear]
-        found = set(stack)
-        while stack:
-            for argument in stack.pop().all_input_nodes:
-                if argument not in found and argument in self._linear:
-                    found.add(argument)
-                    stack.append(argument)
-        return found
 
     def _of(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
