@@ -128,6 +128,8 @@ def probe(method: Method, job: Job, settings: Settings, expected: Reference) -> 
         failure = reply["failure"]
         return Measurement("memory" if failure == "memory" else "error", detail=failure)
     got = np.load(path)
+    if not isinstance(got, np.ndarray):
+        got = dict(got)
     path.unlink()
     error = expected.error(got)
     known = {

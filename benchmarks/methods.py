@@ -230,9 +230,31 @@ METHODS: tuple[Method, ...] = (
 """The methods of this Python, in the order of the columns."""
 
 
-def matrix(w: Workload, result: Any) -> np.ndarray[Any, Any]:
-    """A result of any method as one dense ``(m, n)`` or ``(B, m, n)`` array for comparison."""
+LARGE = 2**26
+"""Sparse matrices with more elements than this are never written out."""
+
+
+def _triplets(blocks: Sequence[Tensor]) -> dict[str, Any]:
+    """Entries of sparse blocks side by side."""
+    parts = [b.detach().to_sparse(layout=torch.sparse_coo).coalesce() for b in blocks]
+    first = np.cumsum([0, *(p.shape[1] for p in parts)])
+    index = [p.indices().numpy() for p in parts]
+    return {
+        "row": np.concatenate([i[0] for i in index]),
+        "column": np.concatenate([i[1] + f for i, f in zip(index, first, strict=False)]),
+        "value": np.concatenate([p.values().numpy() for p in parts]),
+        "shape": np.array([parts[0].shape[0], first[-1]]),
+    }
+
+
+def matrix(w: Workload, result: Any) -> Any:
+    """A result of any method as one dense ``(m, n)`` or ``(B, m, n)`` array for comparison.
+
+    Of a large sparse one the entries: `row`, `column`, `value`, `shape`.
+    """
     blocks = result if isinstance(result, (tuple, list)) else (result,)
+    if blocks[0].layout != torch.strided and w.m * w.n > LARGE:
+        return _triplets(blocks)
     shape = (w.m, -1) if w.batch is None else (w.batch, w.m, -1)
     dense = [b.detach() if b.layout == torch.strided else b.detach().to_dense() for b in blocks]
     return torch.cat([b.reshape(shape) for b in dense], -1).numpy()

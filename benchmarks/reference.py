@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.methods import Arguments, graph_of, seeds
+from benchmarks.methods import Arguments, graph_of
 from benchmarks.workloads import Workload
 from benchmarks.workloads.base import generator, normal
 
@@ -40,17 +40,43 @@ class Reference:
     vector: Array
     product: Array
 
-    def error(self, got: Array) -> float:
-        """Largest deviation, each row measured against its own largest entry (inf if unusable)."""
+    def error(self, got: Array | dict[str, Array]) -> float:
+        """Largest deviation, each row measured against its own largest entry (inf if unusable).
+
+        Args:
+            got: J, or the entries of a large sparse one: `row`, `column`, `value`, `shape`.
+        """
         m = self.product.size or len(self.rows)
+        if isinstance(got, dict):
+            return self._sparse_error(got, m)
         if got.shape != (*self.values.shape[:-2], m, self.values.shape[-1]):
             return float("inf")
         worst = _row_error(got[..., self.rows, :], self.values)
         if self.product.size:
             size = np.abs(got) @ np.abs(self.vector)
-            off = np.abs(got @ self.vector - self.product)
-            worst = max(worst, float(np.max(off / np.where(size > 0, size, 1))))
+            worst = max(worst, _off(got @ self.vector, size, self.product))
         return worst if np.isfinite(worst) else float("inf")
+
+    def _sparse_error(self, got: dict[str, Array], m: int) -> float:
+        row, column, value = got["row"], got["column"], got["value"]
+        n = self.values.shape[-1]
+        if tuple(got["shape"]) != (m, n):
+            return float("inf")
+        place = np.full(m, -1)
+        place[self.rows] = np.arange(len(self.rows))
+        mine = place[row] >= 0
+        some = np.zeros((len(self.rows), n))
+        np.add.at(some, (place[row[mine]], column[mine]), value[mine])
+        worst = _row_error(some, self.values)
+        if self.product.size:
+            product = np.bincount(row, value * self.vector[column], minlength=m)
+            size = np.bincount(row, np.abs(value * self.vector[column]), minlength=m)
+            worst = max(worst, _off(product, size, self.product))
+        return worst if np.isfinite(worst) else float("inf")
+
+
+def _off(got: Array, size: Array, product: Array) -> float:
+    return float(np.max(np.abs(got - product) / np.where(size > 0, size, 1)))
 
 
 def _row_error(got: Array, expected: Array) -> float:
@@ -66,10 +92,11 @@ def tolerance(dtype: np.dtype[Any]) -> float:
 def reference(w: Workload, args: Arguments) -> Reference:
     """The Reference of `w` at `args`."""
     out, inputs = graph_of(w, args)
-    cotangents = seeds(w, out)
 
     def row(i: int) -> torch.Tensor:
-        grads = torch.autograd.grad(out, inputs, cotangents[i], retain_graph=True)
+        seed = torch.zeros((*out.shape[: int(w.batched)], w.m), dtype=out.dtype)
+        seed[..., i] = 1
+        grads = torch.autograd.grad(out, inputs, seed.view(out.shape), retain_graph=True)
         shape = (-1,) if w.batch is None else (w.batch, -1)
         return torch.cat([g.reshape(shape) for g in grads], -1)
 

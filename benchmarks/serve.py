@@ -88,7 +88,7 @@ def _probe(channel: Channel, backend: Backend, order: dict[str, Any]) -> dict[st
     setup = time.perf_counter() - start
     channel.send({"event": "prepared"})
     first, peak, result = _watched(call)
-    np.save(Path(order["result"]), backend.matrix(result))
+    _save(Path(order["result"]), backend.matrix(result))
     channel.send({"event": "first", "seconds": first})
     seconds = first
     if first < SECOND_CALL_BELOW or order["repeat"]:
@@ -96,6 +96,15 @@ def _probe(channel: Channel, backend: Backend, order: dict[str, Any]) -> dict[st
         del result
         seconds, peak, result = _watched(call)
     return {"setup": setup, "first": first, "seconds": seconds, "peak": peak}
+
+
+def _save(path: Path, matrix: Any) -> None:
+    """A dense array as it is; the entries of a large sparse matrix by their places."""
+    with path.open("wb") as file:
+        if isinstance(matrix, dict):
+            np.savez(file, **matrix)
+        else:
+            np.save(file, matrix)
 
 
 def _watched(call: Callable[[], Any]) -> tuple[float, int, Any]:

@@ -19,6 +19,25 @@ import numpy as np
 
 from benchmarks.serve import limit_memory, serve
 
+_LARGE = 2**26
+
+
+def _triplets(blocks: Any, m: int) -> dict[str, Any]:
+    """Entries of sparse blocks side by side, by their places; rows are the axes that make up m."""
+    rows, columns, first = [], [], 0
+    for block in blocks:
+        shape, index = block.shape, np.asarray(block.indices)
+        split = next(k for k in range(len(shape)) if np.prod(shape[:k], dtype=int) == m)
+        rows.append(np.ravel_multi_index(tuple(index[:, :split].T), shape[:split]))
+        columns.append(np.ravel_multi_index(tuple(index[:, split:].T), shape[split:]) + first)
+        first += int(np.prod(shape[split:], dtype=int))
+    return {
+        "row": np.concatenate(rows),
+        "column": np.concatenate(columns),
+        "value": np.concatenate([np.asarray(block.data) for block in blocks]),
+        "shape": np.array([m, first]),
+    }
+
 
 class PeerBackend:
     """One workload in JAX, asdex or CasADi."""
@@ -40,9 +59,11 @@ class PeerBackend:
             return self._casadi()
         return self._asdex() if method == "asdex" else self._jax(method)
 
-    def matrix(self, result: Any) -> np.ndarray[Any, Any]:
+    def matrix(self, result: Any) -> Any:
         m, batch = self.meta["m"], self.meta["batch"]
         blocks = result if isinstance(result, (tuple, list)) else (result,)
+        if hasattr(blocks[0], "todense") and m * self.meta["n"] > _LARGE:
+            return _triplets(blocks, m)
         shape = (m, -1) if batch is None else (batch, m, -1)
         dense = [np.asarray(b.todense() if hasattr(b, "todense") else b) for b in blocks]
         return np.concatenate([b.reshape(shape) for b in dense], -1)

@@ -140,7 +140,9 @@ def jacobian(
     Stands beside `torch.func.jacrev(f, argnums, has_aux=...)` and gives the same for every input
     on which that works. f runs as it is, once a call, on PyTorch's usual graph: data-dependent
     control flow, in-place writes, hooks, checkpointing, old-style `autograd.Function`s, dropout
-    and BatchNorm in training mode mean what they mean in a training step.
+    and BatchNorm in training mode mean what they mean in a training step. A function that is called
+    again and again and always does the same is not run any more: its Jacobian is computed by the
+    operations that it takes, as long as nothing that f reads has changed.
 
     Args:
         f: A function of tensors (any pytrees; other arguments are passed through) that returns
