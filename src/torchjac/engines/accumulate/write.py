@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchjac._torch.modes import real_values
 from torchjac.engines.accumulate import terms as t
+from torchjac.engines.accumulate.local import assembled
 from torchjac.engines.accumulate.place import placed
 from torchjac.engines.accumulate.terms import Adjoint, Term
 from torchjac.structure import Pattern
@@ -258,14 +259,13 @@ def sparse(
             with real_values():
                 columns = t.elements(term, adjoint.shape).reshape(-1).numpy() + first
                 rows = term.rows.expand(term.loop).reshape(-1).numpy()
-                found = torch.from_numpy(slots.find(rows, columns))
-            flat = values.reshape(-1)
-            (running if varies(flat) else fixed).append((found, flat))
+                found = torch.from_numpy(slots.find(rows, columns)).reshape(term.loop)
+            (running if varies(values) else fixed).append((found, values))
     if not running and not fixed:
         return torch.zeros(count, dtype=like.dtype, device=like.device)
     onto = None
     if fixed:
-        places, values = _joined(fixed)
+        places, values = _joined(assembled(fixed))
         made = placed(count, places, values)
         if not running:
             return made
@@ -273,7 +273,7 @@ def sparse(
             taken = torch.zeros(count, dtype=torch.bool)
             taken[places[places >= 0]] = True
         onto = made, taken
-    return placed(count, *_joined(running), onto)
+    return placed(count, *_joined(assembled(running)), onto)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
