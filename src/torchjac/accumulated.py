@@ -12,24 +12,18 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from torchjac._torch import modes
-from torchjac._torch.autograd import backward
-from torchjac._torch.modes import real_values
-from torchjac._torch.pytree import TreeSpec, unflatten
 from torchjac.capture import Call, Program
 from torchjac.capture.cache import CaptureCache
-from torchjac.capture.derivative import Derivative, arguments, trace_function
+from torchjac.capture.derivative import arguments, trace_function
 from torchjac.capture.watch import Policy
 from torchjac.engines.accumulate import Emitted, Target, emit
-from torchjac.engines.plain.check import tolerance
-from torchjac.engines.plain.seeds import weights
+from torchjac.engines.accumulate.check import agrees
 from torchjac.errors import CaptureRefused, PlanRefused, RefusedHere
 from torchjac.explain import Candidate, Record, remember
-from torchjac.layout.sparse import csr_starts
+from torchjac.layout.nested import finisher
 from torchjac.plan import default_budget, plain_seconds
 from torchjac.structure import Pattern
 from torchjac.structure.detect import KEEP
@@ -210,12 +204,12 @@ def planned(
     size //= program.batch or 1
     most = min(int(max(_LEAST, _TIMES * size, predicted * _NUMBERS)), budget // 16)
     emitted, parts = emit(derivative, arguments(call), Target(pattern, batched, compiled), most)
-    _check(parts, pattern, derivative, program)
+    agrees(parts, pattern, derivative, program)
     samples = program.batch
     plan = Accumulated(
         emitted,
         pattern,
-        _finisher(pattern, layout, nest.output_spec, nest.input_spec, derivative),
+        finisher(pattern, layout, nest.output_spec, nest.input_spec, derivative),
         (derivative.m // (samples or 1), derivative.n // (samples or 1), samples),
         predicted,
         budget,
@@ -276,126 +270,3 @@ def _is_supported(call: Call, program: Program) -> bool:
         and all(t.device.type == "cpu" and t.numel() for t in given)
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def _check(
-    parts: tuple[Tensor, ...],
-    pattern: Pattern | None,
-    derivative: Derivative,
-    program: Program,
-) -> None:
-    """Compares u'J of the entries with a pass of autograd, for a random u.
-
-    Raises:
-        PlanRefused: They differ by more than rounding.
-    """
-    cotangent = weights(program.outputs)
-    expected = backward(program.outputs, cotangent, program.inputs)
-    every = iter(cotangent)
-    live = [
-        next(every) if i in program.nest.live_outputs else None
-        for i in range(len(program.nest.outputs))
-    ]
-    finite = all(bool(p.isfinite().all()) for p in parts)
-    if not finite or not all(e is None or bool(e.isfinite().all()) for e in expected):
-        raise RefusedHere("values are not finite")
-    with torch.no_grad(), real_values():
-        if pattern is None:
-            found = _products(parts, live, len(program.inputs), program.batch is not None)
-        else:
-            u = torch.cat(
-                [
-                    torch.zeros(s.numel()) if c is None else c.reshape(-1)
-                    for c, s in zip(live, derivative.row_shapes, strict=True)
-                ]
-            )
-            flat = torch.zeros(pattern.shape[1], dtype=parts[0].dtype)
-            where = torch.from_numpy(pattern.columns.astype(np.int64))
-            rows = torch.from_numpy(pattern.rows.astype(np.int64))
-            flat.index_add_(0, where, parts[0] * u.to(parts[0].dtype)[rows])
-            found = list(torch.split(flat, [t.numel() for t in program.inputs]))
-        for given, want, got in zip(program.inputs, expected, found, strict=True):
-            reference = torch.zeros_like(given) if want is None else want.detach()
-            difference = (got.reshape(given.shape) - reference).abs()
-            size = reference.abs().amax()
-            eps = max(torch.finfo(t.dtype).eps for t in (given, *program.outputs))
-            if not bool((difference <= tolerance(eps) * size).all()):
-                raise PlanRefused("it does not agree with a pass of autograd")
-
-
-def _products(
-    parts: tuple[Tensor, ...], live: list[Tensor | None], inputs: int, batched: bool
-) -> list[Tensor]:
-    """U'J of dense blocks, for each input leaf."""
-    totals: list[Any] = [0.0] * inputs
-    for k, part in enumerate(parts):
-        u = live[k // inputs]
-        if u is None:
-            continue
-        if batched:
-            samples = u.shape[0]
-            weight = u.reshape(samples, 1, -1).to(part.dtype)
-            made = weight @ part.reshape(samples, weight.shape[2], -1)
-        else:
-            made = u.reshape(1, -1).to(part.dtype) @ part.reshape(u.numel(), -1)
-        totals[k % inputs] = totals[k % inputs] + made
-    return totals
-
-
-def _finisher(
-    pattern: Pattern | None,
-    layout: torch.layout,
-    output_spec: TreeSpec,
-    input_spec: TreeSpec,
-    derivative: Derivative,
-) -> Callable[[Any], Any]:
-    """What turns the parts of a result into the result."""
-    outputs, inputs = len(derivative.row_shapes), len(derivative.column_shapes)
-    simple = outputs == inputs == 1 and output_spec.is_leaf() and input_spec.is_leaf()
-    if pattern is None:
-        if simple:
-            return lambda parts: parts[0]
-
-        def nested(parts: Any) -> Any:
-            rows = [
-                unflatten(list(parts[i * inputs : (i + 1) * inputs]), input_spec)
-                for i in range(outputs)
-            ]
-            return unflatten(rows, output_spec)
-
-        return nested
-    blocks = [[_sparse_block(pattern, i, j, layout) for j in range(inputs)] for i in range(outputs)]
-    if simple:
-        only = blocks[0][0]
-        return lambda parts: only(parts[0])
-    return lambda parts: unflatten(
-        [unflatten([make(parts[0]) for make in line], input_spec) for line in blocks], output_spec
-    )
-
-
-def _sparse_block(
-    pattern: Pattern, i: int, j: int, layout: torch.layout
-) -> Callable[[Tensor], Tensor]:
-    row, column, kept = pattern.block(i, j)
-    rows = torch.from_numpy(np.asarray(row, dtype=np.int64))
-    columns = torch.from_numpy(np.asarray(column, dtype=np.int64))
-    chosen = None if kept is None else torch.from_numpy(np.asarray(kept))
-    size = (
-        int(np.prod(pattern.row_shapes[i], dtype=np.int64)),
-        int(np.prod(pattern.column_shapes[j], dtype=np.int64)),
-    )
-    if layout is torch.sparse_csr:
-        starts = csr_starts(rows, size[0])
-
-        def csr(values: Tensor) -> Tensor:
-            mine = values if chosen is None else values[chosen]
-            return torch.sparse_csr_tensor(starts, columns, mine, size, check_invariants=False)
-
-        return csr
-    index = torch.stack([rows, columns])
-
-    def coo(values: Tensor) -> Tensor:
-        mine = values if chosen is None else values[chosen]
-        return torch.sparse_coo_tensor(index, mine, size, is_coalesced=True, check_invariants=False)
-
-    return coo

@@ -1,0 +1,78 @@
+"""From blocks, or the values of a pattern, to a result nested as the user nests it.
+
+What depends on shapes and pattern only is made once. Results share the index tensors of a sparse
+layout, never values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchjac._torch.pytree import TreeSpec, unflatten
+from torchjac.capture.derivative import Derivative
+from torchjac.layout.sparse import csr_starts
+from torchjac.structure import Pattern
+
+
+def finisher(
+    pattern: Pattern | None,
+    layout: torch.layout,
+    output_spec: TreeSpec,
+    input_spec: TreeSpec,
+    derivative: Derivative,
+) -> Callable[[Any], Any]:
+    """What turns the parts of a result into the result."""
+    outputs, inputs = len(derivative.row_shapes), len(derivative.column_shapes)
+    simple = outputs == inputs == 1 and output_spec.is_leaf() and input_spec.is_leaf()
+    if pattern is None:
+        if simple:
+            return lambda parts: parts[0]
+
+        def nested(parts: Any) -> Any:
+            rows = [
+                unflatten(list(parts[i * inputs : (i + 1) * inputs]), input_spec)
+                for i in range(outputs)
+            ]
+            return unflatten(rows, output_spec)
+
+        return nested
+    blocks = [[_sparse_block(pattern, i, j, layout) for j in range(inputs)] for i in range(outputs)]
+    if simple:
+        only = blocks[0][0]
+        return lambda parts: only(parts[0])
+    return lambda parts: unflatten(
+        [unflatten([make(parts[0]) for make in line], input_spec) for line in blocks], output_spec
+    )
+
+
+def _sparse_block(
+    pattern: Pattern, i: int, j: int, layout: torch.layout
+) -> Callable[[Tensor], Tensor]:
+    row, column, kept = pattern.block(i, j)
+    rows = torch.from_numpy(np.asarray(row, dtype=np.int64))
+    columns = torch.from_numpy(np.asarray(column, dtype=np.int64))
+    chosen = None if kept is None else torch.from_numpy(np.asarray(kept))
+    size = (
+        int(np.prod(pattern.row_shapes[i], dtype=np.int64)),
+        int(np.prod(pattern.column_shapes[j], dtype=np.int64)),
+    )
+    if layout is torch.sparse_csr:
+        starts = csr_starts(rows, size[0])
+
+        def csr(values: Tensor) -> Tensor:
+            mine = values if chosen is None else values[chosen]
+            return torch.sparse_csr_tensor(starts, columns, mine, size, check_invariants=False)
+
+        return csr
+    index = torch.stack([rows, columns])
+
+    def coo(values: Tensor) -> Tensor:
+        mine = values if chosen is None else values[chosen]
+        return torch.sparse_coo_tensor(index, mine, size, is_coalesced=True, check_invariants=False)
+
+    return coo
