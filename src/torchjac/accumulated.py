@@ -16,7 +16,7 @@ import torch
 
 from torchjac._torch import modes
 from torchjac.capture import Call, Program
-from torchjac.capture.cache import CaptureCache
+from torchjac.capture.cache import Before, CaptureCache
 from torchjac.capture.derivative import arguments, trace_function
 from torchjac.capture.watch import Policy
 from torchjac.engines.accumulate import Emitted, Target, emit
@@ -37,8 +37,12 @@ _PLAN, _PLAN_NODE = 20e-3, 0.5e-3
 _NUMBERS, _LEAST = 2e8, 2**21
 # Or for each number of the result.
 _TIMES = 32
+# Seconds that it may take to plan at least, and for each second that passes would take.
+_LIMIT, _PATIENT = 2.0, 20.0
 # Timings of either way, of which the best counts.
 _RUNS = 3
+# A plan that ran this much slower than passes do is not run again.
+_SLOW = 3.0
 # Passes predicted this much slower need not be timed.
 _CLEAR = 4.0
 # Plans that did not hold before this function is not planned any more.
@@ -71,9 +75,11 @@ class Accumulated:
 
     def wins(self) -> bool:
         """Whether the next call is for this plan, by what was measured."""
+        mine = min(self.seconds, default=0.0)
+        if mine > _SLOW * min(self.others, default=max(self.predicted, 1e-3)):
+            return False  # not even a second time
         if len(self.seconds) < _RUNS:
             return True
-        mine = min(self.seconds)
         if not self.others and self.predicted > _CLEAR * mine:
             return True
         if len(self.others) < _RUNS:
@@ -122,14 +128,28 @@ class Accumulation:
         """Notes how long a call took that was answered by passes."""
         self._spent += seconds
 
-    def plan(self, call: Call, program: Program) -> tuple[Accumulated, Any] | None:
+    def before(self, call: Call) -> Before | None:
+        """What a call reads, where it may be planned once its function has run.
+
+        A function that changes what it reads, by whatever means, does something each time it runs:
+        it is not planned.
+        """
+        if self._made >= _PATIENCE:
+            return None
+        soon = self._compiled or not self._spent or self._spent > _PLAN / 2
+        return self._plans.before(call) if soon else None
+
+    def plan(
+        self, call: Call, program: Program, before: Before | None
+    ) -> tuple[Accumulated, Any] | None:
         """A new plan and the Jacobian at this call, where that is worth the time.
 
         Args:
             call: The function and its arguments.
             program: Its graph at these arguments, to check the plan against.
+            before: What it read before the graph was made.
         """
-        if self._made >= _PATIENCE or not _is_supported(call, program):
+        if before is None or self._made >= _PATIENCE or not _is_supported(call, program):
             return None
         nodes, predicted = plain_seconds(program, self._budget or default_budget(program.device))
         if not self._compiled and self._spent + predicted < _PLAN + _PLAN_NODE * nodes:
@@ -154,12 +174,13 @@ class Accumulation:
             return plan
 
         try:
-            found = self._plans.get_or_make(call, make)
+            found = make()
         except RefusedHere as refusal:
             self.refused = str(refusal)
             return None
-        self.refused = found if isinstance(found, str) else self._plans.refused
-        if isinstance(found, str) or not made:
+        changed = self._plans.keep(before, call, found)
+        self.refused = found if isinstance(found, str) else changed
+        if isinstance(found, str) or changed is not None:
             return None
         return found, made[0]
 
@@ -188,6 +209,8 @@ def planned(
     """
     derivative = trace_function(call, KEEP)
     nest, batched = program.nest, program.batch is not None
+    if derivative.writes:
+        raise PlanRefused("it writes to tensors that others may read")
     if any(g is None for g in derivative.gradients):
         raise PlanRefused("an input is not used")
     if not derivative.m or not all(s.numel() for s in derivative.column_shapes):
@@ -203,7 +226,10 @@ def planned(
     size = pattern.nnz if pattern is not None else derivative.m * derivative.n
     size //= program.batch or 1
     most = min(int(max(_LEAST, _TIMES * size, predicted * _NUMBERS)), budget // 16)
-    emitted, parts = emit(derivative, arguments(call), Target(pattern, batched, compiled), most)
+    target = Target(pattern, batched, compiled)
+    limit = _LIMIT + _PATIENT * predicted
+    with modes.ordinary_tensors():
+        emitted, parts = emit(derivative, arguments(call), target, most, limit)
     agrees(parts, pattern, derivative, program)
     samples = program.batch
     plan = Accumulated(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from torchjac._torch.pytree import tree_map
 from torchjac._torch.vmap import inside_transform
 from torchjac.accumulated import Accumulation, accumulate, note
 from torchjac.capture import Call, Program, capture_function, differentiating
@@ -158,11 +157,12 @@ class Jacobian:
         # A module in training mode keeps statistics and counters: it must run once a call.
         stateful = isinstance(self._function, torch.nn.Module) and self._function.training
         replayable = replayable and not stateful
+        before = self._accumulation.before(call) if accumulates and plan is None else None
         program, returned = capture_function(
             call, batched=self._batched, create_graph=create_graph, replayable=replayable
         )
         if accumulates and plan is None:
-            planned = self._accumulation.plan(call, program)
+            planned = self._accumulation.plan(call, program, before)
             if planned is not None:
                 plan, value = planned
                 note(plan, self._entry, layout, perf_counter() - entered)
@@ -187,8 +187,10 @@ class Jacobian:
         """What f returns, without a graph; not evaluated where nobody looks at it."""
         if not wanted:
             return None
-        inputs = tree_map(lambda leaf: leaf.detach(), call.differentiated())
-        return detached(call.run(inputs)[1])
+        _, returned = capture_function(
+            call, batched=self._batched, create_graph=False, replayable=False
+        )
+        return detached(returned)
 
     def _report_unused(self, program: Program, arranged: Arranged) -> None:
         if not arranged.unused:

@@ -118,9 +118,14 @@ def _graph(
             node = seen[key]
         _results(graph, node, call, nodes)
     outputs = [None if v is None else node_of(v) for v in recording.outputs]
+    taken: set[Any] = set()
     for i, result in enumerate(recording.outputs):  # whoever gets a result may write to it
-        if result is not None and result.base.kind != "made":
+        if result is None:
+            continue
+        memory = nodes.get(id(result.base), outputs[i])
+        if result.base.kind != "made" or memory in taken:
             outputs[i] = graph.call_function(aten.clone.default, (outputs[i],))
+        taken.add(memory)
     graph.output(tuple(outputs))
     graph.eliminate_dead_code(lambda n: n.op != "call_function" or n.meta.get("writes", False))
     constants = tuple(recording.constants[position] for position in sorted(used))
@@ -172,13 +177,15 @@ class _Views:
             return unchanged
         root, start = self._roots.get(id(given), (given, 0))
         start += _offset(call)
-        fresh = root.base is root and (root.kind == "made" or start == 0)
-        if not fresh:
+        made = root.kind == "made" and root.base is root  # begins where its memory does
+        if not made and start:
             return unchanged
         self._roots[id(result)] = root, start
         if root is given:
             return unchanged
-        return aten.as_strided.default, (root, list(result.shape), list(result.stride), start), {}
+        place = (start,) if made else ()  # others may begin anywhere: there they stay
+        about = list(result.shape), list(result.stride)
+        return aten.as_strided.default, (root, *about, *place), {}
 
 
 def _offset(call: Called) -> int:

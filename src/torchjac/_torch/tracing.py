@@ -112,7 +112,13 @@ def _recorded(
         found = functional(found, first.given, keep)
         if not found.is_random:  # random numbers come in another order there
             _check(found, first, "what it writes in place cannot be rewritten")
-    return graph_of(found), first.observer
+    module = graph_of(found)
+    module.meta[WRITES] = first.recorder.wrote_elsewhere
+    return module, first.observer
+
+
+# Whether the function wrote to tensors that were there before, in the `meta` of what is traced.
+WRITES = "writes"
 
 
 def _another(run: Callable[[Sequence[Tensor]], _Run], tensors: Sequence[Tensor]) -> _Run | None:
@@ -252,6 +258,7 @@ def is_random(op: Any) -> bool:
 __all__ = [
     "DATA_DEPENDENT",
     "UNSUPPORTED",
+    "WRITES",
     "HigherOrderOperator",
     "Observer",
     "OpOverload",

@@ -19,6 +19,9 @@ from torchjac._torch.autograd import backward
 
 _NOTHING = nullcontext()
 
+# Operations whose batching rule is wrong in torch 2.13.
+WRONGLY_BATCHED = frozenset({torch.ops.aten._cdist_backward.default})
+
 
 def batched_backward(
     outputs: Sequence[Tensor],

@@ -11,6 +11,7 @@ from torchjac.capture.guards import Fingerprint, Unguardable, fingerprint
 from torchjac.capture.watch import Policy
 
 V = TypeVar("V")
+Before = Fingerprint | Unguardable
 
 
 class CaptureCache(Generic[V]):
@@ -54,7 +55,7 @@ class CaptureCache(Generic[V]):
         Returns:
             Why it is not kept, or None if it is.
         """
-        return self._keep(fingerprint(call, self._policy), call, value)
+        return self.keep(self.before(call), call, value)
 
     def get_or_make(self, call: Call, make: Callable[[], V]) -> V:
         """What was made for a call like this one, else what `make` makes now.
@@ -64,10 +65,14 @@ class CaptureCache(Generic[V]):
         found = self.lookup(call)
         if found is not None:
             return found
-        before = fingerprint(call, self._policy)  # what `make` starts from, not what it leaves
+        before = self.before(call)  # what `make` starts from, not what it leaves
         value = make()
-        self._keep(before, call, value)
+        self.keep(before, call, value)
         return value
+
+    def before(self, call: Call) -> Before:
+        """What a call reads now."""
+        return fingerprint(call, self._policy)
 
     def mismatches(self, call: Call) -> tuple[str, ...]:
         """Why each capture does not hold for a call, the last used first."""
@@ -79,7 +84,17 @@ class CaptureCache(Generic[V]):
         with self._lock:
             self._entries.clear()
 
-    def _keep(self, print_: Fingerprint | Unguardable, call: Call, value: V) -> str | None:
+    def keep(self, print_: Before, call: Call, value: V) -> str | None:
+        """Keeps a value for calls like this one, unless what they read has changed since.
+
+        Args:
+            print_: What the call read before the value was made.
+            call: The call.
+            value: What was made for it.
+
+        Returns:
+            Why it is not kept, or None if it is.
+        """
         if isinstance(print_, Unguardable):
             self._refused = print_.reason
             return self._refused

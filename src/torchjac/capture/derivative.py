@@ -54,6 +54,11 @@ class Derivative:
     reason: str | None = None
 
     @property
+    def writes(self) -> bool:
+        """Whether the function writes to tensors that are not its own, each time it runs."""
+        return bool(self.module.meta.get(tracing.WRITES, False))
+
+    @property
     def m(self) -> int:
         """Number of rows."""
         return sum(s.numel() for s in self.row_shapes)

@@ -1,7 +1,6 @@
 """From blocks, or the values of a pattern, to a result nested as the user nests it.
 
-What depends on shapes and pattern only is made once. Results share the index tensors of a sparse
-layout, never values.
+What depends on shapes and pattern only is made once. Results share no memory with each other.
 """
 
 from __future__ import annotations
@@ -66,13 +65,17 @@ def _sparse_block(
 
         def csr(values: Tensor) -> Tensor:
             mine = values if chosen is None else values[chosen]
-            return torch.sparse_csr_tensor(starts, columns, mine, size, check_invariants=False)
+            return torch.sparse_csr_tensor(
+                starts.clone(), columns.clone(), mine, size, check_invariants=False
+            )
 
         return csr
     index = torch.stack([rows, columns])
 
     def coo(values: Tensor) -> Tensor:
         mine = values if chosen is None else values[chosen]
-        return torch.sparse_coo_tensor(index, mine, size, is_coalesced=True, check_invariants=False)
+        return torch.sparse_coo_tensor(
+            index.clone(), mine, size, is_coalesced=True, check_invariants=False
+        )
 
     return coo

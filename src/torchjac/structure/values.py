@@ -23,6 +23,23 @@ from torchjac.structure.maps import UNKNOWN, Factors, Numbers, times
 aten = torch.ops.aten
 
 
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor with the strides of another; one that repeats along an axis stays as it is."""
+    if value.stride() == like.stride() or 0 in like.stride():
+        return value
+    made = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device)
+    return made.copy_(value)
+
+
+# Operations that go by the strides of their argument.
+_BY_STRIDES = {
+    aten.as_strided.default,
+    aten.as_strided_copy.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+}
+
+
 class Values:
     """Values of the nodes of one derivative, found when they are asked for."""
 
@@ -99,9 +116,17 @@ class Values:
         operation: Any = node.target
         if not isinstance(operation, tracing.OpOverload) and operation is not operator.getitem:
             return None
-        args, kwargs = mapped(node, self.constant)
+        known = self._laid_out if node.target in _BY_STRIDES else self.constant
+        args, kwargs = mapped(node, known)
         with real_values():
             return operation(*args, **kwargs)
+
+    def _laid_out(self, node: Any) -> Any:
+        """A constant with the strides that the traced tensor had."""
+        value = self.constant(node)
+        if not isinstance(node, fx.Node) or not isinstance(value, Tensor):
+            return value
+        return _laid_out(value, node.meta["val"])
 
     def _filled(self, node: fx.Node) -> Tensor | None:
         """zeros_like and its kin look only at the shape of their argument."""
@@ -239,8 +264,11 @@ def _moved(values: Values, node: fx.Node) -> Tensor:
     """Movement of elements: run on what is known of each."""
 
     def look(argument: fx.Node) -> Any:
-        kind = argument.meta["val"].dtype
-        return values.factors(argument) if kind.is_floating_point else values.constant(argument)
+        like = argument.meta["val"]
+        if not like.dtype.is_floating_point:
+            return values.constant(argument)
+        found = values.factors(argument)
+        return _laid_out(found, like) if node.target in _BY_STRIDES else found
 
     if any(look(argument) is None for argument in node.all_input_nodes):  # an index, perhaps
         return unknown(tuple(node.meta["val"].shape))

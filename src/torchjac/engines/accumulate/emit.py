@@ -19,6 +19,7 @@ from torchjac.capture.derivative import Derivative
 from torchjac.engines.accumulate import write
 from torchjac.engines.accumulate.sweep import Sweep
 from torchjac.engines.accumulate.terms import Adjoint
+from torchjac.errors import PlanRefused, RefusedHere
 from torchjac.structure import Pattern
 
 R = TypeVar("R")
@@ -64,7 +65,7 @@ class _Everything:
 
 
 def emit(
-    derivative: Derivative, inputs: Sequence[Tensor], target: Target, most: int
+    derivative: Derivative, inputs: Sequence[Tensor], target: Target, most: int, limit: float = 60.0
 ) -> tuple[Emitted, tuple[Tensor, ...]]:
     """Accumulates the Jacobian once, at some inputs, and keeps the operations that it took.
 
@@ -73,6 +74,7 @@ def emit(
         inputs: A tensor for each of its placeholders that is not a cotangent.
         target: What the result looks like.
         most: Numbers that intermediate adjoints may have, all together.
+        limit: Seconds that the walk over the graph may take.
 
     Returns:
         The program, and the parts of the Jacobian at these inputs.
@@ -93,12 +95,25 @@ def emit(
 
     given = dict(zip(free, inputs, strict=True))
     with torch.no_grad():
-        gradients = Sweep(derivative, given, record, most).gradients()
+        gradients = Sweep(derivative, given, record, most, limit).gradients()
+        count = sum(math.prod(x.loop) for g in gradients if g is not None for x in g.terms)
+        if count > most:
+            raise PlanRefused("far more products than entries would be added up")
         parts = record(lambda: _parts(derivative, gradients, inputs, target, recorder.varies))
-        parts = record(lambda: _apart(parts, recorder))
         probe = record(lambda: _probe(parts))
     recording = folded(recorded(recorder, [*parts, probe]))
-    return _emitted(recording, inputs, target.compiled), tuple(parts)
+    emitted = _emitted(recording, inputs, target.compiled)
+    with torch.no_grad():  # what is checked is what will run, on memory of another kind
+        again = emitted([_elsewhere(x) for x in inputs])
+    if again is None:
+        raise RefusedHere("values are not finite")
+    return emitted, again
+
+
+def _elsewhere(tensor: Tensor) -> Tensor:
+    """The same numbers, not at the beginning of their memory."""
+    memory = torch.empty(tensor.numel() + 3, dtype=tensor.dtype, device=tensor.device)
+    return memory[3:].view(tensor.shape).copy_(tensor)
 
 
 def _emitted(recording: Recording, inputs: Sequence[Tensor], compiling: bool) -> Emitted:
@@ -111,17 +126,6 @@ def _emitted(recording: Recording, inputs: Sequence[Tensor], compiling: bool) ->
             note = str(refusal)
     module, constants = executable(recording)
     return Emitted(module, constants, module.forward, note)
-
-
-def _apart(parts: Sequence[Tensor], recorder: Recorder) -> list[Tensor]:
-    """Parts that share no memory: writing to one must not change another."""
-    seen: set[int] = set()
-    found = []
-    for part in parts:
-        base = id(recorder.value(part).base)
-        found.append(part.clone() if base in seen else part)
-        seen.add(base)
-    return found
 
 
 def _probe(parts: Sequence[Tensor]) -> Tensor:

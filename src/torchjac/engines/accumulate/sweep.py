@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from functools import lru_cache, partial, reduce
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, fx
 
 from torchjac._torch.modes import real_values
 from torchjac._torch.tracing import HigherOrderOperator, OpOverload, is_random
+from torchjac._torch.vmap import WRONGLY_BATCHED
 from torchjac.capture.derivative import Derivative
 from torchjac.engines.accumulate.act import NoNumbers, apply, joined
 from torchjac.engines.accumulate.merge import merged
@@ -22,7 +25,7 @@ from torchjac.errors import PlanRefused
 from torchjac.structure.interpret import linear_nodes, needed_nodes
 from torchjac.structure.maps import Factors, LinearMap, Numbers, Shape
 from torchjac.structure.maps.factors import is_unknown
-from torchjac.structure.rules import RULES, Beside, NotLinear, Op
+from torchjac.structure.rules import RULES, Beside, NotLinear, Op, Vanishing
 from torchjac.structure.values import SHAPE_ONLY, Values, before
 
 Record = Callable[[Callable[[], Any]], Any]
@@ -150,7 +153,12 @@ class Sweep:
     """From the cotangents to the gradients, in the order of the graph (reverse accumulation)."""
 
     def __init__(
-        self, derivative: Derivative, inputs: dict[fx.Node, Tensor], record: Record, most: int
+        self,
+        derivative: Derivative,
+        inputs: dict[fx.Node, Tensor],
+        record: Record,
+        most: int,
+        limit: float,
     ):
         """Binds a program and the tensors to run it on.
 
@@ -159,7 +167,9 @@ class Sweep:
             inputs: A tensor for each placeholder that is not a cotangent.
             record: Runs something so that its operations become part of the program.
             most: Numbers that intermediate adjoints may have, all together.
+            limit: Seconds that it may take.
         """
+        self._deadline = perf_counter() + limit
         self._derivative = derivative
         self._linear = linear_nodes(derivative)
         self._values = Running(derivative, self._linear, inputs, record)
@@ -197,6 +207,7 @@ class Sweep:
 
     def _whole(self, adjoint: Adjoint) -> Adjoint:
         made: Adjoint = self._record(lambda: resolved(adjoint))
+        self._count(made)
         return made
 
     def _of(self, node: fx.Node) -> Any:
@@ -211,6 +222,9 @@ class Sweep:
                 local = RULES[node.target](Op(node, self._linear, self._values))
             except (NotLinear, KeyError, LookupError) as missing:
                 raise PlanRefused(f"{node.target}: no local Jacobian") from missing
+        parts = local if isinstance(local, tuple) else (local,)
+        if node.target in WRONGLY_BATCHED or any(isinstance(part, Vanishing) for part in parts):
+            raise PlanRefused(f"{node.target} in the backward pass need not be linear")
         if isinstance(local, tuple):
             value = node.meta["val"]
             return [
@@ -255,6 +269,8 @@ class Sweep:
         return made
 
     def _count(self, made: Adjoint) -> None:
-        self._left -= sum(term.size for term in made.terms)
+        self._left -= sum(max(term.size, math.prod(term.loop) // 8) for term in made.terms)
         if self._left < 0:
-            raise PlanRefused("intermediate adjoints take too much: " + str(self._left))
+            raise PlanRefused("intermediate adjoints would take too much memory")
+        if perf_counter() > self._deadline:
+            raise PlanRefused("it takes too long to plan")

@@ -124,8 +124,8 @@ def dense(adjoint: Adjoint | None, block: Block, like: Tensor) -> Tensor:
     if whole is not None:
         values = t.value(terms[whole], like).permute(orders[whole] or [])
         made = values.reshape(-1)
-        if len(terms) > 1 or 0 in values.stride():
-            made = made.clone()
+        if len(terms) > 1 or not values.is_contiguous():
+            made = made.clone(memory_format=torch.contiguous_format)
         for i, term in enumerate(terms):
             if i != whole:
                 made = _added(made, term, block, regular[i], like)

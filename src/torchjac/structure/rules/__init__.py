@@ -8,7 +8,7 @@ from torchjac.structure.rules import nonlinear as _nonlinear
 from torchjac.structure.rules import opaque as _opaque
 from torchjac.structure.rules import pool as _pool
 from torchjac.structure.rules import transform as _transform
-from torchjac.structure.rules.registry import RULES, Beside, NotLinear, Op, Operand, rule
+from torchjac.structure.rules.registry import RULES, Beside, NotLinear, Op, Operand, Vanishing, rule
 
 __all__ = [
     "RULES",
@@ -16,6 +16,7 @@ __all__ = [
     "NotLinear",
     "Op",
     "Operand",
+    "Vanishing",
     "combine",
     "contract",
     "move",

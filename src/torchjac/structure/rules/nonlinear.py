@@ -7,14 +7,33 @@ the cotangent is (`VANISHING`); where it is not, every row of J may be nonzero (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torchjac.structure.maps import UNKNOWN, LinearMap, dense, product, reshape
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import (
+    Local,
+    NotLinear,
+    Op,
+    Operand,
+    Vanishing,
+    aten,
+    rule,
+)
 from torchjac.structure.rules.scale import scaled, vanishing
 
 
-@rule(
+def nonlinear(*operations: Any) -> Callable[[Callable[[Op], Local]], Callable[[Op], Local]]:
+    """Registers a rule that says where results are zero, not what they are."""
+
+    def register(function: Callable[[Op], Local]) -> Callable[[Op], Local]:
+        rule(*operations)(lambda op: Vanishing(function(op)))
+        return function
+
+    return register
+
+
+@nonlinear(
     aten.abs.default,
     aten.asin.default,
     aten.asinh.default,
@@ -58,7 +77,7 @@ def odd(op: Op) -> Local:
     return scaled(op, op.only("self"), UNKNOWN)
 
 
-@rule(
+@nonlinear(
     aten.acos.default,
     aten.acosh.default,
     aten.all.default,
@@ -116,7 +135,7 @@ def not_linear(op: Op) -> Local:
     raise NotLinear
 
 
-@rule(
+@nonlinear(
     aten.fmax.default,
     aten.fmin.default,
     aten.gt.Scalar,
@@ -153,13 +172,13 @@ def _compared(op: Op) -> Local:
     raise NotLinear
 
 
-@rule(aten.logical_and.default, aten.bitwise_and.Tensor)
+@nonlinear(aten.logical_and.default, aten.bitwise_and.Tensor)
 def both(op: Op) -> Local:
     """False where one of the operands is."""
     return vanishing(op)
 
 
-@rule(
+@nonlinear(
     aten.clamp.default,
     aten.clamp.Tensor,
     aten.clamp_min.default,
@@ -186,7 +205,7 @@ def _at_most(limit: object, bound: float, sign: float) -> bool:
     return sign * limit <= bound  # type: ignore[operator]
 
 
-@rule(aten.threshold.default)
+@nonlinear(aten.threshold.default)
 def threshold(op: Op) -> Local:
     """The argument where it is above the threshold, a value elsewhere."""
     if op["threshold"] >= 0 and op["value"] != 0:
@@ -194,7 +213,7 @@ def threshold(op: Op) -> Local:
     return scaled(op, op.only("self"), UNKNOWN)
 
 
-@rule(aten.pow.Tensor_Scalar)
+@nonlinear(aten.pow.Tensor_Scalar)
 def power(op: Op) -> Local:
     """A positive power of zero is zero."""
     exponent = op["exponent"]
@@ -203,7 +222,7 @@ def power(op: Op) -> Local:
     return scaled(op, op.only("self"), UNKNOWN if exponent != 1 else 1.0)
 
 
-@rule(
+@nonlinear(
     aten.amax.default,
     aten.amin.default,
     aten.any.default,

@@ -76,6 +76,13 @@ class Beside:
     parts: tuple[tuple[Operand, Shape], ...]
 
 
+class Vanishing(list[tuple[Operand, LinearMap]]):
+    """A `Local` of an operation that need not be linear: its result is zero where operands are.
+
+    That is enough for a pattern; an engine must not take it for a derivative.
+    """
+
+
 Rule = Callable[["Op"], Local | tuple[Local, ...] | Beside]
 
 

@@ -16,7 +16,7 @@ from torchjac.structure.maps import (
     times,
 )
 from torchjac.structure.maps.factors import is_single
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, Vanishing, aten, rule
 from torchjac.structure.values import device_of
 
 
@@ -40,7 +40,7 @@ def mul(op: Op) -> Local:
 
 def vanishing(op: Op) -> Local:
     """A result that is zero where every linear operand is, element by element."""
-    return [part for operand in op.linear for part in scaled(op, operand, UNKNOWN)]
+    return Vanishing(part for operand in op.linear for part in scaled(op, operand, UNKNOWN))
 
 
 @rule(aten.div.Tensor, aten.div.Scalar)
@@ -90,7 +90,8 @@ def same(op: Op) -> Local:
     if op.target in (aten._conj.default, aten._conj_physical.default):
         exact = not kind.is_complex
     if not exact:  # a cast to integers, to bool, or to the real part: zero stays zero
-        return scaled(op, operand, UNKNOWN)
+        made = scaled(op, operand, UNKNOWN)
+        return made if kind.is_floating_point or kind.is_complex else Vanishing(made)
     return scaled(op, operand, -1.0 if op.target is aten._neg_view.default else 1.0)
 
 
@@ -109,7 +110,7 @@ def where(op: Op) -> Local:
             found += scaled(op, operand, op.response(operand, factors))
         elif not operand.zero:
             raise NotLinear
-    return found
+    return Vanishing(found) if condition.linear else found
 
 
 @rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -211,6 +212,15 @@ def addcmul(op: Op) -> Local:
     aten.xlogy.Scalar_Other,
     aten.special_xlog1py.default,
     aten.special_xlog1py.other_scalar,
+    aten.ldexp.Tensor,
+)
+def times_logarithm(op: Op) -> Local:
+    """`a log(b)`, `a 2 ** b`: zero where the first operand is, whatever the second is."""
+    operand = op.only("self")
+    return scaled(op, operand, op.response(operand))
+
+
+@rule(
     aten.fmod.Tensor,
     aten.fmod.Scalar,
     aten.remainder.Tensor,
@@ -219,11 +229,10 @@ def addcmul(op: Op) -> Local:
     aten.div.Scalar_mode,
     aten.copysign.Tensor,
     aten.copysign.Scalar,
-    aten.ldexp.Tensor,
 )
 def times_function(op: Op) -> Local:
     """Zero where the first operand is, whatever the second is; only the first is linear."""
-    return scaled(op, op.only("self"), UNKNOWN)
+    return Vanishing(scaled(op, op.only("self"), UNKNOWN))
 
 
 @rule(aten.polar.default)
