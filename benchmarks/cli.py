@@ -78,7 +78,8 @@ def chosen_methods(args: argparse.Namespace) -> list[Method]:
         raise ValueError(f"no method {sorted(unknown)}; keys: {', '.join(known)}")
     keys = [key for key in known if not args.methods or key in args.methods]
     if args.no_compile or args.quick:
-        compiling = {key for key, m in known.items() if m.compiles} - set(args.methods or ())
+        compiling = {k for k, m in known.items() if m.compiles and m.prepare is not None}
+        compiling -= set(args.methods or ())
         keys = [k for k in keys if k not in compiling]
     if not args.peers_python:
         keys = [key for key in keys if known[key].prepare is not None]

@@ -7,6 +7,7 @@ the cotangent is (`VANISHING`); where it is not, every row of J may be nonzero (
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,8 +28,12 @@ def nonlinear(*operations: Any) -> Callable[[Callable[[Op], Local]], Callable[[O
     """Registers a rule that says where results are zero, not what they are."""
 
     def register(function: Callable[[Op], Local]) -> Callable[[Op], Local]:
-        rule(*operations)(lambda op: Vanishing(function(op)))
-        return function
+        @functools.wraps(function)
+        def vanishes(op: Op) -> Local:
+            return Vanishing(function(op))
+
+        rule(*operations)(vanishes)
+        return vanishes
 
     return register
 
