@@ -194,7 +194,7 @@ def _warm(
     """Warm a method up; calls per sample and number of samples, None if it does not run."""
     limit = COMPILE_LIMIT if method.compiles else 4 * CALL_LIMIT
     enough = min(1000, max(WARM_CALLS, int(WARM_SECONDS / max(probed.seconds, 1e-6))))
-    calls = 1 if probed.seconds > 0.5 else max(5, min(enough, int(2 / probed.seconds)))
+    calls = 4 if probed.seconds > 0.5 else max(5, min(enough, int(2 / probed.seconds)))
     try:
         reply = worker.ask({"do": "warm", "method": method.key, "calls": calls}, limit)
         if "failure" in reply:

@@ -38,7 +38,7 @@ _NUMBERS, _LEAST = 2e8, 2**21
 # Or for each number of the result.
 _TIMES = 32
 # Seconds that it may take to plan at least, and for each second that passes would take.
-_LIMIT, _PATIENT = 2.0, 20.0
+_LIMIT, _PATIENT = 1.0, 4.0
 # Timings of either way, of which the best counts.
 _RUNS = 3
 # A plan that ran this much slower than passes do is not run again.

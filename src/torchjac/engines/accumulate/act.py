@@ -152,7 +152,10 @@ def _(map_: Diagonal, shape: Shape, term: Term) -> list[Term]:
     factors = map_.factors
     if not isinstance(factors, Numbers) and is_unknown(factors):
         raise NoNumbers
-    made = factors.value if isinstance(factors, Numbers) else factors.to(term.dtype)
+    if isinstance(factors, Numbers):
+        made = factors.value
+    else:
+        made = on_support(lambda x: x.to(term.dtype), factors)
     if term.target is None:
         rest = len(term.loop) - len(shape)
         made = made.reshape((*shape, *[1] * rest)) if rest else made
