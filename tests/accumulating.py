@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from torchjac.accumulated import Accumulated, planned
+from torchjac.accumulated import Accumulated
 from torchjac.capture import Call, capture_function
+from torchjac.elimination import Wanted, planned
+from torchjac.engines.accumulate import Mode
 
 
 def plan_of(
@@ -17,6 +19,7 @@ def plan_of(
     argnums: int | tuple[int, ...] = 0,
     layout: torch.layout = torch.strided,
     batched: bool = False,
+    orders: tuple[Mode, ...] = ("reverse", "forward"),
     **kwargs: Any,
 ) -> tuple[Accumulated, Any]:
     """The plan of a function, and the Jacobian at these arguments.
@@ -26,7 +29,7 @@ def plan_of(
     """
     call = Call(f, argnums, False, args, kwargs)
     program, _ = capture_function(call, batched=batched, create_graph=False, replayable=False)
-    return planned(call, program, layout, predicted=1.0)
+    return planned(call, program, Wanted(layout, predicted=1.0, orders=orders))
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,6 +21,10 @@ settings.register_profile(
     "search", settings.get_profile("ci"), derandomize=False, max_examples=3000
 )
 settings.load_profile(os.environ.get("TORCHJAC_TESTS", "ci"))
+
+
+# Nothing of a user's is read or written; each worker of pytest-xdist has a cache of its own.
+os.environ["TORCHJAC_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchjac-tests-")
 
 
 def pytest_configure(config: pytest.Config) -> None:

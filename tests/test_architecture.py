@@ -20,7 +20,7 @@ ROOT = Path(torchjac.__file__).parent
 # In the order of the flow. A stage may import the stages before it, never the ones after it.
 STAGES = ["capture", "structure", "plan", "engines", "layout"]
 # Known to all; they import nothing of torchjac but each other, in this order.
-LEAVES = ["errors", "_torch"]
+LEAVES = ["errors", "_torch", "disk"]
 # What stands on top of the stages: each may import the stages, the leaves and what is named.
 ABOVE: dict[str, set[str]] = {
     "explain": set(),
@@ -30,8 +30,13 @@ ABOVE: dict[str, set[str]] = {
     "remembered": {"sparsity"},
     "unused": set(),
     "accumulated": {"explain"},
+    "report": set(),
+    "saved": {"accumulated"},
+    "elimination": {"accumulated", "report", "saved"},
+    "accumulation": {"accumulated", "elimination", "report", "saved"},
     "function": {
         "accumulated",
+        "accumulation",
         "explain",
         "remembered",
         "solve",
@@ -40,7 +45,7 @@ ABOVE: dict[str, set[str]] = {
         "unused",
     },
     "api": {"function", "solve", "sparsity", "unused"},
-    "testing": set(),
+    "testing": {"accumulation"},
     "__init__": {"api", "explain", "function"},
 }
 # The only place where names that PyTorch does not promise may be used.

@@ -13,6 +13,7 @@ from torchjac.errors import LoopWarning as LoopWarning
 from torchjac.errors import PatternError as PatternError
 from torchjac.errors import PatternMissed as PatternMissed
 from torchjac.errors import PatternWarning as PatternWarning
+from torchjac.errors import PlanError as PlanError
 from torchjac.errors import TorchjacError as TorchjacError
 from torchjac.errors import UnusedInputError as UnusedInputError
 from torchjac.errors import UnusedInputWarning as UnusedInputWarning

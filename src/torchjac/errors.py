@@ -27,6 +27,10 @@ class CoupledBatchError(TorchjacError):
     """`batched=True` was promised, but one sample's output depends on another sample's input."""
 
 
+class PlanError(TorchjacError):
+    """A plan cannot be saved or loaded."""
+
+
 class PlanRefused(TorchjacError):
     """A plan cannot be run on this program; the message is the reason.
 
@@ -46,6 +50,20 @@ class RefusedHere(PlanRefused):
     """A plan cannot be run at these values."""
 
     lasting = False
+
+
+class NotKnownLinear(PlanRefused):
+    """The backward pass is not known to be linear in the cotangent."""
+
+
+class Disagrees(PlanRefused):
+    """The result of a plan is not what a pass of autograd gives.
+
+    Attributes:
+        report: What the issue tracker needs to know.
+    """
+
+    report: str | None = None
 
 
 class CaptureRefused(TorchjacError):

@@ -25,12 +25,35 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Counts:
+    """What a straight line of operations does, and what shaped it.
+
+    Attributes:
+        operations: How many there are.
+        multiplications: One for each number that an operation computes, all of a matrix product.
+        bytes: Read and written.
+        constant: Share of the products behind entries that is the same for every input.
+        lanes: Independent samples; 1 without a batch.
+        waists: Values that took the place of rows: number of elements, operation, line.
+        blame: Operations that made a sparse result dense.
+    """
+
+    operations: int
+    multiplications: int
+    bytes: int
+    constant: float
+    lanes: int = 1
+    waists: tuple[str, ...] = ()
+    blame: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """What one Jacobian took.
 
     Attributes:
         entry: The call: `jac`, `jacobian` or `hessian`.
-        engine: `plain`, `color`, or `torch.func` inside a torch.func transform.
+        engine: `plain`, `color`, `accumulate`, or `torch.func` inside a torch.func transform.
         mode: `reverse`, `forward`, `replicated`, or `torch.func`.
         passes: Passes through the graph, without the one that checks.
         chunk: Seeds that one pass carried; 1 is a loop of plain passes.
@@ -44,6 +67,9 @@ class Record:
         pattern: The pattern that passes were restricted to, in words; None without one.
         candidates: The plans that were considered, best prediction first.
         refusals: Plans that could not be run, and why.
+        counts: What an accumulated Jacobian took; None for passes.
+        report: If a plan computed something else than autograd, what the issue tracker needs to
+            know of it.
     """
 
     entry: str
@@ -61,6 +87,8 @@ class Record:
     pattern: str | None = None
     candidates: tuple[Candidate, ...] = ()
     refusals: tuple[tuple[str, str], ...] = ()
+    counts: Counts | None = None
+    report: str | None = None
 
     def __str__(self) -> str:
         """A report of a few lines for a terminal."""
@@ -81,6 +109,10 @@ class Record:
             lines.insert(3, f"  pattern  {self.pattern}")
         if self.engine == "torch.func":
             lines = lines[:2]
+        if self.counts is not None:
+            lines[lines.index(f"  passes   {self.passes} ({how})")] = _counted(self.counts)
+            lines += [f"  waist    {waist}" for waist in self.counts.waists]
+            lines += [f"  dense by {spread}" for spread in self.counts.blame]
         if self.candidates:
             lines.append("  considered" + " " * 21 + "predicted   measured")
             for c in self.candidates:
@@ -88,7 +120,21 @@ class Record:
                 lines.append(f"    {c.name:<27}{_seconds(c.predicted):>11}{done:>11}")
         for name, reason in self.refusals:
             lines.append(f"  refused  {name}: {reason}")
+        if self.report is not None:
+            lines.append("  report   the issue tracker would like to see `.report` of this record")
         return "\n".join(lines)
+
+
+def _counted(counts: Counts) -> str:
+    parts = [
+        f"{counts.operations} operations",
+        f"{_count(counts.multiplications)} multiplications",
+        f"{_bytes(counts.bytes)} moved",
+        f"{counts.constant:.0%} constant",
+    ]
+    if counts.lanes > 1:
+        parts.append(f"{counts.lanes} lanes")
+    return f"  work     {', '.join(parts)}"
 
 
 _last = threading.local()
@@ -118,6 +164,13 @@ def _seconds(value: float) -> str:
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
     return f"{value * 1e6:.2g} us"
+
+
+def _count(value: int) -> str:
+    for unit, factor in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return str(value)
 
 
 def _bytes(value: int) -> str:

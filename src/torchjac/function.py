@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from torchjac._torch.vmap import inside_transform
-from torchjac.accumulated import Accumulation, accumulate, note
+from torchjac.accumulated import accumulate, note
+from torchjac.accumulation import Accumulation, is_checking
 from torchjac.capture import Call, Program, capture_function, differentiating
 from torchjac.capture.function import Argnums, check_argnums, detached
 from torchjac.errors import (
@@ -94,7 +95,8 @@ class Jacobian:
         reason = self._accumulation.refused
         if reason is None or record.engine == "accumulate":
             return record
-        return replace(record, refusals=(*record.refusals, ("accumulate", reason)))
+        refusals = (*record.refusals, ("accumulate", reason))
+        return replace(record, refusals=refusals, report=self._accumulation.report)
 
     def pattern(self, *args: Any, **kwargs: Any) -> Pattern:
         """The sparsity pattern, valid for every input of the shapes of these arguments.
@@ -120,6 +122,51 @@ class Jacobian:
                 stacklevel=2,
             )
         return found
+
+    def save(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Writes the plan for these arguments to a file, so that it need not be found again.
+
+        Data only (JSON and arrays): nothing in it is executed on load, and no value of the
+        arguments is in it. Constants that the function reads are; tensors that require a gradient
+        are not.
+
+        Args:
+            path: The file; it is replaced.
+            *args: Arguments of f.
+            **kwargs: Keyword arguments of f.
+
+        Raises:
+            PlanError: Calls with these arguments cannot be planned; the message says why.
+
+        Example:
+            >>> J = torchjac.jacobian(f)
+            >>> J.save("f.plan", x)
+            >>> J = torchjac.jacobian(f).load("f.plan")  # in another process
+        """
+        call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
+
+        def capture() -> Program:
+            return capture_function(
+                call, batched=self._batched, create_graph=False, replayable=False
+            )[0]
+
+        self._accumulation.save(path, call, capture)
+
+    def load(self, path: str | Path) -> Jacobian:
+        """Reads a plan that `save` wrote, for calls like the one it was made for.
+
+        It is used where the function does what it did then, operation by operation; its first use
+        is checked as that of any plan. For other calls it is as if it were not there.
+
+        Returns:
+            This Jacobian.
+
+        Raises:
+            PlanError: The file holds something else, or a plan for another version of torch.
+            OSError: The file cannot be read.
+        """
+        self._accumulation.load(path)
+        return self
 
     def spy(self, *args: Any, path: str | Path | None = None, **kwargs: Any) -> Any:
         """Plots the pattern at these arguments; see `Pattern.spy`."""
@@ -150,7 +197,7 @@ class Jacobian:
         entered = perf_counter()
         accumulates = not create_graph and self._given is None and not is_forced()
         plan = self._accumulation.find(call) if accumulates else None
-        if plan is not None and plan.wins():
+        if plan is not None and plan.wins() and not is_checking():
             value = accumulate(plan, call, self._entry, layout)
             if value is not None:
                 return self._returned(call, beside), converted(value, self._layout)
@@ -161,8 +208,8 @@ class Jacobian:
         program, returned = capture_function(
             call, batched=self._batched, create_graph=create_graph, replayable=replayable
         )
-        if accumulates and plan is None:
-            planned = self._accumulation.plan(call, program, before)
+        if accumulates and (plan is None or is_checking()):
+            planned = self._accumulation.checked(plan, call, program, before)
             if planned is not None:
                 plan, value = planned
                 note(plan, self._entry, layout, perf_counter() - entered)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.pytree import flatten, unflatten
+from torchjac.accumulation import checking
 from torchjac.capture.function import Argnums
 from torchjac.plan import Mode, Plan, forced_plan
 
@@ -98,6 +99,20 @@ def force_plan(mode: Mode, chunk: int | None = None) -> AbstractContextManager[N
         chunk: Seeds at once; 1 is a loop of plain passes, None takes all of them.
     """
     return forced_plan(Plan(mode, _ALL if chunk is None else chunk))
+
+
+def check_plans() -> AbstractContextManager[None]:
+    """Compares every Jacobian that a plan gives in this context with passes of autograd.
+
+    A plan whose u'J or Jv differ by more than rounding, for random u and v, is given up; passes
+    give the result, and `Jacobian.explain` says so, with a report. A call costs two passes more.
+
+    Example:
+        >>> J = torchjac.jacobian(f)
+        >>> with torchjac.testing.check_plans():
+        ...     J(x)
+    """
+    return checking()
 
 
 def _row(out: Tensor, number: int, inputs: list[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from torchjac._torch.notes import Called, Value
 from torchjac._torch.recording import SAME, Recording, mapped, used_constants, values_in
+from torchjac._torch.work import work_of_call
 
 aten = torch.ops.aten
 
@@ -112,6 +113,7 @@ def _graph(
         if written or key not in seen:
             node = graph.call_function(bindings.get(operation, operation), args, kwargs)
             node.meta["writes"] = bool(call.written)
+            node.meta["work"] = work_of_call(call)
             if not written:
                 seen[key] = node
         else:

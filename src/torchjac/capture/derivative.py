@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -82,29 +82,10 @@ def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
     Raises:
         CaptureRefused: What the function does depends on values, or cannot be traced.
     """
-    given, input_spec = flatten(call.differentiated())
-    check_leaves(given, call.name_input, "input", PASS_THROUGH)
-    beside, rest_spec = flatten((_without(call), call.kwargs))
-    variable = _variable(beside)
-    shapes: list[torch.Size] = []
+    program = _Program(call)
 
     def derivative(observer: tracing.Observer, *tensors: Tensor) -> list[Any]:
-        inputs = [t.detach().requires_grad_() for t in tensors[: len(given)]]
-        others = list(beside)
-        for position, value in zip(variable, tensors[len(given) :], strict=True):
-            others[position] = value
-        args, kwargs = unflatten(others, rest_spec)
-        here = Call(call.function, call.argnums, call.has_aux, _merged(call, args), kwargs)
-        with modes.recording(), nested(), observer:
-            try:
-                output, _ = here.run(unflatten(inputs, input_spec))
-            except TorchjacError as error:  # of a Jacobian inside the function
-                raise CaptureRefused(str(error)) from error
-        outputs = check_leaves(
-            flatten(output)[0], lambda p: leaf_names("output", output)[p], "output", BESIDE
-        )
-        shapes[:] = [o.shape for o in outputs]
-        live = [o for o in outputs if o.requires_grad]
+        inputs, outputs, live = program(observer, tensors)
         seeds = [observer.cotangent(o) for o in live]
         with (
             modes.passes(live),
@@ -115,10 +96,114 @@ def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
         found = iter(seeds)
         return [*(next(found) if o.requires_grad else None for o in outputs), *gradients]
 
-    with modes.recording():
-        tensors = [modes.usable_in_graph(t).data for t in (*given, *(beside[i] for i in variable))]
-    module, lines = _traced(derivative, tensors, True, keep, restoring(call))
-    return _derivative(module, shapes, [t.shape for t in given], "global", lines)
+    module, lines = _traced(derivative, program.tensors(), True, keep, restoring(call))
+    return _derivative(module, program.row_shapes, program.column_shapes, "global", lines)
+
+
+def trace_transposed(call: Call, keep: Collection[Any]) -> Derivative:
+    """Traces v -> Jv, the transposed of the derivative of a function.
+
+    u -> J'u is linear in u, so pulling v back through it gives Jv (see NOTE in
+    `engines.plain.forward`). What is returned is the derivative of J': its rows are the inputs of
+    the function, its columns the outputs. That J'u is linear is proved by u being nowhere in it.
+
+    Args:
+        call: The function and its arguments.
+        keep: Operations that need not be decomposed.
+
+    Raises:
+        CaptureRefused: What the function does depends on values, or cannot be traced, or its
+            backward pass is not linear or cannot be differentiated.
+    """
+    program = _Program(call)
+
+    def derivative(observer: tracing.Observer, *tensors: Tensor) -> list[Any]:
+        inputs, outputs, live = program(observer, tensors)
+        seeds = [observer.cotangent(o).requires_grad_() for o in live]
+        with (
+            modes.passes(live),
+            tracing.numbered(_nodes(live), observer),
+            observer.during_backward(),
+        ):
+            gradients = backward(live, seeds, inputs, create_graph=True)
+            tangents = [
+                observer.cotangent(g) if g is not None and g.requires_grad else None
+                for g in gradients
+            ]
+            pairs = [
+                (g, v)
+                for g, v in zip(gradients, tangents, strict=True)
+                if g is not None and v is not None
+            ]
+            found = iter(backward([g for g, _ in pairs], [v for _, v in pairs], seeds))
+        products = [next(found) if o.requires_grad else None for o in outputs]
+        return [*tangents, *products, *seeds]
+
+    module, lines = _traced(derivative, program.tensors(), True, keep, restoring(call))
+    found = _derivative(module, program.column_shapes, program.row_shapes, "global", lines)
+    products, seeds = _split(found.gradients, len(program.row_shapes))
+    end = _end(module)
+    end.args = ((*found.cotangents, *products),)
+    for seed in seeds:
+        assert seed is not None, "every seed is a placeholder"
+        if seed.users:
+            raise CaptureRefused("the backward pass is not known to be linear in its cotangent")
+        module.graph.erase_node(seed)
+    module.recompile()
+    return replace(found, gradients=products)
+
+
+R = TypeVar("R")
+
+
+def _split(values: tuple[R, ...], at: int) -> tuple[tuple[R, ...], tuple[R, ...]]:
+    return values[:at], values[at:]
+
+
+class _Program:
+    """A function as one of tensors: of the differentiated ones, then of other floating ones.
+
+    Attributes:
+        row_shapes: Shapes of its outputs, once it has run.
+        column_shapes: Shapes of the differentiated tensors.
+    """
+
+    def __init__(self, call: Call):
+        """Takes the arguments apart."""
+        self._call = call
+        self._given, self._spec = flatten(call.differentiated())
+        check_leaves(self._given, call.name_input, "input", PASS_THROUGH)
+        self._beside, self._rest = flatten((_without(call), call.kwargs))
+        self._variable = _variable(self._beside)
+        self.row_shapes: list[torch.Size] = []
+        self.column_shapes = [t.shape for t in self._given]
+
+    def tensors(self) -> list[Tensor]:
+        """What it is called with."""
+        beside = (self._beside[i] for i in self._variable)
+        with modes.recording():
+            return [modes.usable_in_graph(t).data for t in (*self._given, *beside)]
+
+    def __call__(
+        self, observer: tracing.Observer, tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Sequence[Tensor], list[Tensor]]:
+        """The differentiated tensors, the outputs, and those outputs that have a graph."""
+        call, count = self._call, len(self._given)
+        inputs = [t.detach().requires_grad_() for t in tensors[:count]]
+        others = list(self._beside)
+        for position, value in zip(self._variable, tensors[count:], strict=True):
+            others[position] = value
+        args, kwargs = unflatten(others, self._rest)
+        here = Call(call.function, call.argnums, call.has_aux, _merged(call, args), kwargs)
+        with modes.recording(), nested(), observer:
+            try:
+                output, _ = here.run(unflatten(inputs, self._spec))
+            except TorchjacError as error:  # of a Jacobian inside the function
+                raise CaptureRefused(str(error)) from error
+        leaves = flatten(output)[0]
+        outputs = check_leaves(leaves, lambda p: leaf_names("output", output)[p], "output", BESIDE)
+        self.row_shapes[:] = [o.shape for o in outputs]
+        return inputs, outputs, [o for o in outputs if o.requires_grad]
 
 
 def trace_graph(program: Program, keep: Collection[Any]) -> Derivative:
@@ -201,8 +286,7 @@ def _derivative(
     scope: Scope,
     lines: dict[int, str],
 ) -> Derivative:
-    (end,) = (node for node in module.graph.nodes if node.op == "output")
-    leaves = list(end.args[0])
+    leaves: list[Any] = list(_end(module).args[0])  # type: ignore[arg-type]
     return Derivative(
         module,
         tuple(leaves[: len(rows)]),
@@ -212,6 +296,12 @@ def _derivative(
         scope,
         lines,
     )
+
+
+def _end(module: fx.GraphModule) -> fx.Node:
+    """Where the results of a graph leave it."""
+    end: fx.Node = next(node for node in module.graph.nodes if node.op == "output")
+    return end
 
 
 def arguments(call: Call) -> list[Tensor]:

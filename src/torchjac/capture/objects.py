@@ -247,7 +247,7 @@ _INERT = frozenset(
         "logging.Logger",
         "logging.RootLogger",
         "torchjac.capture.cache.CaptureCache",
-        "torchjac.accumulated.Accumulation",
+        "torchjac.accumulation.Accumulation",
         "torchjac.remembered.Remembered",
     }
 )

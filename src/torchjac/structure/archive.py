@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +24,12 @@ _ARRAYS = ("starts", "columns", "values")
 
 def save(pattern: Pattern, path: str | Path) -> None:
     """Writes a pattern to a file."""
+    with Path(path).open("wb") as file:
+        write(pattern, file)
+
+
+def write(pattern: Pattern, file: IO[bytes]) -> None:
+    """Writes a pattern to a file that is open."""
     about = {
         "format": "torchjac pattern",
         "version": _VERSION,
@@ -34,17 +41,16 @@ def save(pattern: Pattern, path: str | Path) -> None:
         "spreads": [asdict(spread) for spread in pattern.spreads],
         "assumed": pattern.assumed,
     }
-    with Path(path).open("wb") as file:
-        np.savez_compressed(
-            file,
-            starts=pattern.starts,
-            columns=pattern.columns,
-            values=pattern.values,
-            about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-        )
+    np.savez_compressed(
+        file,
+        starts=pattern.starts,
+        columns=pattern.columns,
+        values=pattern.values,
+        about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+    )
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: str | Path | IO[bytes]) -> dict[str, Any]:
     """Fields of the pattern in a file.
 
     Raises:
@@ -52,7 +58,8 @@ def load(path: str | Path) -> dict[str, Any]:
             that do not fit together.
     """
     try:
-        with np.load(Path(path), allow_pickle=False) as stored:
+        file = io.BytesIO(Path(path).read_bytes()) if isinstance(path, str | Path) else path
+        with np.load(file, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
             arrays = {name: stored[name] for name in _ARRAYS}
     except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as wrong:
@@ -77,7 +84,9 @@ def load(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _check(path: str | Path, m: int, n: int, starts: Any, columns: Any, values: Any) -> None:
+def _check(
+    path: str | Path | IO[bytes], m: int, n: int, starts: Any, columns: Any, values: Any
+) -> None:
     """Refuses arrays that would make a later read go astray."""
     nnz = len(columns)
     fits = (

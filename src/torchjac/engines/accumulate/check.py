@@ -1,82 +1,167 @@
-"""The first use of a plan is compared with autograd."""
+"""Results of a plan are compared with passes of autograd: u'J and Jv for random u and v."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchjac._torch import modes
 from torchjac._torch.autograd import backward
-from torchjac._torch.modes import real_values
 from torchjac.capture import Program
-from torchjac.capture.derivative import Derivative
 from torchjac.engines.plain.check import tolerance
+from torchjac.engines.plain.forward import recorded, refuse_beforehand
 from torchjac.engines.plain.seeds import weights
-from torchjac.errors import PlanRefused, RefusedHere
-from torchjac.structure import Pattern
+from torchjac.errors import Disagrees, PlanRefused, RefusedHere
+from torchjac.structure import Pattern, analyze
+
+Parts = Sequence[Tensor]
 
 
-def agrees(
-    parts: tuple[Tensor, ...],
-    pattern: Pattern | None,
-    derivative: Derivative,
-    program: Program,
-) -> None:
-    """Compares u'J of the entries with a pass of autograd, for a random u.
+class Reference:
+    """Products of a Jacobian with random vectors, by passes over the graph of its program."""
 
-    Raises:
-        PlanRefused: They differ by more than rounding.
-    """
-    cotangent = weights(program.outputs)
-    expected = backward(program.outputs, cotangent, program.inputs)
-    every = iter(cotangent)
-    live = [
-        next(every) if i in program.nest.live_outputs else None
-        for i in range(len(program.nest.outputs))
-    ]
-    finite = all(bool(p.isfinite().all()) for p in parts)
-    if not finite or not all(e is None or bool(e.isfinite().all()) for e in expected):
-        raise RefusedHere("values are not finite")
-    with torch.no_grad(), real_values():
-        if pattern is None:
-            found = _products(parts, live, len(program.inputs), program.batch is not None)
-        else:
-            u = torch.cat(
-                [
-                    torch.zeros(s.numel()) if c is None else c.reshape(-1)
-                    for c, s in zip(live, derivative.row_shapes, strict=True)
-                ]
+    def __init__(self, program: Program):
+        """Runs the passes.
+
+        Jv is left out where code of the user's runs in the backward pass: that need not be linear.
+
+        Raises:
+            RefusedHere: They are not finite.
+        """
+        self._program = program
+        self._seeds = weights(program.outputs)
+        self._tangents = [w.detach() for w in weights(program.inputs)]
+        self._pushed: Sequence[Tensor | None] | None = None
+        try:
+            refuse_beforehand(program, analyze(program))
+            with modes.recording():
+                gradients, _ = recorded(program, self._seeds)
+                self._pushed = self._forward(gradients)
+        except (PlanRefused, RuntimeError):  # not to be had; u'J is
+            gradients = backward(program.outputs, self._seeds, program.inputs)
+        self._seeds = [seed.detach() for seed in self._seeds]
+        self._pulled = [None if g is None else g.detach() for g in gradients]
+        if not all(_finite(found) for found in (self._pulled, self._pushed or ())):
+            raise RefusedHere("values are not finite")
+
+    def _forward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        pairs = [
+            (g, v)
+            for g, v in zip(gradients, self._tangents, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        found = backward([g for g, _ in pairs], [v for _, v in pairs], self._seeds)
+        return [None if f is None else f.detach() for f in found]
+
+    def check(self, parts: Parts, pattern: Pattern | None) -> None:
+        """Compares a result.
+
+        Args:
+            parts: Blocks, row by row, or the values of a pattern.
+            pattern: The pattern; None for blocks.
+
+        Raises:
+            Disagrees: They differ by more than rounding.
+            RefusedHere: The result is not finite.
+        """
+        if not _finite(parts):
+            raise RefusedHere("values are not finite")
+        nest = self._program.nest
+        given, made = self._program.inputs, self._program.outputs
+        seeds, tangents = _spread(self._seeds, nest.live_outputs, len(nest.outputs)), self._tangents
+        with torch.no_grad(), modes.real_values():
+
+            def products(of: Parts, u: Sequence[Tensor | None], v: Parts) -> tuple[Any, Any]:
+                if pattern is not None:
+                    return _sparse(of[0], pattern, u, v)
+                return _dense(of, u, v, self._program.batch is not None)
+
+            pulled, pushed = products(parts, seeds, tangents)
+            # What is added up may be far larger than the sum: rounding is as large as that.
+            sizes = products(
+                [p.abs() for p in parts],
+                [None if s is None else s.abs() for s in seeds],
+                [t.abs() for t in tangents],
             )
-            flat = torch.zeros(pattern.shape[1], dtype=parts[0].dtype)
-            where = torch.from_numpy(pattern.columns.astype(np.int64))
-            rows = torch.from_numpy(pattern.rows.astype(np.int64))
-            flat.index_add_(0, where, parts[0] * u.to(parts[0].dtype)[rows])
-            found = list(torch.split(flat, [t.numel() for t in program.inputs]))
-        for given, want, got in zip(program.inputs, expected, found, strict=True):
-            reference = torch.zeros_like(given) if want is None else want.detach()
-            difference = (got.reshape(given.shape) - reference).abs()
-            size = reference.abs().amax()
-            eps = max(torch.finfo(t.dtype).eps for t in (given, *program.outputs))
-            if not bool((difference <= tolerance(eps) * size).all()):
-                raise PlanRefused("it does not agree with a pass of autograd")
+            self._compare("u'J", pulled, self._pulled, sizes[0], given)
+            if self._pushed is not None:
+                live, most = ([found[i] for i in nest.live_outputs] for found in (pushed, sizes[1]))
+                self._compare("Jv", live, self._pushed, most, made)
+
+    def _compare(
+        self,
+        name: str,
+        found: Sequence[Any],
+        wanted: Sequence[Tensor | None],
+        sizes: Sequence[Any],
+        like: Parts,
+    ) -> None:
+        kinds = (*self._program.inputs, *self._program.outputs)
+        bound = tolerance(max(torch.finfo(t.dtype).eps for t in kinds))
+        every = zip(found, wanted, sizes, like, strict=True)
+        for number, (got, want, most, leaf) in enumerate(every):
+            reference = torch.zeros_like(leaf) if want is None else want
+            given = got.reshape(leaf.shape) if isinstance(got, Tensor) else torch.zeros_like(leaf)
+            difference = (given - reference).abs().amax()
+            size = torch.maximum(reference.abs().amax(), torch.as_tensor(most).amax().to(leaf))
+            if not bool(difference <= bound * size):
+                raise Disagrees(
+                    f"it does not agree with a pass of autograd: {name} of leaf {number} differs "
+                    f"by {float(difference):.3g}, where the largest element is {float(size):.3g}"
+                )
 
 
-def _products(
-    parts: tuple[Tensor, ...], live: list[Tensor | None], inputs: int, batched: bool
-) -> list[Tensor]:
-    """U'J of dense blocks, for each input leaf."""
-    totals: list[Any] = [0.0] * inputs
-    for k, part in enumerate(parts):
-        u = live[k // inputs]
+def _finite(tensors: Sequence[Tensor | None]) -> bool:
+    return all(t is None or bool(t.isfinite().all()) for t in tensors)
+
+
+def _spread(values: Sequence[Tensor], places: Sequence[int], size: int) -> list[Tensor | None]:
+    """Values in their places, None elsewhere."""
+    found: list[Tensor | None] = [None] * size
+    for place, value in zip(places, values, strict=True):
+        found[place] = value
+    return found
+
+
+def _sparse(
+    values: Tensor, pattern: Pattern, seeds: Sequence[Tensor | None], tangents: Parts
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Products u'J for each input leaf and Jv for each output leaf."""
+    heights = [math.prod(s) for s in pattern.row_shapes]
+    widths = [math.prod(s) for s in pattern.column_shapes]
+    rows = torch.from_numpy(pattern.rows.astype(np.int64))
+    columns = torch.from_numpy(pattern.columns.astype(np.int64))
+    sides = [
+        torch.zeros(size) if s is None else s.reshape(-1)
+        for s, size in zip(seeds, heights, strict=True)
+    ]
+    u, v = torch.cat(sides).to(values.dtype), torch.cat([t.reshape(-1) for t in tangents])
+    pulled = values.new_zeros(sum(widths)).index_add_(0, columns, values * u[rows])
+    pushed = values.new_zeros(sum(heights))
+    pushed.index_add_(0, rows, values * v.to(values.dtype)[columns])
+    return list(torch.split(pulled, widths)), list(torch.split(pushed, heights))
+
+
+def _dense(
+    parts: Parts, seeds: Sequence[Tensor | None], tangents: Parts, batched: bool
+) -> tuple[list[Any], list[Any]]:
+    """As `_sparse`, of blocks."""
+    pulled: list[Any] = [0.0] * len(tangents)
+    pushed: list[Any] = [0.0] * len(seeds)
+    for part, (i, j) in zip(parts, product(range(len(seeds)), range(len(tangents))), strict=True):
+        u, v = seeds[i], tangents[j]
         if u is None:
             continue
-        if batched:
-            samples = u.shape[0]
-            weight = u.reshape(samples, 1, -1).to(part.dtype)
-            made = weight @ part.reshape(samples, weight.shape[2], -1)
-        else:
-            made = u.reshape(1, -1).to(part.dtype) @ part.reshape(u.numel(), -1)
-        totals[k % inputs] = totals[k % inputs] + made
-    return totals
+        samples = u.shape[0] if batched else 1
+        left = u.reshape(samples, 1, -1).to(part.dtype)
+        block = part.reshape(samples, left.shape[2], -1)
+        right = v.reshape(samples, -1, 1).to(part.dtype)
+        pulled[j] = pulled[j] + left @ block
+        pushed[i] = pushed[i] + block @ right
+    return pulled, pushed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, product
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +15,12 @@ from torchjac._torch.inductor import NotCompiled, compiled
 from torchjac._torch.recorder import Recorder
 from torchjac._torch.recording import Recording, recorded
 from torchjac._torch.straight import compilable, executable, folded
+from torchjac._torch.work import Work, work_of
 from torchjac.capture.derivative import Derivative
 from torchjac.engines.accumulate import write
 from torchjac.engines.accumulate.sweep import Sweep
 from torchjac.engines.accumulate.terms import Adjoint
+from torchjac.engines.accumulate.write import Mode
 from torchjac.errors import PlanRefused, RefusedHere
 from torchjac.structure import Pattern
 
@@ -30,16 +32,24 @@ class Emitted:
     """A program that computes the entries of a Jacobian.
 
     Attributes:
-        module: Takes the inputs and the constants, gives the parts of the result and a number that
-            is not finite where one of them is not.
+        recording: Its operations: they take the inputs, and give the parts of the result and a
+            number that is not finite where one of them is not.
+        module: The same, made fewer; takes the inputs and the constants.
         constants: What it read or could compute beforehand.
         run: The module, or what it was compiled to.
+        mode: The order in which local Jacobians were multiplied.
+        fixed: Entries that are the same for every input, and all of them.
+        waists: Values that took the place of rows: their size, and where they are.
         note: Why it was not compiled, though that was asked for.
     """
 
+    recording: Recording
     module: fx.GraphModule
     constants: tuple[Tensor, ...]
     run: Callable[..., Any]
+    mode: Mode
+    fixed: tuple[int, int]
+    waists: tuple[str, ...]
     note: str | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
@@ -49,6 +59,26 @@ class Emitted:
         """
         *parts, probe = self.run(*(x.contiguous() for x in inputs), *self.constants)
         return tuple(parts) if math.isfinite(probe) else None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it runs as compiled code."""
+        return bool(self.run != self.module.forward)
+
+    @property
+    def work(self) -> Work:
+        """What its operations do."""
+        return work_of(self.module.graph)
+
+    def compiled(self, inputs: Sequence[Tensor]) -> Emitted:
+        """The same program as compiled code; as it is, with a note, where that cannot be done."""
+        module, constants = compilable(self.recording)
+        inputs = [x.contiguous() for x in inputs]
+        try:
+            run = compiled(module, [*inputs, *constants])
+        except NotCompiled as refusal:
+            return replace(self, note=str(refusal))
+        return replace(self, module=module, constants=constants, run=run)
 
 
 class _Everything:
@@ -66,18 +96,15 @@ class _Everything:
 
 def emit(
     derivative: Derivative, inputs: Sequence[Tensor], target: Target, most: int, limit: float = 60.0
-) -> tuple[Emitted, tuple[Tensor, ...]]:
+) -> Emitted:
     """Accumulates the Jacobian once, at some inputs, and keeps the operations that it took.
 
     Args:
-        derivative: The traced backward pass.
+        derivative: The traced backward pass, or that of J'.
         inputs: A tensor for each of its placeholders that is not a cotangent.
         target: What the result looks like.
         most: Numbers that intermediate adjoints may have, all together.
         limit: Seconds that the walk over the graph may take.
-
-    Returns:
-        The program, and the parts of the Jacobian at these inputs.
 
     Raises:
         PlanRefused: It cannot be done this way, or would take too much.
@@ -95,37 +122,42 @@ def emit(
 
     given = dict(zip(free, inputs, strict=True))
     with torch.no_grad():
-        gradients = Sweep(derivative, given, record, most, limit).gradients()
-        count = sum(math.prod(x.loop) for g in gradients if g is not None for x in g.terms)
-        if count > most:
+        sweep = Sweep(derivative, given, record, most, limit)
+        gradients = sweep.gradients()
+        terms = [x for g in gradients if g is not None for x in g.terms]
+        if sum(math.prod(x.loop) for x in terms) > most:
             raise PlanRefused("far more products than entries would be added up")
         parts = record(lambda: _parts(derivative, gradients, inputs, target, recorder.varies))
         probe = record(lambda: _probe(parts))
+        fixed = sum(
+            math.prod(x.loop)
+            for x in terms
+            if not any(recorder.varies(factor) for factor in x.factors)
+        )
     recording = folded(recorded(recorder, [*parts, probe]))
-    emitted = _emitted(recording, inputs, target.compiled)
-    with torch.no_grad():  # what is checked is what will run, on memory of another kind
-        again = emitted([_elsewhere(x) for x in inputs])
-    if again is None:
+    module, constants = executable(recording)
+    whole = sum(math.prod(x.loop) for x in terms)
+    about = target.mode, (fixed, whole), sweep.waists
+    return Emitted(recording, module, constants, module.forward, *about)
+
+
+def evaluated(emitted: Emitted, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a program gives, to be checked: as it will run, on memory of another kind.
+
+    Raises:
+        RefusedHere: The result is not finite.
+    """
+    with torch.no_grad():
+        parts = emitted([_elsewhere(x) for x in inputs])
+    if parts is None:
         raise RefusedHere("values are not finite")
-    return emitted, again
+    return parts
 
 
 def _elsewhere(tensor: Tensor) -> Tensor:
     """The same numbers, not at the beginning of their memory."""
     memory = torch.empty(tensor.numel() + 3, dtype=tensor.dtype, device=tensor.device)
     return memory[3:].view(tensor.shape).copy_(tensor)
-
-
-def _emitted(recording: Recording, inputs: Sequence[Tensor], compiling: bool) -> Emitted:
-    note = None
-    if compiling:
-        module, constants = compilable(recording)
-        try:
-            return Emitted(module, constants, compiled(module, [*inputs, *constants]))
-        except NotCompiled as refusal:
-            note = str(refusal)
-    module, constants = executable(recording)
-    return Emitted(module, constants, module.forward, note)
 
 
 def _probe(parts: Sequence[Tensor]) -> Tensor:
@@ -141,12 +173,12 @@ class Target:
     Attributes:
         pattern: Structural nonzeros of a sparse result; None for a dense one.
         batched: Whether a dense one has a batch of independent samples.
-        compiled: Whether the program is to be compiled.
+        mode: Whether the derivative is that of J (`reverse`) or that of J' (`forward`).
     """
 
     pattern: Pattern | None = None
     batched: bool = False
-    compiled: bool = False
+    mode: Mode = "reverse"
 
 
 def _parts(
@@ -157,19 +189,22 @@ def _parts(
     varies: Callable[[Tensor], bool],
 ) -> list[Tensor]:
     """The values of a sparse result, or every block of a dense one, row by row."""
-    columns = [tuple(s) for s in derivative.column_shapes]
+    elements = [tuple(s) for s in derivative.column_shapes]
     if target.pattern is not None:
-        starts = [0, *accumulate(math.prod(s) for s in columns)]
+        starts = [0, *accumulate(math.prod(s) for s in elements)]
         present = [(g, k) for g, k in zip(gradients, starts, strict=False) if g is not None]
-        slots = write.Slots.of(target.pattern)
+        slots = write.Slots.of(target.pattern, target.mode)
         return [write.sparse(present, slots, inputs[0], varies)]
+    seeds = [tuple(s) for s in derivative.row_shapes]
+    starts = [0, *accumulate(math.prod(s) for s in seeds)]
+    rows, columns = (seeds, elements) if target.mode == "reverse" else (elements, seeds)
     parts = []
-    first = 0
-    for row_shape in derivative.row_shapes:
-        for gradient, shape, like in zip(gradients, columns, inputs, strict=False):
-            samples = row_shape[0] if target.batched else None
-            block = write.Block(first, row_shape.numel(), shape, samples)
-            outer = (*row_shape, *(shape if samples is None else shape[1:]))
-            parts.append(write.dense(gradient, block, like).view(outer))
-        first += row_shape.numel()
+    for i, j in product(range(len(rows)), range(len(columns))):
+        source, leaf = (i, j) if target.mode == "reverse" else (j, i)
+        samples = rows[i][0] if target.batched else None
+        block = write.Block(
+            starts[source], math.prod(seeds[source]), elements[leaf], samples, target.mode
+        )
+        outer = (*rows[i], *(columns[j] if samples is None else columns[j][1:]))
+        parts.append(write.dense(gradients[leaf], block, inputs[j]).view(outer))
     return parts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.modes import real_values
-from torchjac._torch.tracing import HigherOrderOperator, OpOverload, is_random
+from torchjac._torch.tracing import HigherOrderOperator, OpOverload, is_random, sequence_of
 from torchjac._torch.vmap import WRONGLY_BATCHED
 from torchjac.capture.derivative import Derivative
 from torchjac.engines.accumulate.act import NoNumbers, apply, joined
@@ -21,7 +21,7 @@ from torchjac.engines.accumulate.merge import merged
 from torchjac.engines.accumulate.operate import operated
 from torchjac.engines.accumulate.terms import Adjoint, Term, seed
 from torchjac.engines.accumulate.waist import narrowed, resolved
-from torchjac.errors import PlanRefused
+from torchjac.errors import NotKnownLinear, PlanRefused
 from torchjac.structure.interpret import linear_nodes, needed_nodes
 from torchjac.structure.maps import Factors, LinearMap, Numbers, Shape
 from torchjac.structure.maps.factors import is_unknown
@@ -177,6 +177,12 @@ class Sweep:
         self._left = most
         self._below: dict[fx.Node, int] = {}
         self._found: dict[fx.Node, Any] = {}
+        self._waists: list[str] = []
+
+    @property
+    def waists(self) -> tuple[str, ...]:
+        """Values that took the place of rows: their size, and the operation that made them."""
+        return tuple(self._waists)
 
     def gradients(self) -> tuple[Adjoint | None, ...]:
         """The adjoint of each input leaf; None where it is zero.
@@ -194,7 +200,10 @@ class Sweep:
         self._below = _below([n for n in derivative.module.graph.nodes if n in needed])
         for node in derivative.module.graph.nodes:
             if node in needed and node not in self._found:
-                self._found[node] = self._of(node)
+                try:
+                    self._found[node] = self._of(node)
+                except PlanRefused as refusal:
+                    raise type(refusal)(f"{refusal} (at {self._named(node)})") from refusal
         gradients: list[Adjoint | None] = []
         for node in derivative.gradients:
             if node is None or node in self._found:
@@ -224,7 +233,7 @@ class Sweep:
                 raise PlanRefused(f"{node.target}: no local Jacobian") from missing
         parts = local if isinstance(local, tuple) else (local,)
         if node.target in WRONGLY_BATCHED or any(isinstance(part, Vanishing) for part in parts):
-            raise PlanRefused(f"{node.target} in the backward pass need not be linear")
+            raise NotKnownLinear(f"{node.target} in the backward pass need not be linear")
         if isinstance(local, tuple):
             value = node.meta["val"]
             return [
@@ -249,6 +258,8 @@ class Sweep:
 
         made: Adjoint = self._record(gathered)
         self._count(made)
+        if any(x.table is not None and x.table.number == len(self._found) for x in made.terms):
+            self._waists.append(f"{math.prod(shape)} at {self._named(node)}")
         return made
 
     def _applied(
@@ -267,6 +278,11 @@ class Sweep:
             dtype = operand.meta["val"].dtype
             made = self._record(lambda: operated(map_, adjoint, run, dtype, self._left))
         return made
+
+    def _named(self, node: fx.Node) -> str:
+        """An operation, and the line of the user's that it comes from, if that is known."""
+        line = self._derivative.lines.get(sequence_of(node) or -1)
+        return f"{node.target}, {line}" if line else str(node.target)
 
     def _count(self, made: Adjoint) -> None:
         self._left -= sum(max(term.size, math.prod(term.loop) // 8) for term in made.terms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,52 +19,76 @@ from torchjac.engines.accumulate.terms import Adjoint, Term
 from torchjac.structure import Pattern
 from torchjac.structure.maps import Shape
 
+Mode = Literal["reverse", "forward"]
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
     """Where the entries between one output and one input leaf go, in a buffer of their own.
 
-    Entry (row, column) is element `(row - first) * width + column % width` of the buffer.
+    Adjoints run from seeds to elements: in reverse mode seeds are rows of the block and elements
+    its columns, in forward mode it is the other way round. Entry (row, column) is element
+    `row * width + column % width` of the buffer.
 
     Attributes:
-        first: First row of the output leaf.
-        rows: How many it has.
-        shape: Shape of the input leaf.
-        samples: Size of the batch that both begin with; None without one.
+        first: Number of the first seed.
+        seeds: How many there are.
+        shape: Shape of the leaf that elements belong to.
+        samples: Size of the batch that both leaves begin with; None without one.
+        mode: What seeds are.
     """
 
     first: int
-    rows: int
+    seeds: int
     shape: Shape
     samples: int | None = None
+    mode: Mode = "reverse"
 
     @property
     def width(self) -> int:
         """Columns that a row has: those of its sample, with a batch."""
-        return math.prod(self.shape if self.samples is None else self.shape[1:])
+        columns = math.prod(self.shape) if self.mode == "reverse" else self.seeds
+        return columns // max(self.samples or 1, 1)
 
     @property
-    def steps(self) -> list[int]:
-        """How far each axis of the input leaf steps."""
-        steps = [1] * len(self.shape)
-        for a in range(len(self.shape) - 2, -1, -1):
-            steps[a] = steps[a + 1] * self.shape[a + 1]
-        if self.samples is not None:
-            steps[0] = 0
-        return steps
+    def size(self) -> int:
+        """Places in the buffer."""
+        rows = self.seeds if self.mode == "reverse" else math.prod(self.shape)
+        return rows * self.width
+
+    @property
+    def per_sample(self) -> tuple[int, int]:
+        """Seeds and elements that belong to one sample; at least one."""
+        samples = max(self.samples or 1, 1)
+        return max(self.seeds // samples, 1), max(math.prod(self.shape) // samples, 1)
 
     def places(self, term: Term) -> Tensor:
         """Place of each entry; -1 for entries of other blocks, and between samples."""
-        rows = term.rows.expand(term.loop) - self.first
-        columns = t.elements(term, self.shape)
-        valid = (rows >= 0) & (rows < self.rows) & (term.rows.expand(term.loop) >= 0)
+        seeds = term.rows.expand(term.loop) - self.first
+        elements = t.elements(term, self.shape)
+        valid = (seeds >= 0) & (seeds < self.seeds) & (term.rows.expand(term.loop) >= 0)
+        rows, columns = (seeds, elements) if self.mode == "reverse" else (elements, seeds)
         if self.samples is not None:
-            per = max(self.rows // max(self.samples, 1), 1)
-            valid &= rows.div(per, rounding_mode="floor") == columns.div(
-                max(self.width, 1), rounding_mode="floor"
+            mine, other = self.per_sample
+            valid &= seeds.div(mine, rounding_mode="floor") == elements.div(
+                other, rounding_mode="floor"
             )
             columns = columns % max(self.width, 1)
         return torch.where(valid, rows * self.width + columns, -1).reshape(-1)
+
+    def steps(self, seeds: Sequence[int], elements: Sequence[int]) -> list[int]:
+        """How far each axis of a loop steps in the buffer.
+
+        Args:
+            seeds: How far it steps along seeds.
+            elements: How far it steps along elements; with a batch the first axis is the samples.
+        """
+        rows, columns = list(seeds), list(elements)
+        if self.mode == "forward":
+            rows, columns = columns, rows
+        if self.samples is not None and columns:
+            columns[0] -= self.width
+        return [r * self.width + c for r, c in zip(rows, columns, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +137,7 @@ def dense(adjoint: Adjoint | None, block: Block, like: Tensor) -> Tensor:
         block: The block.
         like: A tensor of its dtype and device.
     """
-    size = block.rows * block.width
+    size = block.size
     terms = () if adjoint is None else adjoint.terms
     with real_values():
         regular = [_regular(term, block) for term in terms]
@@ -164,23 +189,24 @@ def _regular(term: Term, block: Block) -> Regular | None:
     """The steps of a term, if places are even and all in the block."""
     rows = term.rows
     start = int(rows[(0,) * rows.ndim]) - block.first
-    found, columns = t.even(rows), (0, [*block.steps, *[0] * (rows.ndim - len(block.shape))])
+    found = t.even(rows)
     small = t.compact(rows, [a for a in range(rows.ndim) if t.is_free(rows, a)]) - block.first
-    if start < 0 or found is None or int(small.max()) >= block.rows:
+    if start < 0 or found is None or int(small.max()) >= block.seeds:
         return None
+    own = [math.prod(block.shape[a + 1 :]) for a in range(len(block.shape))]
+    elements = (0, [*own, *[0] * (rows.ndim - len(own))])
     if term.target is not None:
         placed_at = t.even(term.target.expand(term.loop))
         if placed_at is None or block.samples is not None:
             return None
-        columns = placed_at
-    steps = [s * block.width + o for s, o in zip(found[1], columns[1], strict=True)]
+        elements = placed_at
     if block.samples is not None and len(block.shape):
-        per = max(block.rows // max(block.samples, 1), 1)
-        sample = small.div(per, rounding_mode="floor")
+        sample = small.div(block.per_sample[0], rounding_mode="floor")
         mine = torch.arange(term.loop[0]).reshape(-1, *[1] * (rows.ndim - 1))
         if not bool((sample == mine).all()):
             return None
-    return Regular(start * block.width + columns[0], steps)
+    row, column = (start, elements[0]) if block.mode == "reverse" else (elements[0], start)
+    return Regular(row * block.width + column, block.steps(found[1], elements[1]))
 
 
 def _added(
@@ -215,25 +241,28 @@ class Slots:
     Attributes:
         keys: `row * n + column` of each, ascending.
         n: Number of columns.
+        mode: What seeds are: rows in reverse mode, columns in forward mode.
     """
 
     keys: np.ndarray
     n: int
+    mode: Mode
 
     @classmethod
-    def of(cls, pattern: Pattern) -> Slots:
+    def of(cls, pattern: Pattern, mode: Mode) -> Slots:
         """Of the structural nonzeros of a pattern."""
         n = pattern.shape[1]
-        return cls(pattern.rows.astype(np.int64) * n + pattern.columns, n)
+        return cls(pattern.rows.astype(np.int64) * n + pattern.columns, n, mode)
 
-    def find(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def find(self, seeds: np.ndarray, elements: np.ndarray) -> np.ndarray:
         """The number of each entry; -1 for one that is structurally zero."""
+        rows, columns = (seeds, elements) if self.mode == "reverse" else (elements, seeds)
         wanted = rows * self.n + columns
         if not len(self.keys):
             return np.full(wanted.shape, -1)
         at = np.searchsorted(self.keys, wanted)
         at[at == len(self.keys)] = 0
-        return np.where((self.keys[at] == wanted) & (rows >= 0), at, -1)
+        return np.where((self.keys[at] == wanted) & (seeds >= 0), at, -1)
 
 
 def sparse(
@@ -245,7 +274,7 @@ def sparse(
     """The values of the structural nonzeros, in the order of the pattern.
 
     Args:
-        adjoints: Gradients, each with the number of its first column.
+        adjoints: Those of the leaves, each with the number of its first element.
         slots: Places of the entries.
         like: A tensor of their dtype and device.
         varies: Whether a running tensor is another one for other inputs.
@@ -257,9 +286,9 @@ def sparse(
         for term in adjoint.terms:
             values = t.value(term, like)
             with real_values():
-                columns = t.elements(term, adjoint.shape).reshape(-1).numpy() + first
-                rows = term.rows.expand(term.loop).reshape(-1).numpy()
-                found = torch.from_numpy(slots.find(rows, columns)).reshape(term.loop)
+                elements = t.elements(term, adjoint.shape).reshape(-1).numpy() + first
+                seeds = term.rows.expand(term.loop).reshape(-1).numpy()
+                found = torch.from_numpy(slots.find(seeds, elements)).reshape(term.loop)
             (running if varies(values) else fixed).append((found, values))
     if not running and not fixed:
         return torch.zeros(count, dtype=like.dtype, device=like.device)

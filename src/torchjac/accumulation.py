@@ -1,0 +1,220 @@
+"""The plans of a function whose Jacobian is accumulated: when they are made, and found again.
+
+A plan holds as long as nothing that the function reads has changed (`capture.guards`). It is made
+when calls have taken as long as it will take, or when this one would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchjac.accumulated import Accumulated
+from torchjac.capture import Call, Program
+from torchjac.capture.cache import Before, CaptureCache
+from torchjac.capture.watch import Policy
+from torchjac.elimination import Wanted, planned
+from torchjac.errors import CaptureRefused, Disagrees, PlanError, PlanRefused, RefusedHere
+from torchjac.plan import default_budget, plain_seconds
+from torchjac.report import report
+from torchjac.saved import Saved
+
+# Seconds that a plan takes: to trace, and for each operation of the graph.
+_PLAN, _PLAN_NODE = 25e-3, 0.8e-3
+# Plans that did not hold before this function is not planned any more.
+_PATIENCE = 3
+
+
+_checking: ContextVar[bool] = ContextVar("torchjac_checking", default=False)
+
+
+def is_checking() -> bool:
+    """Whether every result of a plan is compared with passes."""
+    return _checking.get()
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Compares every result of a plan in this context with passes."""
+    token = _checking.set(True)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
+class Accumulation:
+    """The plans of one function.
+
+    Attributes:
+        refused: Why there is no plan, where there is none.
+        report: What the issue tracker needs to know of a plan that was wrong.
+    """
+
+    def __init__(self, compiled: bool, layout: torch.layout, budget: int | None):
+        """Begins without any.
+
+        Args:
+            compiled: Whether plans are to be compiled.
+            layout: Layout of the result.
+            budget: Bytes that intermediate values may take, or None for the default.
+        """
+        self._compiled = compiled
+        self._layout = layout
+        self._budget = budget
+        self._plans: CaptureCache[Accumulated | str] = CaptureCache(
+            policy=Policy(parameters="objects")
+        )
+        self._spent = 0.0
+        self._made = 0
+        self._saved: list[Saved] = []
+        self.refused: str | None = None
+        self.report: str | None = None
+
+    def find(self, call: Call) -> Accumulated | None:
+        """The plan for a call, if there is one."""
+        if not len(self._plans) or torch.is_autocast_enabled("cpu"):
+            return None
+        found = self._plans.lookup(call)
+        if isinstance(found, str):
+            self.refused = found
+            return None
+        return found
+
+    def spent(self, seconds: float) -> None:
+        """Notes how long a call took that was answered by passes."""
+        self._spent += seconds
+
+    def before(self, call: Call) -> Before | None:
+        """What a call reads, where it may be planned once its function has run.
+
+        A function that changes what it reads, by whatever means, does something each time it runs:
+        it is not planned.
+        """
+        if self._made >= _PATIENCE:
+            return None
+        soon = self._compiled or self._saved or not self._spent or self._spent > _PLAN / 2
+        return self._plans.before(call) if soon else None
+
+    def plan(
+        self, call: Call, program: Program, before: Before | None
+    ) -> tuple[Accumulated, Any] | None:
+        """A new plan and the Jacobian at this call, where that is worth the time.
+
+        Args:
+            call: The function and its arguments.
+            program: Its graph at these arguments, to check the plan against.
+            before: What it read before the graph was made.
+        """
+        if before is None or self._made >= _PATIENCE or not _is_supported(call, program):
+            return None
+        nodes, predicted = plain_seconds(program, self._budget or default_budget(program.device))
+        soon = self._compiled or self._saved
+        if not soon and self._spent + predicted < _PLAN + _PLAN_NODE * nodes:
+            return None
+        if self._plans.lookup(call) is not None:
+            return None
+        self._made += 1
+        made: list[Any] = []
+
+        def make() -> Accumulated | str:
+            try:
+                wanted = self._wanted(predicted)
+                plan, value = planned(call, program, wanted)
+            except RefusedHere:  # it says nothing of other values
+                raise
+            except (CaptureRefused, PlanRefused) as refusal:
+                self.report = getattr(refusal, "report", self.report)
+                return str(refusal)
+            except Exception as error:  # passes give the result; the record says what went wrong
+                return f"{type(error).__name__}: {error}"
+            made.append(value)
+            return plan
+
+        try:
+            found = make()
+        except RefusedHere as refusal:
+            self.refused = str(refusal)
+            return None
+        changed = self._plans.keep(before, call, found)
+        self.refused = found if isinstance(found, str) else changed
+        if isinstance(found, str) or changed is not None:
+            return None
+        return found, made[0]
+
+    def save(self, path: str | Path, call: Call, capture: Callable[[], Program]) -> None:
+        """Writes the plan for a call to a file; it is made now if there is none.
+
+        Args:
+            path: The file.
+            call: The function and its arguments.
+            capture: Gives its graph at these arguments.
+
+        Raises:
+            PlanError: There is no plan, or it cannot be written down.
+        """
+        plan, why = self.find(call), self.refused
+        before = self._plans.before(call)
+        if plan is None and _is_supported(call, program := capture()):
+            _, predicted = plain_seconds(program, self._budget or default_budget(program.device))
+            try:
+                plan, _ = planned(call, program, self._wanted(predicted))
+            except (CaptureRefused, PlanRefused) as refusal:
+                why = str(refusal)
+            else:
+                self._plans.keep(before, call, plan)
+        if plan is None:
+            raise PlanError(f"torchjac: there is no plan to save: {why or 'not supported'}.")
+        Saved.of(plan, self._layout).write(path)
+
+    def load(self, path: str | Path) -> None:
+        """Reads a plan, to be used for the calls that it was made for.
+
+        Raises:
+            PlanError: The file holds something else.
+        """
+        self._saved.append(Saved.read(path))
+
+    def _wanted(self, predicted: float) -> Wanted:
+        saved = tuple(self._saved)
+        return Wanted(self._layout, self._budget, predicted, self._compiled, saved)
+
+    def checked(
+        self, plan: Accumulated | None, call: Call, program: Program, before: Before | None
+    ) -> tuple[Accumulated, Any] | None:
+        """A plan and the Jacobian at this call, compared with passes; None where there is none.
+
+        Args:
+            plan: The plan there is, if there is one; if it is wrong it is given up.
+            call: The function and its arguments.
+            program: Its graph at these arguments.
+            before: What it read before the graph was made.
+        """
+        if plan is None:
+            return self.plan(call, program, before)
+        try:
+            value = plan.checked(call, program)
+        except RefusedHere:
+            return None
+        except Disagrees as wrong:
+            self._plans.clear()
+            self._made = _PATIENCE
+            self.refused = str(wrong)
+            self.report = report(call, plan.derivative, plan.emitted, wrong)
+            return None
+        return None if value is None else (plan, value)
+
+
+def _is_supported(call: Call, program: Program) -> bool:
+    given = (*program.inputs, *program.outputs)
+    return (
+        bool(program.inputs)
+        and len(program.inputs) == len(program.nest.inputs)
+        and all(t.device.type == "cpu" and t.numel() for t in given)
+        and not torch.is_autocast_enabled("cpu")
+    )

@@ -1,0 +1,132 @@
+"""What operations cost on this machine: measured once, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from time import perf_counter
+
+import torch
+
+from torchjac import disk
+from torchjac._torch.work import Work
+
+_VERSION = 1
+# Seconds that measuring one number may take.
+_PATIENCE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Costs of operations.
+
+    Attributes:
+        operation: Seconds that an operation takes by itself.
+        cached: Bytes a second through an elementwise operation whose tensors stay in cache.
+        memory: Of one whose tensors do not, and whose result is fresh memory.
+        product: Multiplications a second in a matrix product.
+    """
+
+    operation: float = 2.5e-6
+    cached: float = 12e9
+    memory: float = 3e9
+    product: float = 12e9
+
+    def seconds(self, work: Work) -> float:
+        """Predicted time of a straight line of operations."""
+        return (
+            work.operations * self.operation
+            + work.near / self.cached
+            + work.far / self.memory
+            + work.products / self.product
+        )
+
+
+DEFAULT = Machine()
+_known: dict[str, Machine] = {}
+
+
+def machine() -> Machine:
+    """Costs on this machine: as they were measured, if they were, else the default.
+
+    Under `torch.use_deterministic_algorithms(True)` the default, so that every run decides alike.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return DEFAULT
+    name = _name()
+    if name not in _known:
+        _known[name] = _read(name) or DEFAULT
+    return _known[name]
+
+
+def calibrated() -> Machine:
+    """Costs on this machine; they are measured if they have not been, in a tenth of a second."""
+    found = machine()
+    if found is not DEFAULT or torch.are_deterministic_algorithms_enabled():
+        return found
+    name = _name()
+    _known[name] = measured()
+    about = {"version": _VERSION, **asdict(_known[name])}
+    disk.write(name, json.dumps(about).encode())
+    return _known[name]
+
+
+def measured() -> Machine:
+    """Measures; takes about a tenth of a second."""
+    one = torch.ones(1, dtype=torch.float64)
+    small = torch.ones(2**13, dtype=torch.float64)
+    large = torch.ones(2**21, dtype=torch.float64)
+    square = torch.ones(192, 192, dtype=torch.float64)
+    with torch.no_grad():
+        operation = _best(lambda: torch.add(one, one), 100)
+        near = _best(lambda: torch.add(small, small), 20) - operation
+        far = _best(lambda: torch.add(large, large), 1)
+        product = _best(lambda: torch.mm(square, square), 1)
+    return Machine(
+        operation=operation,
+        cached=3 * 8 * small.numel() / max(near, 1e-7),
+        memory=3 * 8 * large.numel() / far,
+        product=square.numel() * 192 / product,
+    )
+
+
+def _best(run: Callable[[], object], times: int) -> float:
+    """Seconds of one run, the best of some."""
+    run()
+    found = math.inf
+    begun = perf_counter()
+    for _ in range(5):
+        started = perf_counter()
+        for _ in range(times):
+            run()
+        found = min(found, (perf_counter() - started) / times)
+        if perf_counter() - begun > _PATIENCE:
+            break
+    return found
+
+
+def _name() -> str:
+    """The file of this machine: its kind of processor, threads, and torch."""
+    about = (platform.machine(), platform.node(), torch.__version__)
+    text = f"{about} {torch.get_num_threads()}"
+    return f"machine-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def _read(name: str) -> Machine | None:
+    """What was measured before; None where it is not there or makes no sense."""
+    data = disk.read(name)
+    if data is None:
+        return None
+    try:
+        about = json.loads(data)
+        if about.pop("version") != _VERSION:
+            return None
+        found = Machine(**{key: float(value) for key, value in about.items()})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    numbers = asdict(found).values()
+    return found if all(math.isfinite(v) and v > 0 for v in numbers) else None

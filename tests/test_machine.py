@@ -1,0 +1,205 @@
+"""Costs of this machine, and the directory that they are kept in."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchjac
+from laws import same, value
+from torchjac import disk
+from torchjac._torch.work import Work
+from torchjac.plan import machine as machines
+from torchjac.plan.machine import DEFAULT, Machine, calibrated, machine, measured
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache directory, and a process that knows nothing yet."""
+    monkeypatch.setenv("TORCHJAC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(machines, "_known", {})
+    return tmp_path / "cache"
+
+
+class TestMachine:
+    def test_measured_once_and_kept(self, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = calibrated()
+        (file,) = kept.iterdir()
+        assert json.loads(file.read_text())["operation"] == first.operation
+        machines._known.clear()
+        monkeypatch.setattr(machines, "measured", lambda: pytest.fail("measured again"))
+        assert calibrated() == machine() == first
+
+    def test_numbers_make_sense(self) -> None:
+        found = measured()
+        assert 1e-8 < found.operation < 1e-2
+        assert 1e7 < found.memory < 1e13
+        assert 1e7 < found.product < 1e15
+
+    def test_the_default_without_measuring(self, kept: Path) -> None:
+        assert machine() is DEFAULT
+        assert not kept.exists() or not list(kept.iterdir())
+
+    def test_deterministic(self, kept: Path) -> None:
+        calibrated()
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert machine() is calibrated() is DEFAULT
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "[]",
+            "{}",
+            '{"version": 0, "operation": 1}',
+            json.dumps({"version": 1, **asdict(DEFAULT), "operation": -1}),
+            json.dumps({"version": 1, **asdict(DEFAULT), "memory": "NaN"}),
+            json.dumps({"version": 1, **asdict(DEFAULT), "more": 1}),
+        ],
+    )
+    def test_files_that_make_no_sense(self, text: str, kept: Path) -> None:
+        calibrated()
+        (file,) = kept.iterdir()
+        file.write_text(text)
+        machines._known.clear()
+        assert machine() is DEFAULT
+        assert calibrated() is not DEFAULT
+
+    def test_more_work_takes_longer(self) -> None:
+        costs = Machine()
+        less = Work(operations=3, products=10**6, near=10**5, far=10**7)
+        assert 0 < costs.seconds(less) < costs.seconds(less + less)
+
+    def test_multiplications_are_counted(self) -> None:
+        """Of a product of matrices that is known."""
+        a = value(20, 30)
+        J = torchjac.jacobian(lambda x: torch.tanh(a @ x), compile=True)
+        x = value(30, 7)
+        J(x)
+        record = J.explain(x)
+        assert record.engine == "accumulate"
+        assert record.counts is not None
+        assert record.counts.multiplications >= 20 * 30 * 7
+        assert "multiplications" in str(record)
+
+
+class TestDisk:
+    def test_bytes_come_back(self, kept: Path) -> None:
+        assert disk.read("a") is None
+        assert disk.write("a", b"one")
+        assert disk.write("a", b"two")
+        assert disk.read("a") == b"two"
+        assert [f.name for f in kept.iterdir()] == ["a"]
+        assert kept.stat().st_mode & 0o077 == 0
+
+    def test_nothing_is_kept_where_that_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCHJAC_CACHE_DIR", "")
+        assert disk.directory() is None
+        assert not disk.write("a", b"one")
+        assert disk.read("a") is None
+
+    def test_where_it_is(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("TORCHJAC_CACHE_DIR")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert disk.directory() == tmp_path / "torchjac"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert disk.directory() == tmp_path / "home" / ".cache" / "torchjac"
+
+    def test_a_directory_that_others_can_write_to(self, kept: Path) -> None:
+        disk.write("a", b"one")
+        kept.chmod(0o777)
+        assert disk.read("a") is None
+        assert not disk.write("a", b"two")
+
+    def test_a_file_that_others_can_write_to(self, kept: Path) -> None:
+        disk.write("a", b"one")
+        (kept / "a").chmod(0o666)
+        assert disk.read("a") is None
+
+    def test_a_file_in_its_place(self, kept: Path) -> None:
+        kept.write_text("in the way")
+        assert disk.directory() is None
+        assert not disk.write("a", b"one")
+
+    def test_many_processes_at_once(self, kept: Path) -> None:
+        """Whoever reads gets all of somebody's bytes."""
+        context = multiprocessing.get_context("fork")
+        writers = [context.Process(target=_write, args=(k,)) for k in range(8)]
+        for process in writers:
+            process.start()
+        for process in writers:
+            process.join()
+            assert process.exitcode == 0
+        data = disk.read("shared")
+        assert data is not None
+        assert len(data) == 100_000
+        assert len(set(data)) == 1
+        assert [f.name for f in kept.iterdir()] == ["shared"]
+
+
+def _write(k: int) -> None:
+    for _ in range(20):
+        assert disk.write("shared", bytes([k]) * 100_000)
+        found = disk.read("shared")
+        assert found is not None
+        assert len(set(found)) == 1
+    os._exit(0)
+
+
+def test_both_orders_are_looked_at() -> None:
+    """The record says what was predicted and measured, and what there are to tell of it."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(WIDE @ x)
+        return torch.sin(WIDE.T @ hidden)
+
+    J = torchjac.jacobian(f, compile=True)
+    x = value(1000)
+    same(J(x), torch.func.jacrev(f)(x))
+    record = J.explain(x)
+    assert {c.name for c in record.candidates} == {
+        "accumulate reverse",
+        "accumulate forward",
+        "passes",
+    }
+    counts = record.counts
+    assert counts is not None
+    assert counts.waists
+    assert "5 at aten" in counts.waists[0]
+    assert "waist" in str(record)
+
+
+WIDE = value(5, 1000)
+
+
+def test_blame_and_constants() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([2 * x, x.sin(), x * x.sum()])
+
+    x = value(30)
+    J = torchjac.jacobian(f, layout=torch.sparse_csr, compile=True)
+    J(x)
+    counts = J.explain(x).counts
+    assert counts is not None
+    assert 0 < counts.constant < 1
+    assert any("rows" in line for line in counts.blame)
+    assert "dense by" in str(J.explain(x))
+
+
+def test_refusals_name_the_operation() -> None:
+    """And the line of the user's, where something fills in."""
+    x = value(3)
+    J = torchjac.jacobian(lambda x: torch.matrix_exp(x.outer(x)), compile=True)
+    J(x)
+    refused = dict(J.explain(x).refusals)
+    assert "at aten." in refused["accumulate"]
