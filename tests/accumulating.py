@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchjac.accumulated import Accumulated
 from torchjac.capture import Call, capture_function
@@ -30,6 +31,18 @@ def plan_of(
     call = Call(f, argnums, False, args, kwargs)
     program, _ = capture_function(call, batched=batched, create_graph=False, replayable=False)
     return planned(call, program, Wanted(layout, predicted=1.0, orders=orders))
+
+
+def graph_plan_of(f: Callable[..., Any], x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The plan of a function of one tensor that keeps its graph, and the Jacobian here.
+
+    Raises:
+        CaptureRefused, PlanRefused: There is none.
+    """
+    call = Call(f, 0, False, (x,), {})
+    program, _ = capture_function(call, batched=False, create_graph=True, replayable=False)
+    plan, first = planned(call, program, Wanted(predicted=1.0, differentiable=True))
+    return lambda x: plan(Call(f, 0, False, (x,), {})), first
 
 
 def run(

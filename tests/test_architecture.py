@@ -37,6 +37,7 @@ ABOVE: dict[str, set[str]] = {
     "function": {
         "accumulated",
         "accumulation",
+        "elimination",
         "explain",
         "remembered",
         "solve",

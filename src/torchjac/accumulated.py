@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchjac._torch import modes
 from torchjac.capture import Call, Program
-from torchjac.capture.derivative import Derivative, arguments
+from torchjac.capture.derivative import Derivative, arguments, variables
 from torchjac.engines.accumulate import Emitted, Mode
 from torchjac.engines.accumulate.check import Reference
 from torchjac.explain import Candidate, Counts, Record, remember
@@ -93,8 +93,9 @@ class Accumulated:
 
     def parts(self, call: Call) -> tuple[Tensor, ...] | None:
         """Blocks, or the values of the pattern, at the arguments of a call; None if not finite."""
-        with torch.no_grad(), modes.ordinary_tensors():
-            return self.emitted(arguments(call))
+        keeps = self.emitted.differentiable
+        with torch.set_grad_enabled(keeps), modes.ordinary_tensors():
+            return self.emitted(variables(call) if keeps else arguments(call))
 
     def __call__(self, call: Call) -> Any:
         """The Jacobian at the arguments of a call; None where it is not finite."""

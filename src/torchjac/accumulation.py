@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,18 @@ class Accumulation:
         report: What the issue tracker needs to know of a plan that was wrong.
     """
 
-    def __init__(self, compiled: bool, layout: torch.layout, budget: int | None):
+    def __init__(self, wanted: Wanted):
         """Begins without any.
 
         Args:
-            compiled: Whether plans are to be compiled.
-            layout: Layout of the result.
-            budget: Bytes that intermediate values may take, or None for the default.
+            wanted: What plans are made for.
         """
-        self._compiled = compiled
-        self._layout = layout
-        self._budget = budget
+        self._wanted = wanted
         self._plans: CaptureCache[Accumulated | str] = CaptureCache(
             policy=Policy(parameters="objects")
         )
         self._spent = 0.0
         self._made = 0
-        self._saved: list[Saved] = []
         self.refused: str | None = None
         self.report: str | None = None
 
@@ -98,7 +94,7 @@ class Accumulation:
         """
         if self._made >= _PATIENCE:
             return None
-        soon = self._compiled or self._saved or not self._spent or self._spent > _PLAN / 2
+        soon = self._soon or not self._spent or self._spent > _PLAN / 2
         return self._plans.before(call) if soon else None
 
     def plan(
@@ -113,9 +109,10 @@ class Accumulation:
         """
         if before is None or self._made >= _PATIENCE or not _is_supported(call, program):
             return None
-        nodes, predicted = plain_seconds(program, self._budget or default_budget(program.device))
-        soon = self._compiled or self._saved
-        if not soon and self._spent + predicted < _PLAN + _PLAN_NODE * nodes:
+        nodes, predicted = plain_seconds(
+            program, self._wanted.budget or default_budget(program.device)
+        )
+        if not self._soon and self._spent + predicted < _PLAN + _PLAN_NODE * nodes:
             return None
         if self._plans.lookup(call) is not None:
             return None
@@ -124,7 +121,7 @@ class Accumulation:
 
         def make() -> Accumulated | str:
             try:
-                wanted = self._wanted(predicted)
+                wanted = replace(self._wanted, predicted=predicted)
                 plan, value = planned(call, program, wanted)
             except RefusedHere:  # it says nothing of other values
                 raise
@@ -161,16 +158,18 @@ class Accumulation:
         plan, why = self.find(call), self.refused
         before = self._plans.before(call)
         if plan is None and _is_supported(call, program := capture()):
-            _, predicted = plain_seconds(program, self._budget or default_budget(program.device))
+            _, predicted = plain_seconds(
+                program, self._wanted.budget or default_budget(program.device)
+            )
             try:
-                plan, _ = planned(call, program, self._wanted(predicted))
+                plan, _ = planned(call, program, replace(self._wanted, predicted=predicted))
             except (CaptureRefused, PlanRefused) as refusal:
                 why = str(refusal)
             else:
                 self._plans.keep(before, call, plan)
         if plan is None:
             raise PlanError(f"torchjac: there is no plan to save: {why or 'not supported'}.")
-        Saved.of(plan, self._layout).write(path)
+        Saved.of(plan, self._wanted.layout).write(path)
 
     def load(self, path: str | Path) -> None:
         """Reads a plan, to be used for the calls that it was made for.
@@ -178,11 +177,17 @@ class Accumulation:
         Raises:
             PlanError: The file holds something else.
         """
-        self._saved.append(Saved.read(path))
+        saved = (*self._wanted.saved, Saved.read(path))
+        self._wanted = replace(self._wanted, saved=saved)
 
-    def _wanted(self, predicted: float) -> Wanted:
-        saved = tuple(self._saved)
-        return Wanted(self._layout, self._budget, predicted, self._compiled, saved)
+    def _passes(self, program: Program) -> tuple[int, float]:
+        """Operations of its graph, and seconds that passes should take."""
+        return plain_seconds(program, self._wanted.budget or default_budget(program.device))
+
+    @property
+    def _soon(self) -> bool:
+        """Whether a plan is made at the first call, whatever that takes."""
+        return self._wanted.compiled or bool(self._wanted.saved)
 
     def checked(
         self, plan: Accumulated | None, call: Call, program: Program, before: Before | None

@@ -17,10 +17,17 @@ import torch
 from torch import Tensor
 
 from torchjac._torch import modes
+from torchjac._torch.pytree import flatten
 from torchjac.accumulated import Accumulated, Tried
 from torchjac.capture import Call, Program
-from torchjac.capture.derivative import Derivative, arguments, trace_function, trace_transposed
-from torchjac.engines.accumulate import Emitted, Mode, Target, emit, evaluated
+from torchjac.capture.derivative import (
+    Derivative,
+    arguments,
+    trace_function,
+    trace_transposed,
+    variables,
+)
+from torchjac.engines.accumulate import Emitted, Mode, Target, elsewhere, emit, evaluated
 from torchjac.engines.accumulate.check import Reference
 from torchjac.errors import CaptureRefused, Disagrees, NotKnownLinear, PlanRefused, RefusedHere
 from torchjac.layout.nested import finisher
@@ -55,6 +62,7 @@ class Wanted:
         budget: Bytes that intermediate values may take, or None for the default.
         predicted: Seconds that passes would take.
         compiled: Whether the operations are to be compiled.
+        differentiable: Whether the result is to keep its graph.
         saved: Plans that were loaded.
         orders: Orders of elimination to try.
     """
@@ -63,6 +71,7 @@ class Wanted:
     budget: int | None = None
     predicted: float = 0.0
     compiled: bool = False
+    differentiable: bool = False
     saved: tuple[Saved, ...] = ()
     orders: tuple[Mode, ...] = ("reverse", "forward")
 
@@ -91,6 +100,11 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
     started = perf_counter()
     derivative = trace_function(call, KEEP)
     _refuse_beforehand(derivative)
+    if wanted.differentiable and derivative.stops_gradients:
+        raise PlanRefused(
+            "gradients do not go everywhere that numbers go (detach, no_grad, custom functions), "
+            "so the derivative of the result is not that of its operations"
+        )
     inputs, reference = arguments(call), Reference(program)
     budget = wanted.budget or default_budget(program.device)
     with modes.ordinary_tensors():
@@ -99,11 +113,15 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
             made = _eliminated(call, derivative, program, wanted, started)
         ways, pattern, tried = made
         for emitted in ways:
-            if wanted.compiled:
+            if wanted.differentiable:
+                emitted = emitted.with_graph()
+            elif wanted.compiled:
                 emitted = emitted.compiled(inputs)
             try:
                 parts = evaluated(emitted, inputs)
                 reference.check(parts, pattern)
+                if wanted.differentiable:
+                    parts = _twice(emitted, call, reference)
             except Disagrees as wrong:
                 wrong.report = report(call, derivative, emitted, wrong)
                 if emitted.mode == ways[-1].mode:
@@ -126,6 +144,21 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
         () if pattern is None else tuple(map(str, pattern.blame[:3])),
     )
     return plan, plan.finish(parts)
+
+
+def _twice(emitted: Emitted, call: Call, reference: Reference) -> tuple[Tensor, ...]:
+    """The result with its graph, whose derivative is compared with that of passes first."""
+    given = variables(call)
+    count = len(flatten(call.differentiated())[0])
+    beside = [t for t in (*given[count:], *emitted.constants) if t.requires_grad]
+    with torch.enable_grad():
+        leaves = [elsewhere(x.detach()).requires_grad_() for x in given[:count]]
+        found = emitted([*leaves, *given[count:]])
+        assert found is not None, "it was finite before"
+        reference.check_graph(found, leaves, beside)
+        found = emitted(given)
+    assert found is not None, "it was finite before"
+    return found
 
 
 # Programs, the one to be preferred first, the pattern of a sparse result, and what was tried.

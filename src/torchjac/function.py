@@ -17,6 +17,7 @@ from torchjac.accumulated import accumulate, note
 from torchjac.accumulation import Accumulation, is_checking
 from torchjac.capture import Call, Program, capture_function, differentiating
 from torchjac.capture.function import Argnums, check_argnums, detached
+from torchjac.elimination import Wanted
 from torchjac.errors import (
     ArgumentError,
     LocalPatternWarning,
@@ -71,7 +72,14 @@ class Jacobian:
         self._given = pattern
         self._remembered = Remembered()
         self._memory_budget = check_budget(memory_budget)
-        self._accumulation = Accumulation(compile, torch_layout(layout), self._memory_budget)
+        self._accumulation = Accumulation(
+            Wanted(
+                torch_layout(layout),
+                self._memory_budget,
+                compiled=compile,
+                differentiable=create_graph,
+            )
+        )
         self._entry = entry
         self._identity = object()  # unlike id(self), never another Jacobian's
         functools.update_wrapper(self, function, updated=())
@@ -195,12 +203,12 @@ class Jacobian:
         check_layout(self._layout, create_graph, self._given)
         layout = torch_layout(self._layout)
         entered = perf_counter()
-        accumulates = not create_graph and self._given is None and not is_forced()
+        accumulates = not differentiating() and self._given is None and not is_forced()
         plan = self._accumulation.find(call) if accumulates else None
         if plan is not None and plan.wins() and not is_checking():
             value = accumulate(plan, call, self._entry, layout)
             if value is not None:
-                return self._returned(call, beside), converted(value, self._layout)
+                return self._returned(call, beside, create_graph), converted(value, self._layout)
         # A module in training mode keeps statistics and counters: it must run once a call.
         stateful = isinstance(self._function, torch.nn.Module) and self._function.training
         replayable = replayable and not stateful
@@ -213,7 +221,8 @@ class Jacobian:
             if planned is not None:
                 plan, value = planned
                 note(plan, self._entry, layout, perf_counter() - entered)
-                return detached(returned), converted(value, self._layout)
+                returned = returned if create_graph else detached(returned)
+                return returned, converted(value, self._layout)
         request = Request(self._entry, layout, self._memory_budget, self._identity)
         if layout is not torch.strided:
             find = functools.partial(self._remembered.pattern, call, program)
@@ -230,14 +239,14 @@ class Jacobian:
         value = converted(arranged.value, self._layout)
         return (returned if create_graph else detached(returned)), value
 
-    def _returned(self, call: Call, wanted: bool) -> Any:
-        """What f returns, without a graph; not evaluated where nobody looks at it."""
+    def _returned(self, call: Call, wanted: bool, create_graph: bool) -> Any:
+        """What f returns; not evaluated where nobody looks at it."""
         if not wanted:
             return None
         _, returned = capture_function(
-            call, batched=self._batched, create_graph=False, replayable=False
+            call, batched=self._batched, create_graph=create_graph, replayable=False
         )
-        return detached(returned)
+        return returned if create_graph else detached(returned)
 
     def _report_unused(self, program: Program, arranged: Arranged) -> None:
         if not arranged.unused:

@@ -18,8 +18,9 @@ class FakeTensors:
     """Tensors of torch's own tracer, which have shapes and no values."""
 
     def __init__(self) -> None:
-        """No node runs."""
+        """Nothing runs."""
         self._entered = False
+        self.in_function = False
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a tensor is fake."""

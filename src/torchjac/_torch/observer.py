@@ -24,7 +24,13 @@ def next_sequence() -> int:
 
 
 class Known(Protocol):
-    """What the observer asks about tensors."""
+    """What the observer asks about tensors, and tells.
+
+    Attributes:
+        in_function: Whether what runs now is the function itself.
+    """
+
+    in_function: bool
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a tensor is an input, or was made from then on."""
@@ -130,6 +136,22 @@ class Observer(Watch):
         self.calls: list[tuple[int, int, str, int]] = []
         self.aliases: dict[int, tuple[Tensor, Tensor]] = {}
         self._writes = False
+
+    def __enter__(self) -> Observer:
+        """The function begins."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._known.in_function = True
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """It has ended."""
+        self._known.in_function = False
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    @property
+    def originals(self) -> dict[int, Tensor]:
+        """The tensors from elsewhere, by the id of what stood for them."""
+        return {id(alias): leaf for alias, leaf in self.aliases.values()}
 
     def cotangent(self, output: Tensor) -> Tensor:
         """A tensor to begin a backward pass with."""

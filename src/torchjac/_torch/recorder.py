@@ -8,7 +8,7 @@ done next; of tensors for which that matters (`Value.varies`) they are not given
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchjac._torch.notes import Called, DependsOnValues, NeedsTracing, NotRecorded, Value
 from torchjac._torch.traits import (
     COPIED,
+    FILLED,
     INDEX,
     LIFTED,
     UNROLLED,
@@ -44,6 +45,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         number: Sequence number of the autograd node that runs, or None.
         refusals: What should have ended it, even if a user's code went on regardless.
         failures: Operations that failed, perhaps on account of values.
+        in_function: Whether what runs now is the function itself.
+        stops_gradients: Whether an operation of the function takes numbers that vary without a
+            gradient: after `detach`, under `no_grad`, inside a custom function.
     """
 
     def __init__(self, keep: Collection[Any], parameters_vary: bool):
@@ -55,6 +59,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.number: int | None = None
         self.refusals: list[Exception] = []
         self.failures: list[NotRecorded] = []
+        self.stops_gradients = False
+        self.in_function = False
+        self._depth = 0
+        self._steps: set[Value] = set()
         self._keep = keep
         self._parameters_vary = parameters_vary
         self._values: dict[int, tuple[Any, Value]] = {}
@@ -154,12 +162,35 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and notes it."""
+        watched = self.in_function and not self._depth
+        given = (*args, *(kwargs or {}).values())
+        self._depth += 1
         try:
             with torch._C.DisableTorchFunction():  # what happens inside is not the user's doing
-                return self._ran(func, args, kwargs or {})
+                made = self._ran(func, args, kwargs or {})
         except (DependsOnValues, NotRecorded, NeedsTracing) as refusal:
             self.refusals.append(refusal)
             raise
+        finally:
+            self._depth -= 1
+        if watched:
+            self._watch(given, made)
+        return made
+
+    def _watch(self, given: Sequence[Any], made: Any) -> None:
+        """Notes where numbers that vary go on without a gradient."""
+        carried = [t for t in _tensors(given) if self._is_carrier(t)]
+        if not (torch.is_grad_enabled() and all(t.requires_grad for t in carried)):
+            self.stops_gradients |= bool(carried)
+        if not carried:
+            self._steps.update(self.value(t) for t in _tensors((made,)) if self.knows(t))
+
+    def _is_carrier(self, tensor: Tensor) -> bool:
+        """Whether a tensor has numbers that vary, and not in steps as a comparison does."""
+        value = self.find(tensor) if tensor.is_floating_point() else None
+        if value is None or not value.base.varies or value in self._steps:
+            return False
+        return value.kind != "input" or tensor.requires_grad
 
     def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(func, OpOverload):
@@ -191,6 +222,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = {k: self._note(a, values) for k, a in kwargs.items()} if kwargs else kwargs
         drawn = self._drawn_from(args, kwargs) if traits.is_random else None
         varies = traits.is_random or any([v.base.varies for v in values])
+        if func in FILLED and not traits.is_random:  # only the shape is taken
+            varies = False
         if traits.decides and varies:
             raise DependsOnValues(func._schema.name.removeprefix("aten::"))
         written = self._written(traits, args, kwargs, varies) if traits.written else ()
@@ -319,6 +352,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _MASKS = (torch.bool, torch.uint8)
+
+
+def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
+    """All tensors in arguments."""
+    found: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found += _tensors(argument)
+    return found
 
 
 def weighted(output: Tensor) -> Tensor:

@@ -50,7 +50,17 @@ def folded(recording: Recording) -> Recording:
         kwargs = {k: mapped(a, again) for k, a in call.kwargs.items()}
         calls.append(replace(call, args=args, kwargs=kwargs))
     outputs = tuple(None if v is None else again(v) for v in recording.outputs)
-    return Recording(recording.inputs, tuple(constants), tuple(calls), outputs)
+    made_of = Recording(recording.inputs, (), tuple(calls), outputs)
+    kept = _constants_of(made_of)
+    empty = torch.empty(0)
+    left = tuple(c if i in kept else empty for i, c in enumerate(constants))
+    return replace(made_of, constants=left)
+
+
+def _constants_of(recording: Recording) -> list[int]:
+    """Positions of the constants that calls and outputs need."""
+    returned = {v.position for v in recording.outputs if v is not None and v.kind == "constant"}
+    return sorted({*used_constants(recording), *returned})
 
 
 def _is_fixed(call: Called) -> bool:
@@ -84,13 +94,12 @@ def compilable(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]
 def _graph(
     recording: Recording, views: _Views | None, bindings: dict[Any, Any]
 ) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    used = used_constants(recording)
-    used |= {v.position: v for v in recording.outputs if v is not None and v.kind == "constant"}
+    used = _constants_of(recording)
     graph = fx.Graph()
     nodes: dict[int, fx.Node] = {}
     for i, value in enumerate(recording.inputs):
         nodes[id(value)] = graph.placeholder(f"arg{i}")
-    places = {position: graph.placeholder(f"constant{position}") for position in sorted(used)}
+    places = {position: graph.placeholder(f"constant{position}") for position in used}
 
     def node_of(value: Value) -> fx.Node:
         return places[value.position] if value.kind == "constant" else nodes[id(value)]
@@ -130,7 +139,7 @@ def _graph(
         taken.add(memory)
     graph.output(tuple(outputs))
     graph.eliminate_dead_code(lambda n: n.op != "call_function" or n.meta.get("writes", False))
-    constants = tuple(recording.constants[position] for position in sorted(used))
+    constants = tuple(recording.constants[position] for position in used)
     return fx.GraphModule({}, graph), constants
 
 

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,13 +112,18 @@ def _recorded(
         found = functional(found, first.given, keep)
         if not found.is_random:  # random numbers come in another order there
             _check(found, first, "what it writes in place cannot be rewritten")
-    module = graph_of(found)
+    originals = first.observer.originals
+    constants = tuple(originals.get(id(c), c) for c in found.constants)
+    module = graph_of(replace(found, constants=constants))
     module.meta[WRITES] = first.recorder.wrote_elsewhere
+    module.meta[STOPS] = first.recorder.stops_gradients
     return module, first.observer
 
 
 # Whether the function wrote to tensors that were there before, in the `meta` of what is traced.
 WRITES = "writes"
+# Whether it takes numbers that vary without a gradient (`detach`, `no_grad`, custom functions).
+STOPS = "stops"
 
 
 def _another(run: Callable[[Sequence[Tensor]], _Run], tensors: Sequence[Tensor]) -> _Run | None:
@@ -257,6 +262,7 @@ def is_random(op: Any) -> bool:
 
 __all__ = [
     "DATA_DEPENDENT",
+    "STOPS",
     "UNSUPPORTED",
     "WRITES",
     "HigherOrderOperator",

@@ -39,6 +39,20 @@ class Traits:
     is_view: bool
 
 
+# Operations that take the shape of a tensor, and none of its numbers.
+FILLED = frozenset(
+    {
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.empty_like.default,
+        aten.full_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+        aten.new_full.default,
+    }
+)
 LIFTED, COPIED = aten.lift_fresh.default, aten.lift_fresh_copy.default
 # They write to these arguments, running statistics, though their schemas do not say so.
 _SILENT = {

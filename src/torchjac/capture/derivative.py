@@ -59,6 +59,11 @@ class Derivative:
         return bool(self.module.meta.get(tracing.WRITES, False))
 
     @property
+    def stops_gradients(self) -> bool:
+        """Whether gradients do not go everywhere that numbers go (`detach`, custom functions)."""
+        return bool(self.module.meta.get(tracing.STOPS, True))
+
+    @property
     def m(self) -> int:
         """Number of rows."""
         return sum(s.numel() for s in self.row_shapes)
@@ -192,7 +197,8 @@ class _Program:
         inputs = [t.detach().requires_grad_() for t in tensors[:count]]
         others = list(self._beside)
         for position, value in zip(self._variable, tensors[count:], strict=True):
-            others[position] = value
+            needed = isinstance(others[position], Tensor) and others[position].requires_grad
+            others[position] = value.detach().requires_grad_() if needed else value
         args, kwargs = unflatten(others, self._rest)
         here = Call(call.function, call.argnums, call.has_aux, _merged(call, args), kwargs)
         with modes.recording(), nested(), observer:
@@ -305,7 +311,12 @@ def _end(module: fx.GraphModule) -> fx.Node:
 
 
 def arguments(call: Call) -> list[Tensor]:
-    """The tensors that a traced function takes before its cotangents, in order.
+    """The tensors that a traced function takes before its cotangents, in order, without a graph."""
+    return [t.detach() for t in variables(call)]
+
+
+def variables(call: Call) -> list[Tensor]:
+    """As `arguments`, with the graph that they have.
 
     The differentiated ones come first, then other floating-point arguments.
     """
@@ -313,7 +324,7 @@ def arguments(call: Call) -> list[Tensor]:
     if len(call.args) > len(call.positions()) or call.kwargs:
         beside = flatten((_without(call), call.kwargs))[0]
         given = [*given, *(beside[i] for i in _variable(beside))]
-    return [t.detach() for t in given]
+    return given
 
 
 def _variable(leaves: Sequence[Any]) -> list[int]:

@@ -79,7 +79,7 @@ def measured() -> Machine:
     """Measures; takes about a tenth of a second."""
     one = torch.ones(1, dtype=torch.float64)
     small = torch.ones(2**13, dtype=torch.float64)
-    large = torch.ones(2**21, dtype=torch.float64)
+    large = torch.ones(2**20, dtype=torch.float64)
     square = torch.ones(192, 192, dtype=torch.float64)
     with torch.no_grad():
         operation = _best(lambda: torch.add(one, one), 100)

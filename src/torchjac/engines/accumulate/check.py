@@ -38,11 +38,13 @@ class Reference:
         self._seeds = weights(program.outputs)
         self._tangents = [w.detach() for w in weights(program.inputs)]
         self._pushed: Sequence[Tensor | None] | None = None
+        self._recorded: Sequence[Tensor | None] | None = None
         try:
             refuse_beforehand(program, analyze(program))
             with modes.recording():
                 gradients, _ = recorded(program, self._seeds)
                 self._pushed = self._forward(gradients)
+            self._recorded = gradients
         except (PlanRefused, RuntimeError):  # not to be had; u'J is
             gradients = backward(program.outputs, self._seeds, program.inputs)
         self._seeds = [seed.detach() for seed in self._seeds]
@@ -94,6 +96,42 @@ class Reference:
                 live, most = ([found[i] for i in nest.live_outputs] for found in (pushed, sizes[1]))
                 self._compare("Jv", live, self._pushed, most, made)
 
+    def check_graph(self, parts: Parts, leaves: Parts, beside: Parts) -> None:
+        """Compares the derivative of a dense result: that of <u'J, w> for random u and w.
+
+        Args:
+            parts: Blocks that have a graph, row by row.
+            leaves: What they were computed from in the place of the inputs.
+            beside: Other tensors that they and the program were computed from.
+
+        Raises:
+            PlanRefused: Code of the user's runs in the backward pass.
+            Disagrees: They differ by more than rounding.
+            RefusedHere: They are not finite.
+        """
+        if self._recorded is None:
+            raise PlanRefused("code of the user's may run in the backward pass")
+        nest, given = self._program.nest, self._program.inputs
+        seeds = _spread(self._seeds, nest.live_outputs, len(nest.outputs))
+        found, _ = _dense(parts, seeds, self._tangents, self._program.batch is not None)
+        every = [
+            (f.reshape(w.shape), g, w)
+            for f, g, w in zip(found, self._recorded, self._tangents, strict=True)
+            if isinstance(f, Tensor) and g is not None
+        ]
+        mine = sum((f * w).sum() for f, _, w in every)
+        other = sum((g * w).sum() for _, g, w in every)
+        got = _gradients(mine, [*leaves, *beside])
+        want = _gradients(other, [*given, *beside])
+        if not (_finite(got) and _finite(want)):
+            raise RefusedHere("values are not finite")
+        zeros = [torch.zeros_like(t) for t in (*given, *beside)]
+        filled = [z if g is None else g for g, z in zip(got, zeros, strict=True)]
+        sizes = [z.abs() if w is None else w.abs() for w, z in zip(want, zeros, strict=True)]
+        largest = max(float(s.amax()) for s in sizes if s.numel())
+        sizes = [torch.full_like(s, largest) for s in sizes]
+        self._compare("the derivative of <u'J, w>", filled, want, sizes, zeros)
+
     def _compare(
         self,
         name: str,
@@ -115,6 +153,16 @@ class Reference:
                     f"it does not agree with a pass of autograd: {name} of leaf {number} differs "
                     f"by {float(difference):.3g}, where the largest element is {float(size):.3g}"
                 )
+
+
+def _gradients(value: Any, leaves: Parts) -> Sequence[Tensor | None]:
+    """Gradients of a number with respect to tensors; None where it does not depend on one."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return [None] * len(leaves)
+    used = [leaf.requires_grad for leaf in leaves]
+    one = torch.ones_like(value)
+    found = iter(backward([value], [one], [x for x, u in zip(leaves, used, strict=True) if u]))
+    return [next(found) if u else None for u in used]
 
 
 def _finite(tensors: Sequence[Tensor | None]) -> bool:

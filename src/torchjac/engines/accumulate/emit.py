@@ -41,6 +41,7 @@ class Emitted:
         fixed: Entries that are the same for every input, and all of them.
         waists: Values that took the place of rows: their size, and where they are.
         note: Why it was not compiled, though that was asked for.
+        differentiable: Whether its results keep their graph.
     """
 
     recording: Recording
@@ -51,6 +52,7 @@ class Emitted:
     fixed: tuple[int, int]
     waists: tuple[str, ...]
     note: str | None = None
+    differentiable: bool = False
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The parts of the Jacobian at other inputs; None where they are not all finite.
@@ -58,7 +60,7 @@ class Emitted:
         In another order of multiplication infinities meet other zeros: passes say what is right.
         """
         *parts, probe = self.run(*(x.contiguous() for x in inputs), *self.constants)
-        return tuple(parts) if math.isfinite(probe) else None
+        return tuple(parts) if math.isfinite(probe.detach()) else None
 
     @property
     def is_compiled(self) -> bool:
@@ -79,6 +81,13 @@ class Emitted:
         except NotCompiled as refusal:
             return replace(self, note=str(refusal))
         return replace(self, module=module, constants=constants, run=run)
+
+    def with_graph(self) -> Emitted:
+        """The same program, whose results can be differentiated again."""
+        module, constants = compilable(self.recording)
+        return replace(
+            self, module=module, constants=constants, run=module.forward, differentiable=True
+        )
 
 
 class _Everything:
@@ -148,13 +157,13 @@ def evaluated(emitted: Emitted, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         RefusedHere: The result is not finite.
     """
     with torch.no_grad():
-        parts = emitted([_elsewhere(x) for x in inputs])
+        parts = emitted([elsewhere(x) for x in inputs])
     if parts is None:
         raise RefusedHere("values are not finite")
     return parts
 
 
-def _elsewhere(tensor: Tensor) -> Tensor:
+def elsewhere(tensor: Tensor) -> Tensor:
     """The same numbers, not at the beginning of their memory."""
     memory = torch.empty(tensor.numel() + 3, dtype=tensor.dtype, device=tensor.device)
     return memory[3:].view(tensor.shape).copy_(tensor)
