@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch._C import _functorch
 from torch.autograd import Variable
 
 from torchjac._torch import autograd, modes, pytree, vmap
+from torchjac._torch.lazy import copied_when_written
 
 
 def graph() -> tuple[Tensor, Tensor]:
@@ -172,3 +174,57 @@ class TestPytree:
 def test_autograd_grad_still_has_the_arguments_jac_stands_beside() -> None:
     names = set(inspect.signature(torch.autograd.grad).parameters)
     assert {"retain_graph", "create_graph", "allow_unused", "is_grads_batched"} <= names
+
+
+class TestLazyCopies:
+    """`torch._lazy_clone`: memory is shared until one of the two is written to."""
+
+    def test_shared_until_written(self) -> None:
+        given = torch.arange(5)
+        one, two = copied_when_written(given), copied_when_written(given)
+        assert torch._C._data_address(one) == torch._C._data_address(two)
+        one[0] = 7
+        given[1] = 8
+        assert one.tolist() == [7, 1, 2, 3, 4]
+        assert two.tolist() == [0, 1, 2, 3, 4]
+        assert given.tolist() == [0, 8, 2, 3, 4]
+
+    def test_memory_of_others_is_copied(self) -> None:
+        array = np.arange(3)
+        made = copied_when_written(torch.from_numpy(array))
+        array[0] = 9
+        assert made.tolist() == [0, 1, 2]
+
+    def test_inside_a_sparse_tensor(self) -> None:
+        """By way of its parts, NumPy and SciPy."""
+        starts, columns = torch.tensor([0, 1, 2]), torch.tensor([0, 1])
+        made = [
+            torch.sparse_csr_tensor(
+                copied_when_written(starts),
+                copied_when_written(columns),
+                torch.ones(2),
+                (2, 2),
+                check_invariants=False,
+            )
+            for _ in range(3)
+        ]
+        made[0].col_indices().numpy()[:] = 0
+        made[1].col_indices().fill_(1)
+        assert made[2].col_indices().tolist() == columns.tolist() == [0, 1]
+        assert (made[2] @ torch.ones(2, 1)).flatten().tolist() == [1, 1]
+
+
+def test_use_count_of_memory() -> None:
+    """Every tensor and array on the same memory counts."""
+    given = torch.zeros(4)
+
+    def uses() -> int:
+        return int(torch._C._storage_Use_Count(given.untyped_storage()._cdata))
+
+    alone = uses()
+    view = given[1:]
+    assert uses() == alone + 1
+    array = given.numpy()
+    assert uses() == alone + 2
+    del view, array
+    assert uses() == alone

@@ -45,8 +45,9 @@ from torchjac.structure.pattern import pattern_of
 _NUMBERS, _LEAST = 2e8, 2**21
 # Or for each number of the result.
 _TIMES = 32
-# Seconds that it may take to plan at least, and for each second that passes would take.
-_LIMIT, _PATIENT = 1.0, 4.0
+# Seconds that it may take to plan: at least, for each second that passes would take, and for each
+# operation of the derivative.
+_LIMIT, _PATIENT, _NODE = 1.0, 4.0, 4e-3
 # Orders whose predictions differ less than this are both timed, as often as this.
 _CLOSE, _RUNS = 4.0, 3
 # The second order is tried where the first took less than this share of the time there is.
@@ -184,7 +185,7 @@ def _eliminated(
     size = pattern.nnz if pattern is not None else derivative.m * derivative.n
     size //= program.batch or 1
     most = max(_LEAST, _TIMES * size, wanted.predicted * _NUMBERS)
-    limit = _LIMIT + _PATIENT * wanted.predicted
+    limit = _LIMIT + _PATIENT * wanted.predicted + _NODE * len(derivative.module.graph.nodes)
     limits = _Limits(min(int(most), budget // 16), started + limit)
     target = Target(pattern, program.batch is not None)
     ways = list(_ways(call, derivative, target, wanted.orders, limits))

@@ -193,9 +193,9 @@ def _tensor(about: dict[str, Any], data: np.ndarray) -> Tensor:
     shape, stride = about["shape"], about["stride"]
     dtype: torch.dtype = getattr(torch, about["dtype"])
     small = _small(shape, stride)
+    if 0 in small:
+        return torch.empty_strided(shape, stride, dtype=dtype)
     reach = 1 + sum((size - 1) * step for size, step in zip(small, stride, strict=True))
-    memory = torch.zeros(max(reach, 0), dtype=dtype)
-    given = torch.from_numpy(data.copy()).view(dtype).reshape(small)
-    if given.numel():
-        memory.as_strided(small, stride).copy_(given)
+    memory = torch.zeros(reach, dtype=dtype)
+    memory.as_strided(small, stride).copy_(torch.from_numpy(data.copy()).view(dtype).reshape(small))
     return memory.as_strided(shape, stride)

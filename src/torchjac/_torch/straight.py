@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.notes import Called, Value
+from torchjac._torch.peephole import fused
 from torchjac._torch.recording import SAME, Recording, mapped, used_constants, values_in
 from torchjac._torch.work import work_of_call
 
@@ -83,26 +84,33 @@ def executable(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]
 
     Inputs must be contiguous. What is computed twice is computed once, chains of views are one.
     """
-    return _graph(recording, _Views(), _FAST)
+    graph, constants = _graph(recording, _Views(), _FAST)
+    fused(graph)
+    return fx.GraphModule({}, graph), constants
 
 
 def compilable(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """As `executable`, for a compiler, which would rather see the operations as they are."""
-    return _graph(recording, None, {})
+    graph, constants = _graph(recording, None, {})
+    return fx.GraphModule({}, graph), constants
 
 
 def _graph(
     recording: Recording, views: _Views | None, bindings: dict[Any, Any]
-) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+) -> tuple[fx.Graph, tuple[Tensor, ...]]:
     used = _constants_of(recording)
     graph = fx.Graph()
     nodes: dict[int, fx.Node] = {}
     for i, value in enumerate(recording.inputs):
         nodes[id(value)] = graph.placeholder(f"arg{i}")
+        nodes[id(value)].meta["value"] = value
     places = {position: graph.placeholder(f"constant{position}") for position in used}
 
     def node_of(value: Value) -> fx.Node:
-        return places[value.position] if value.kind == "constant" else nodes[id(value)]
+        if value.kind != "constant":
+            return nodes[id(value)]
+        places[value.position].meta["value"] = value
+        return places[value.position]
 
     seen: dict[str, fx.Node] = {}
     for call in recording.calls:
@@ -140,7 +148,7 @@ def _graph(
     graph.output(tuple(outputs))
     graph.eliminate_dead_code(lambda n: n.op != "call_function" or n.meta.get("writes", False))
     constants = tuple(recording.constants[position] for position in used)
-    return fx.GraphModule({}, graph), constants
+    return graph, constants
 
 
 def _results(graph: fx.Graph, node: fx.Node, call: Called, nodes: dict[int, fx.Node]) -> None:
@@ -148,6 +156,7 @@ def _results(graph: fx.Graph, node: fx.Node, call: Called, nodes: dict[int, fx.N
         (result,) = call.results
         assert result is not None
         nodes[id(result)] = node
+        node.meta.setdefault("value", result)
         return
     for item, part in enumerate(call.results):
         if part is not None:

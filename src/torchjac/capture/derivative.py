@@ -312,7 +312,7 @@ def _end(module: fx.GraphModule) -> fx.Node:
 
 def arguments(call: Call) -> list[Tensor]:
     """The tensors that a traced function takes before its cotangents, in order, without a graph."""
-    return [t.detach() for t in variables(call)]
+    return [t.detach() if t.requires_grad else t for t in variables(call)]
 
 
 def variables(call: Call) -> list[Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchjac._torch.lazy import copied_when_written
 from torchjac._torch.pytree import TreeSpec, unflatten
 from torchjac.layout.sparse import csr_starts
 from torchjac.structure import Pattern
@@ -52,7 +53,7 @@ def _sparse_block(
 ) -> Callable[[Tensor], Tensor]:
     row, column, kept = pattern.block(i, j)
     rows = torch.from_numpy(np.asarray(row, dtype=np.int64))
-    columns = torch.from_numpy(np.asarray(column, dtype=np.int64))
+    columns = torch.from_numpy(np.asarray(column, dtype=np.int64)).clone()  # memory of torch's
     chosen = None if kept is None else torch.from_numpy(np.asarray(kept))
     size = (
         int(np.prod(pattern.row_shapes[i], dtype=np.int64)),
@@ -63,17 +64,15 @@ def _sparse_block(
 
         def csr(values: Tensor) -> Tensor:
             mine = values if chosen is None else values[chosen]
-            return torch.sparse_csr_tensor(
-                starts.clone(), columns.clone(), mine, size, check_invariants=False
-            )
+            where = copied_when_written(starts), copied_when_written(columns)
+            return torch.sparse_csr_tensor(*where, mine, size, check_invariants=False)
 
         return csr
     index = torch.stack([rows, columns])
 
     def coo(values: Tensor) -> Tensor:
         mine = values if chosen is None else values[chosen]
-        return torch.sparse_coo_tensor(
-            index.clone(), mine, size, is_coalesced=True, check_invariants=False
-        )
+        where = copied_when_written(index)
+        return torch.sparse_coo_tensor(where, mine, size, is_coalesced=True, check_invariants=False)
 
     return coo

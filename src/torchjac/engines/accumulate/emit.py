@@ -60,7 +60,7 @@ class Emitted:
         In another order of multiplication infinities meet other zeros: passes say what is right.
         """
         *parts, probe = self.run(*(x.contiguous() for x in inputs), *self.constants)
-        return tuple(parts) if math.isfinite(probe.detach()) else None
+        return tuple(parts) if math.isfinite(probe.item()) else None
 
     @property
     def is_compiled(self) -> bool:
