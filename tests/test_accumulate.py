@@ -575,7 +575,7 @@ class TestCompiled:
         for seed in range(3):
             x = value(*shape, seed=seed)
             same(J(x), oracle_jacobian(f)(x))
-        assert torchjac.last_run().mode.endswith("compiled")
+        assert any(c.name.endswith("compiled") for c in torchjac.last_run().candidates)
 
     @pytest.mark.slow
     def test_sparse(self) -> None:
@@ -583,7 +583,7 @@ class TestCompiled:
         for seed in range(3):
             x = value(9, seed=seed)
             same(J(x).to_dense(), oracle_jacobian(stencil)(x))
-        assert torchjac.last_run().mode.endswith("compiled")
+        assert any(c.name.endswith("compiled") for c in torchjac.last_run().candidates)
 
     def test_without_a_compiler_it_runs_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def no(*_: Any) -> Any:

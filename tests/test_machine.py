@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 import torchjac
-from laws import same, value
+from accumulating import plan_of
+from laws import oracle_jacobian, same, value
 from torchjac import disk
 from torchjac._torch.work import Work
+from torchjac.accumulated import record
 from torchjac.plan import machine as machines
 from torchjac.plan.machine import DEFAULT, Machine, calibrated, machine, measured
 
@@ -160,26 +163,25 @@ def test_both_orders_are_looked_at() -> None:
     """The record says what was predicted and measured, and what there are to tell of it."""
 
     def f(x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(WIDE @ x)
-        return torch.sin(WIDE.T @ hidden)
+        hidden = torch.tanh(torch.tanh(WIDE @ x) @ WIDE)
+        return torch.sin(WIDE[:, :300].T @ (WIDE @ hidden))
 
-    J = torchjac.jacobian(f, compile=True)
     x = value(1000)
-    same(J(x), torch.func.jacrev(f)(x))
-    record = J.explain(x)
-    assert {c.name for c in record.candidates} == {
+    plan, first = plan_of(f, x)
+    same(first, torch.func.jacrev(f)(x))
+    found = record(plan, "jacobian", torch.strided, 1e-3)
+    assert {c.name for c in found.candidates} == {
         "accumulate reverse",
         "accumulate forward",
         "passes",
     }
-    counts = record.counts
-    assert counts is not None
-    assert counts.waists
-    assert "5 at aten" in counts.waists[0]
-    assert "waist" in str(record)
+    assert found.counts is not None
+    assert found.counts.waists
+    assert "5 at aten" in found.counts.waists[0]
+    assert "waist" in str(found)
 
 
-WIDE = value(5, 1000)
+WIDE = value(5, 1000) / 30
 
 
 def test_blame_and_constants() -> None:
@@ -203,3 +205,36 @@ def test_refusals_name_the_operation() -> None:
     J(x)
     refused = dict(J.explain(x).refusals)
     assert "at aten." in refused["accumulate"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_chains_are_multiplied_in_the_best_order(seed: int) -> None:
+    """Against the matrix chain of the same sizes; a product more costs its operations too."""
+    random = torch.Generator().manual_seed(seed)
+    choice = torch.tensor([3, 20, 100, 300])
+    count = int(torch.randint(3, 7, (1,), generator=random))
+    sizes = choice[torch.randint(4, (count,), generator=random)].tolist()
+    weights = [value(b, a, seed=seed) / a for a, b in itertools.pairwise(sizes)]
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        for weight in weights:
+            x = torch.tanh(weight @ x)
+        return x
+
+    plan, first = plan_of(f, value(sizes[0]), orders=("reverse",))
+    same(first, oracle_jacobian(f)(value(sizes[0])))
+    assert plan.emitted.work.products <= 1.01 * chain(sizes) + count * 60_000
+
+
+def chain(sizes: list[int]) -> int:
+    """The fewest multiplications that the product of matrices of these sizes takes."""
+    count = len(sizes) - 1
+    best = {(i, i): 0 for i in range(count)}
+    for span in range(1, count):
+        for i in range(count - span):
+            j = i + span
+            best[i, j] = min(
+                best[i, k] + best[k + 1, j] + sizes[i] * sizes[k + 1] * sizes[j + 1]
+                for k in range(i, j)
+            )
+    return best[0, count - 1]

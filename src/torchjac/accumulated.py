@@ -35,12 +35,14 @@ class Tried:
         predicted: Seconds that its operations should take; None if there are none.
         measured: Seconds that they took, best of some; None if that was not tried.
         refused: Why it was not to be had; None if it was.
+        compiled: Whether its operations were compiled.
     """
 
     mode: Mode
     predicted: float | None = None
     measured: float | None = None
     refused: str | None = None
+    compiled: bool = False
 
 
 @dataclass(eq=False)
@@ -175,7 +177,8 @@ def record(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) 
 
 def _candidate(plan: Accumulated, tried: Tried) -> Candidate:
     measured = tried.measured
-    if tried.mode == plan.emitted.mode:
+    emitted, name = plan.emitted, tried.mode + (", compiled" if tried.compiled else "")
+    if (tried.mode, tried.compiled) == (emitted.mode, emitted.is_compiled):
         measured = min(plan.seconds, default=measured)
     assert tried.predicted is not None
-    return Candidate(f"accumulate {tried.mode}", tried.predicted, measured)
+    return Candidate(f"accumulate {name}", tried.predicted, measured)

@@ -117,7 +117,8 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
             if wanted.differentiable:
                 emitted = emitted.with_graph()
             elif wanted.compiled:
-                emitted = emitted.compiled(inputs)
+                emitted, timings = _compiled(emitted, inputs)
+                tried = (*(t for t in tried if t.mode != emitted.mode), *timings)
             try:
                 parts = evaluated(emitted, inputs)
                 reference.check(parts, pattern)
@@ -145,6 +146,16 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
         () if pattern is None else tuple(map(str, pattern.blame[:3])),
     )
     return plan, plan.finish(parts)
+
+
+def _compiled(emitted: Emitted, inputs: Sequence[Tensor]) -> tuple[Emitted, list[Tried]]:
+    """The program as compiled code, or as it is where that is faster (most of it are products)."""
+    made = emitted.compiled(inputs)
+    ways = [emitted, made] if made.is_compiled else [made]
+    predicted = machine().seconds(emitted.work)
+    found = [Tried(w.mode, predicted, _timed(w, inputs), None, w.is_compiled) for w in ways]
+    best = min(range(len(ways)), key=lambda i: found[i].measured or 0.0)
+    return ways[best], found
 
 
 def _twice(emitted: Emitted, call: Call, reference: Reference) -> tuple[Tensor, ...]:

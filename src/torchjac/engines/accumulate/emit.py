@@ -131,7 +131,8 @@ def emit(
 
     given = dict(zip(free, inputs, strict=True))
     with torch.no_grad():
-        sweep = Sweep(derivative, given, record, most, limit)
+        samples = derivative.row_shapes[0][0] if target.batched else 1
+        sweep = Sweep(derivative, given, record, most, limit, samples)
         gradients = sweep.gradients()
         terms = [x for g in gradients if g is not None for x in g.terms]
         if sum(math.prod(x.loop) for x in terms) > most:

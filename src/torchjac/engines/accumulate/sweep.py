@@ -17,10 +17,11 @@ from torchjac._torch.tracing import HigherOrderOperator, OpOverload, is_random, 
 from torchjac._torch.vmap import WRONGLY_BATCHED
 from torchjac.capture.derivative import Derivative
 from torchjac.engines.accumulate.act import NoNumbers, apply, joined
+from torchjac.engines.accumulate.chain import Point, points
 from torchjac.engines.accumulate.merge import merged
 from torchjac.engines.accumulate.operate import operated
 from torchjac.engines.accumulate.terms import Adjoint, Term, seed
-from torchjac.engines.accumulate.waist import narrowed, resolved
+from torchjac.engines.accumulate.waist import closed, is_dense, narrowed, opened, resolved
 from torchjac.errors import NotKnownLinear, PlanRefused
 from torchjac.structure.interpret import linear_nodes, needed_nodes
 from torchjac.structure.maps import Factors, LinearMap, Numbers, Shape
@@ -159,6 +160,7 @@ class Sweep:
         record: Record,
         most: int,
         limit: float,
+        samples: int = 1,
     ):
         """Binds a program and the tensors to run it on.
 
@@ -168,6 +170,7 @@ class Sweep:
             record: Runs something so that its operations become part of the program.
             most: Numbers that intermediate adjoints may have, all together.
             limit: Seconds that it may take.
+            samples: Independent samples.
         """
         self._deadline = perf_counter() + limit
         self._derivative = derivative
@@ -178,6 +181,9 @@ class Sweep:
         self._below: dict[fx.Node, int] = {}
         self._found: dict[fx.Node, Any] = {}
         self._waists: list[str] = []
+        self._points: dict[fx.Node, Point] = {}
+        self._opened: dict[fx.Node, int] = {}
+        self._samples = samples
 
     @property
     def waists(self) -> tuple[str, ...]:
@@ -197,7 +203,11 @@ class Sweep:
                 self._found[cotangent] = seed(tuple(shape), first, cotangent.meta["val"].dtype)
             first += shape.numel()
         needed = needed_nodes(derivative, self._linear) & self._linear
-        self._below = _below([n for n in derivative.module.graph.nodes if n in needed])
+        order = [n for n in derivative.module.graph.nodes if n in needed]
+        self._below = _below(order)
+        inner = [n for n in order if n not in self._found]
+        m, n = derivative.m, derivative.n
+        self._points = points(inner, list(self._found), m, n, self._samples)
         for node in derivative.module.graph.nodes:
             if node in needed and node not in self._found:
                 try:
@@ -254,12 +264,30 @@ class Sweep:
 
         def gathered() -> Adjoint:
             made = merged(joined(shape, found), m, below)
+            if node in self._points:
+                made = self._product(node, made)
+                if is_dense(made, self._samples, m):
+                    return self._split(node, made)
             return narrowed(made, len(self._found), n, below) if below else made
 
         made: Adjoint = self._record(gathered)
         self._count(made)
         if any(x.table is not None and x.table.number == len(self._found) for x in made.terms):
             self._waists.append(f"{math.prod(shape)} at {self._named(node)}")
+        return made
+
+    def _product(self, node: fx.Node, adjoint: Adjoint) -> Adjoint:
+        """Takes the products that end at a value of the chain."""
+        for waist in self._points[node].closed:
+            adjoint = closed(adjoint, self._opened.get(waist, -1))
+        return adjoint
+
+    def _split(self, node: fx.Node, adjoint: Adjoint) -> Adjoint:
+        """Splits the chain, if that is to be done at this value."""
+        made = opened(adjoint, len(self._found)) if self._points[node].opened else None
+        if made is None:
+            return adjoint
+        self._opened[node] = len(self._found)
         return made
 
     def _applied(

@@ -9,6 +9,7 @@ products that are left then are those of a chain of matrices, each taken from th
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from torchjac.structure.maps.factors import on_support
 _NARROW, _LEAST = 2, 4
 # Fewer entries than this cost less than the product at the end.
 _SMALL = 4096
+# An adjoint with this share of all entries it could have is taken for dense.
+_DENSE = 0.6
 
 
 def narrowed(adjoint: Adjoint, number: int, columns: int, below: int) -> Adjoint:
@@ -43,16 +46,35 @@ def narrowed(adjoint: Adjoint, number: int, columns: int, below: int) -> Adjoint
         return adjoint
     if entries < max(_LEAST, _NARROW * _own(adjoint)) * size:
         return adjoint
+    made = opened(adjoint, number)
+    if made is None or size > columns:  # else it is cheaper to come from the other side
+        return adjoint if made is None else made
+    (term,) = made.terms
+    assert term.table is not None
+    table = replace(term.table, adjoint=resolved(term.table.adjoint))
+    return replace(made, terms=(replace(term, table=table),))
+
+
+def opened(adjoint: Adjoint, number: int) -> Adjoint | None:
+    """The adjoint of a value in terms of its own elements; None if rows are of many lengths."""
     try:
         terms = [by_element(term, adjoint.shape) for term in adjoint.terms]
-    except PlanRefused:  # rows of very different lengths
-        return adjoint
-    inner = Adjoint(adjoint.shape, tuple(terms))
-    if size <= columns:  # else it is cheaper to come from the other side
-        inner = resolved(inner)
-    rows = torch.arange(size).reshape(adjoint.shape)
-    term = Term(adjoint.shape, rows, terms[0].dtype, table=Waist(number, inner))
-    return Adjoint(adjoint.shape, (term,))
+    except PlanRefused:
+        return None
+    rows = torch.arange(math.prod(adjoint.shape)).reshape(adjoint.shape)
+    waist = Waist(number, Adjoint(adjoint.shape, tuple(terms)))
+    return Adjoint(adjoint.shape, (Term(adjoint.shape, rows, terms[0].dtype, table=waist),))
+
+
+def is_dense(adjoint: Adjoint, samples: int, m: int) -> bool:
+    """Whether nearly all rows of a sample meet in each element, rows of J or those of one waist."""
+    tables = {id(term.table): term.table for term in adjoint.terms}
+    if len(tables) != 1:
+        return False
+    (table,) = tables.values()
+    rows = (m if table is None else math.prod(table.adjoint.shape)) // samples
+    entries = sum(math.prod(term.loop) for term in adjoint.terms)
+    return entries >= _DENSE * rows * math.prod(adjoint.shape)
 
 
 def _own(adjoint: Adjoint) -> int:
@@ -85,14 +107,22 @@ def resolved(adjoint: Adjoint) -> Adjoint:
         waists = [term.table for term in adjoint.terms if term.table is not None]
         if not waists:
             return adjoint
-        last = max(waists, key=lambda w: w.number)
-        found: list[Term] = []
-        for term in adjoint.terms:
-            if term.table is last:
-                found += _composed(term, last.adjoint, adjoint.shape)
-            else:
-                found.append(term)
-        adjoint = joined(adjoint.shape, found)
+        adjoint = closed(adjoint, max(w.number for w in waists))
+
+
+def closed(adjoint: Adjoint, number: int) -> Adjoint:
+    """The same without terms in terms of one waist.
+
+    Raises:
+        PlanRefused: It would fill in.
+    """
+    found: list[Term] = []
+    for term in adjoint.terms:
+        if term.table is not None and term.table.number == number:
+            found += _composed(term, term.table.adjoint, adjoint.shape)
+        else:
+            found.append(term)
+    return joined(adjoint.shape, found)
 
 
 def _composed(term: Term, inner: Adjoint, shape: Shape) -> list[Term]:
