@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torchjac.capture import Program
 from torchjac.plan.grouping import column_groups, row_groups
+from torchjac.plan.machine import DEFAULT, machine
 from torchjac.plan.plan import Mode, Plan
 from torchjac.structure import Profile, Structure, analyze, profile
 
@@ -34,7 +35,12 @@ _FORWARD_FACTOR = 1.2
 
 
 def predict(plan: Plan, structure: Structure, size: Profile) -> float:
-    """Predicted seconds of a plan."""
+    """Predicted seconds of a plan on this machine, if its costs were measured (`machine`)."""
+    return _predicted(plan, structure, size) * machine().operation / DEFAULT.operation
+
+
+def _predicted(plan: Plan, structure: Structure, size: Profile) -> float:
+    """Predicted seconds on the machine that the constants above are from."""
     forward = plan.mode == "forward"
     seeds = structure.n if forward else structure.m
     passes = -(-seeds // plan.chunk)

@@ -13,11 +13,12 @@ from time import perf_counter
 import torch
 
 from torchjac import disk
+from torchjac._torch.reuse import LARGE
 from torchjac._torch.work import Work
 
 _VERSION = 1
 # Seconds that measuring one number may take.
-_PATIENCE = 0.1
+_PATIENCE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +79,18 @@ def calibrated() -> Machine:
 def measured() -> Machine:
     """Measures; takes about a tenth of a second."""
     one = torch.ones(1, dtype=torch.float64)
-    small = torch.ones(2**13, dtype=torch.float64)
-    large = torch.ones(2**20, dtype=torch.float64)
+    small = torch.ones(2**15, dtype=torch.float64)
+    large = torch.ones(LARGE // 8 + 1, dtype=torch.float64)
     square = torch.ones(192, 192, dtype=torch.float64)
     with torch.no_grad():
         operation = _best(lambda: torch.add(one, one), 100)
         near = _best(lambda: torch.add(small, small), 20) - operation
-        far = _best(lambda: torch.add(large, large), 1)
+        far = _best(lambda: torch.neg(large), 1)
         product = _best(lambda: torch.mm(square, square), 1)
     return Machine(
         operation=operation,
         cached=3 * 8 * small.numel() / max(near, 1e-7),
-        memory=3 * 8 * large.numel() / far,
+        memory=2 * 8 * large.numel() / far,
         product=square.numel() * 192 / product,
     )
 

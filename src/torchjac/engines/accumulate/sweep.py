@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial, reduce
 from time import perf_counter
 from typing import Any
@@ -137,6 +137,19 @@ def _below(nodes: list[fx.Node]) -> dict[fx.Node, int]:
     return below
 
 
+def _last_uses(
+    nodes: list[fx.Node], kept: Sequence[fx.Node | None]
+) -> dict[fx.Node, list[fx.Node]]:
+    """Values that each node is the last one to need."""
+    position = {node: i for i, node in enumerate(nodes)}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        users = [position[user] for user in node.users if user in position]
+        if users and node not in kept:
+            found.setdefault(nodes[max(users)], []).append(node)
+    return found
+
+
 @lru_cache(maxsize=4096)
 def _is_cheap(target: Any) -> bool:
     return isinstance(target, OpOverload) and target._schema.name.split("::")[1] in _CHEAP
@@ -180,6 +193,7 @@ class Sweep:
         self._left = most
         self._below: dict[fx.Node, int] = {}
         self._found: dict[fx.Node, Any] = {}
+        self._reached = 0  # values so far, by which waists are numbered
         self._waists: list[str] = []
         self._points: dict[fx.Node, Point] = {}
         self._opened: dict[fx.Node, int] = {}
@@ -206,6 +220,7 @@ class Sweep:
         order = [n for n in derivative.module.graph.nodes if n in needed]
         self._below = _below(order)
         inner = [n for n in order if n not in self._found]
+        last = _last_uses(order, derivative.gradients)
         m, n = derivative.m, derivative.n
         self._points = points(inner, list(self._found), m, n, self._samples)
         for node in derivative.module.graph.nodes:
@@ -214,6 +229,9 @@ class Sweep:
                     self._found[node] = self._of(node)
                 except PlanRefused as refusal:
                     raise type(refusal)(f"{refusal} (at {self._named(node)})") from refusal
+                self._reached += 1
+                for operand in last.get(node, ()):  # nobody needs them any more
+                    del self._found[operand]
         gradients: list[Adjoint | None] = []
         for node in derivative.gradients:
             if node is None or node in self._found:
@@ -268,11 +286,11 @@ class Sweep:
                 made = self._product(node, made)
                 if is_dense(made, self._samples, m):
                     return self._split(node, made)
-            return narrowed(made, len(self._found), n, below) if below else made
+            return narrowed(made, self._reached, n, below) if below else made
 
         made: Adjoint = self._record(gathered)
         self._count(made)
-        if any(x.table is not None and x.table.number == len(self._found) for x in made.terms):
+        if any(x.table is not None and x.table.number == self._reached for x in made.terms):
             self._waists.append(f"{math.prod(shape)} at {self._named(node)}")
         return made
 
@@ -284,10 +302,10 @@ class Sweep:
 
     def _split(self, node: fx.Node, adjoint: Adjoint) -> Adjoint:
         """Splits the chain, if that is to be done at this value."""
-        made = opened(adjoint, len(self._found)) if self._points[node].opened else None
+        made = opened(adjoint, self._reached) if self._points[node].opened else None
         if made is None:
             return adjoint
-        self._opened[node] = len(self._found)
+        self._opened[node] = self._reached
         return made
 
     def _applied(
