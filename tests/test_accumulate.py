@@ -305,7 +305,22 @@ def refusals(n: str) -> dict[str, list[str]]:
                 continue
             for point, want in () if n in TORCH_DISAGREES else wanted:
                 agrees(run(plan, f, *point, argnums=argnums), want)
+        if wanted and n not in TORCH_DISAGREES:
+            in_other_kinds(f, plain, argnums, wanted[0][1])
     return {order: sorted(names) for order, names in found.items() if names}
+
+
+def in_other_kinds(f: Function, plain: list[Tensor], argnums: tuple[int, ...], want: Any) -> None:
+    """Law: a sparse result, and one in single precision, say the same; or are refused."""
+    refused = (CaptureRefused, PlanRefused, RuntimeError)
+    with contextlib.suppress(*refused):
+        _, J = plan_of(f, *plain, argnums=argnums, layout=torch.sparse_csr)
+        blocks = zip(pytree.tree_leaves(J), pytree.tree_leaves(want), strict=True)
+        agrees([b.to_dense().reshape(w.shape) for b, w in blocks], pytree.tree_leaves(want))
+    single = [x.float() for x in plain]
+    with contextlib.suppress(*refused):  # what it closes over may be in double precision
+        _, J = plan_of(f, *single, argnums=argnums)
+        agrees(J, oracle_jacobian(f, argnums)(*single))
 
 
 def agrees(got: Any, want: Any) -> None:
@@ -492,6 +507,25 @@ class TestJacobian:
         with pytest.raises(PlanRefused, match="linear"):
             plan_of(f, value(5))
 
+    @pytest.mark.parametrize(
+        "hidden",
+        [
+            lambda x: nn.Parameter(x * 2),
+            lambda x: nn.Parameter(x),
+            lambda x: nn.Parameter(x.detach(), requires_grad=False),
+            lambda x: nn.ParameterList([x.detach()])[0],
+            lambda x: torch.Tensor._make_subclass(torch.Tensor, x * 2),
+        ],
+    )
+    def test_tensors_made_without_an_operation(self, hidden: Function) -> None:
+        """A gain of zero hides them from any comparison, here but not elsewhere."""
+
+        def f(x: Tensor, gain: Tensor) -> Tensor:
+            return gain * hidden(x) * x + x**3
+
+        with pytest.raises(CaptureRefused, match="without an operation"):
+            plan_of(f, value(4), torch.zeros((), dtype=torch.float64))
+
     def test_structural_zeros_stay_zero(self) -> None:
         """Where autograd makes 0 times infinity NaN, an entry that is structurally zero is zero."""
         plan, _ = plan_of(f := lambda x: x.sqrt()[1:], torch.ones(3, dtype=torch.float64))
@@ -576,6 +610,20 @@ class TestCompiled:
             x = value(*shape, seed=seed)
             same(J(x), oracle_jacobian(f)(x))
         assert any(c.name.endswith("compiled") for c in torchjac.last_run().candidates)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", PROBLEMS)
+    def test_every_program_compiled(self, name: str) -> None:
+        """What Inductor makes of it, whether that is faster or not."""
+        f, shape = PROBLEMS[name]
+        x = value(*shape)
+        plan, _ = plan_of(f, x)
+        made = plan.emitted.compiled([x])
+        assert made.note is None
+        for point in (x, 0.7 * x + 0.1):
+            parts = made([point])
+            assert parts is not None
+            same(plan.finish(parts), oracle_jacobian(f)(point))
 
     @pytest.mark.slow
     def test_sparse(self) -> None:

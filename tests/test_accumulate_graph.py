@@ -40,8 +40,8 @@ def weight(J: Tensor) -> Tensor:
     return torch.linspace(0.5, 1.5, J.numel(), dtype=J.dtype).reshape(J.shape)
 
 
-# Their plans take second results of operations (statistics of a norm, factors of a solve), of which
-# torch has no derivative: that shows when the plan is checked.
+# Their plans take second results of operations (statistics of a norm, factors of a solve), which
+# autograd takes for constants.
 LEFT_TO_PASSES = {"norm", "attention", "solve"}
 
 
@@ -51,7 +51,7 @@ def test_problems(name: str) -> None:
     f, shape = PROBLEMS[name]
     x = value(*shape)
     if name in LEFT_TO_PASSES:
-        with pytest.raises(PlanRefused):
+        with pytest.raises(PlanRefused, match="second result"):
             graph_plan_of(f, x)
         return
     plan, _ = graph_plan_of(f, x)
@@ -196,6 +196,8 @@ STOPS: dict[str, Function] = {
     "no_grad": stopped,
     "custom": lambda x: _Straight.apply(3 * x).square(),
     "custom of the input": lambda x: _Straight.apply(x).square(),
+    "detach of complex": lambda x: (torch.complex(x, x.sin()).detach() * x).real + x.square(),
+    "real part": lambda x: torch.complex(x, x.cos()).real.detach() * x.square(),
     "where it is not taken": lambda x: torch.where(x > 100, x.detach() * x, x.square()),
 }
 
@@ -261,3 +263,49 @@ def test_without_a_graph_to_keep() -> None:
     x = value(5)
     assert used(J, x)
     same(J(x), torch.func.jacrev(lambda x: x.sin() * x.sum())(x))
+
+
+AUXILIARY: dict[str, Function] = {
+    "layer norm": lambda x: torch.nn.functional.layer_norm(x, (4,)),
+    "batch norm": lambda x: torch.nn.functional.batch_norm(
+        x.reshape(4, 1), None, None, training=True
+    ).flatten(),
+    "solve": lambda x: torch.linalg.solve(x.outer(x) + torch.eye(4, dtype=x.dtype), x),
+    "determinant": lambda x: torch.linalg.det(x.outer(x) + torch.eye(4, dtype=x.dtype)) * x,
+}
+
+
+@pytest.mark.parametrize("name", AUXILIARY)
+def test_what_does_not_matter_here_may_matter_elsewhere(name: str) -> None:
+    """A gain of zero while the plan is made hides all that is behind it from any comparison."""
+
+    def f(x: Tensor, gain: Tensor) -> Tensor:
+        return x * x.roll(1) + gain * AUXILIARY[name](x)
+
+    J = torchjac.jacobian(f, create_graph=True)
+    x, off = value(4).requires_grad_(), torch.zeros((), dtype=torch.float64)
+    for _ in range(CALLS):
+        J(x, off)
+    (got,) = torch.autograd.grad(J(x, off + 1).cos().sum(), x)
+    want = torch.func.grad(lambda x: torch.func.jacrev(f)(x, off + 1).cos().sum())(x.detach())
+    same(got, want)
+
+
+def test_results_may_be_written_to() -> None:
+    """What the graph has saved is not the result itself."""
+    J = torchjac.jacobian(lambda x: x.exp().sum(), create_graph=True)
+    x = value(3).requires_grad_()
+    assert used(J, x)
+    found = J(x)
+    found.mul_(2)
+    (got,) = torch.autograd.grad(found.sum(), x)
+    same(got, 2 * x.detach().exp())
+
+
+def test_results_can_be_differentiated_whatever_is_given() -> None:
+    """As by passes: also where no input requires a gradient."""
+    J = torchjac.jacobian(lambda x: x * x, create_graph=True)
+    x = value(3)
+    first = J(x).requires_grad
+    assert used(J, x)
+    assert J(x).requires_grad == first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -287,3 +289,26 @@ def test_tensor_subclass_parameters() -> None:
     J = torchjac.jacobian(f)(p)
     assert type(J) is Tensor
     same(J, jacrev(f)(p.detach()))
+
+
+class TestCopies:
+    """Jacobians are copied with the objects that hold them."""
+
+    def test_deepcopy(self) -> None:
+        J = torchjac.jacobian(torch.sin, layout=torch.sparse_csr)
+        x = value(4)
+        for _ in range(3):
+            J(x)
+        again = copy.deepcopy({"J": J})["J"]
+        same(again(x).to_dense(), J(x).to_dense())
+        assert repr(again) == repr(J)
+
+    def test_pickle(self) -> None:
+        H = torchjac.jacobian(_energy)
+        again = pickle.loads(pickle.dumps(H))
+        same(again(value(4)), H(value(4)))
+        assert type(again) is type(H)
+
+
+def _energy(x: Tensor) -> Tensor:
+    return (x.sin() * x.roll(1)).sum()

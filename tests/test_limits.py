@@ -96,9 +96,13 @@ def living() -> int:
     """Bytes of all tensors that Python can reach."""
     gc.collect()
     tensors = (o for o in gc.get_objects() if issubclass(type(o), Tensor))
-    real = (t for t in tensors if t.layout == torch.strided and not t.is_meta)
-    memory = (t.untyped_storage() for t in real)
-    return sum({m._cdata: m.nbytes() for m in memory if m.device.type != "meta"}.values())
+    found = {}
+    for tensor in tensors:
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # what other tests left
+            memory = tensor.untyped_storage()
+            if memory.device.type != "meta":
+                found[memory._cdata] = memory.nbytes()
+    return sum(found.values())
 
 
 @pytest.mark.parametrize("batched", [True, False])

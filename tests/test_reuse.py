@@ -68,6 +68,25 @@ class TestReused:
         assert give(SIZE, dtype=torch.float64).data_ptr() != where
         del kept
 
+    @pytest.mark.parametrize(
+        "done",
+        [
+            lambda t: t.untyped_storage().resize_(0),
+            lambda t: t.untyped_storage().resize_(16),
+            lambda t: t.share_memory_(),
+            lambda t: t.set_(),
+        ],
+    )
+    def test_not_where_memory_is_another_one(self, done: Any) -> None:
+        """Freed early, or shared with another process."""
+        give = Reused(zeros=False)
+        first = give(SIZE, dtype=torch.float64)
+        done(first)
+        del first
+        second = give(SIZE, dtype=torch.float64).fill_(3)
+        assert second.untyped_storage().nbytes() == 8000
+        assert not second.is_shared()
+
     def test_another_size_or_dtype(self) -> None:
         give = Reused(zeros=False)
         give(SIZE, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -172,6 +173,18 @@ class TestDamaged:
         with pytest.raises(PlanError):
             torchjac.jacobian(f).load(path)
 
+    def test_any_byte(self, tmp_path: Path) -> None:
+        """Whatever readers of archives, arrays and JSON raise is one error."""
+        path = tmp_path / "plan"
+        torchjac.jacobian(f).save(path, value(6))
+        good = path.read_bytes()
+        for position in range(0, len(good), max(len(good) // 150, 1)):
+            data = bytearray(good)
+            data[position] ^= 0x55
+            path.write_bytes(bytes(data))
+            with contextlib.suppress(PlanError):
+                torchjac.jacobian(f).load(path)
+
     def test_a_pattern_is_not_a_plan(self, tmp_path: Path) -> None:
         path = tmp_path / "pattern.npz"
         torchjac.jacobian(f).pattern(value(6)).save(path)
@@ -197,6 +210,17 @@ class TestDamaged:
             lambda a: a["recording"]["calls"][0].update(operation="no_such.default"),
             lambda a: a["recording"]["calls"][0].update(args=[{"value": 10_000}]),
             lambda a: a["recording"]["calls"][0].update(args=["/etc/passwd"]),
+            lambda a: a["recording"]["calls"].append(
+                {
+                    "operation": "zero_.default",
+                    "args": [{"value": a["recording"]["inputs"][0]}],
+                    "kwargs": {},
+                    "results": [],
+                    "single": True,
+                    "written": [a["recording"]["inputs"][0]],
+                }
+            ),
+            lambda a: a["recording"]["calls"][0].update(operation="_reshape_alias.default"),
             lambda a: a["recording"].update(outputs=[]),
             lambda a: a.update(constants=[]),
             lambda a: a.pop("recording"),
@@ -208,8 +232,10 @@ class TestDamaged:
         torchjac.jacobian(f).save(path, value(6))
         rewritten(path, change)
         x = value(6, seed=4)
+        before = x.clone()
         J = torchjac.jacobian(f).load(path)
         same(J(x), torch.func.jacrev(f)(x))
+        same(x, before)
         assert torchjac.last_run().engine != "accumulate"
         assert any(name == "accumulate" for name, _ in J.explain(x).refusals)
 

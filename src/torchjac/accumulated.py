@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch import modes
+from torchjac._torch.pytree import flatten
 from torchjac.capture import Call, Program
 from torchjac.capture.derivative import Derivative, arguments, variables
 from torchjac.engines.accumulate import Emitted, Mode
@@ -97,7 +98,7 @@ class Accumulated:
         """Blocks, or the values of the pattern, at the arguments of a call; None if not finite."""
         keeps = self.emitted.differentiable
         with torch.set_grad_enabled(keeps), modes.ordinary_tensors():
-            return self.emitted(variables(call) if keeps else arguments(call))
+            return self.emitted(_with_graph(call) if keeps else arguments(call))
 
     def __call__(self, call: Call) -> Any:
         """The Jacobian at the arguments of a call; None where it is not finite."""
@@ -116,6 +117,16 @@ class Accumulated:
             return None
         Reference(program).check(parts, self.pattern)
         return self.finish(parts)
+
+
+def _with_graph(call: Call) -> list[Tensor]:
+    """The tensors of a call; the result can be differentiated even where none requires that."""
+    given = variables(call)
+    count = len(flatten(call.differentiated())[0])
+    return [
+        x if i >= count or x.requires_grad else x.detach().requires_grad_()
+        for i, x in enumerate(given)
+    ]
 
 
 def accumulate(plan: Accumulated, call: Call, entry: str, layout: torch.layout) -> Any:

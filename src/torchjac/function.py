@@ -55,6 +55,17 @@ class Jacobian:
         compile: bool = False,
         entry: str = "jacobian",
     ):
+        self._options = {
+            "has_aux": has_aux,
+            "batched": batched,
+            "strict": strict,
+            "create_graph": create_graph,
+            "layout": layout,
+            "pattern": pattern,
+            "memory_budget": memory_budget,
+            "compile": compile,
+            "entry": entry,
+        }
         if not callable(function):
             raise ArgumentError(
                 f"torchjac: {entry} takes a function, got {type(function).__name__}. For tensors "
@@ -134,9 +145,9 @@ class Jacobian:
     def save(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """Writes the plan for these arguments to a file, so that it need not be found again.
 
-        Data only (JSON and arrays): nothing in it is executed on load, and no value of the
-        arguments is in it. Constants that the function reads are; tensors that require a gradient
-        are not.
+        Data only (JSON and arrays): nothing in it is executed on load. Constants that the function
+        reads are in it; values of arguments, and tensors that require a gradient, are not. It says
+        what is computed, though: load files of those whom you trust to give the right Jacobian.
 
         Args:
             path: The file; it is replaced.
@@ -179,6 +190,10 @@ class Jacobian:
     def spy(self, *args: Any, path: str | Path | None = None, **kwargs: Any) -> Any:
         """Plots the pattern at these arguments; see `Pattern.spy`."""
         return self.pattern(*args, **kwargs).spy(path)
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles hold the function and the options, not what calls have shown."""
+        return _again, (type(self), self._function, self._argnums, self._options)
 
     def __repr__(self) -> str:
         """Names the function and what is differentiated."""
@@ -259,6 +274,12 @@ class Jacobian:
             warnings.warn(
                 unused_in_function(program, arranged.unused), UnusedInputWarning, stacklevel=4
             )
+
+
+def _again(kind: type[Jacobian], *given: Any) -> Jacobian:
+    """A Jacobian like another one."""
+    function, argnums, options = given
+    return kind(function, argnums, **options)
 
 
 class Hessian(Jacobian):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,9 @@ def compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., 
         import torch._inductor.config
         from torch._inductor.compile_fx import compile_fx
 
-        with torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
+        quiet = warnings.catch_warnings()
+        with quiet, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
+            warnings.simplefilter("ignore")  # of torch about itself
             run: Any = compile_fx(module, list(inputs))
             run(*inputs)  # some of it is compiled when it first runs
     except Exception as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchjac._torch.notes import Called, DependsOnValues, NeedsTracing, NotRecorded, Value
@@ -63,6 +64,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.in_function = False
         self._depth = 0
         self._steps: set[Value] = set()
+        # By their memory, whose address is not given away while there is a reference to it.
+        self._mine: dict[int, tuple[StorageWeakRef, Value]] = {}
         self._keep = keep
         self._parameters_vary = parameters_vary
         self._values: dict[int, tuple[Any, Value]] = {}
@@ -140,6 +143,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return found[1]
         if tensor.layout is not torch.strided:
             raise NotRecorded("it reads a sparse tensor")
+        memory = tensor.untyped_storage()._cdata
+        own = self._mine.get(memory)
+        if (own and own[1].varies) or any(memory == given.memory for given in self.inputs):
+            raise NotRecorded("it makes a tensor out of another without an operation (a Parameter)")
         trained = tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
         return self.constant(tensor, tensor, trained and self._parameters_vary)
 
@@ -187,7 +194,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_carrier(self, tensor: Tensor) -> bool:
         """Whether a tensor has numbers that vary, and not in steps as a comparison does."""
-        value = self.find(tensor) if tensor.is_floating_point() else None
+        smooth = tensor.is_floating_point() or tensor.is_complex()
+        value = self.find(tensor) if smooth else None
         if value is None or not value.base.varies or value in self._steps:
             return False
         return value.kind != "input" or tensor.requires_grad
@@ -283,6 +291,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 value.base = base
             else:
                 value.varies = varies
+                memory = part.untyped_storage()
+                kept = StorageWeakRef(memory)  # type: ignore[no-untyped-call]
+                self._mine[memory._cdata] = kept, value
             results.append(self._enter(part, value))
         return tuple(results)
 

@@ -34,7 +34,7 @@ class Reused:
         """Begins with no memory."""
         self._zeros = zeros
         self._kept: Tensor | None = None
-        self._alone = (0, 0)
+        self._alone: tuple[int, ...] = ()
         self._lock = threading.Lock()
 
     def __call__(self, size: Sequence[int], *, dtype: torch.dtype) -> Tensor:
@@ -42,10 +42,10 @@ class Reused:
         with self._lock:  # two threads never get the same
             kept = self._kept
             fits = kept is not None and kept.dtype == dtype and kept.numel() == math.prod(size)
-            if kept is None or not fits or _uses(kept) != self._alone:
+            if kept is None or not fits or _state(kept) != self._alone:
                 make = torch.zeros if self._zeros else torch.empty
                 kept = self._kept = make(size, dtype=dtype)
-                self._alone = _uses(kept)
+                self._alone = _state(kept)
             elif self._zeros:
                 kept.zero_()
             # A tensor of its own: history and version of what was there before are not its.
@@ -58,8 +58,12 @@ class Reused:
         return Reused(self._zeros)
 
 
-def _uses(tensor: Tensor) -> tuple[int, int]:
-    """How many tensors, arrays and others share its memory, and who holds it as an object."""
+def _state(tensor: Tensor) -> tuple[int, ...]:
+    """How many tensors, arrays and others share its memory, who holds it as an object, where it is.
+
+    Memory that was resized, or moved to be shared with another process, is elsewhere or of another
+    size.
+    """
     memory = tensor.untyped_storage()
     count: int = torch._C._storage_Use_Count(memory._cdata)
-    return count, sys.getrefcount(memory)
+    return count, sys.getrefcount(memory), memory.nbytes(), memory.data_ptr()

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from torchjac._torch.notes import Called, Value
 from torchjac._torch.recording import Recording, values_in
-from torchjac._torch.traits import OpOverload
+from torchjac._torch.traits import OpOverload, traits_of
 
 
 class NotStorable(ValueError):
@@ -109,10 +109,32 @@ def restored(about: dict[str, Any], constants: Sequence[Tensor]) -> Recording:
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as wrong:
         raise NotStorable(f"it does not hold operations ({wrong})") from wrong
+    for call in calls:
+        _check(call)
     for value in values_in([*(a for c in calls for a in (*c.args, *c.kwargs.values()))]):
         if value.kind == "constant" and not _fits(value, constants):
             raise NotStorable("its constants are of another shape")
     return made
+
+
+# Operations that trust their arguments with memory.
+_UNCHECKED = frozenset({"_reshape_alias", "_unsafe_index", "_unsafe_index_put", "_make_dual"})
+
+
+def _check(call: Called) -> None:
+    """Refuses operations that could write to what is not their own, or beyond its memory."""
+    traits = traits_of(call.operation)
+    name = call.operation._schema.name.split("::")[1]
+    if traits.is_refused or traits.is_random or traits.decides or name in _UNCHECKED:
+        raise NotStorable(f"it runs {call.operation}")
+    written = []
+    for position, key in traits.written:
+        given = call.args[position] if position < len(call.args) else call.kwargs.get(key)
+        written += values_in([given])
+    if traits.silent or any(v.base.kind != "made" for v in written):
+        raise NotStorable(f"{call.operation} writes to what is not its own")
+    if {id(v.base) for v in written} != {id(v.base) for v in call.written}:
+        raise NotStorable(f"{call.operation} writes to something else")
 
 
 def _fits(value: Value, constants: Sequence[Tensor]) -> bool:

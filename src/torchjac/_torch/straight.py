@@ -79,6 +79,22 @@ def _arguments(call: Called) -> list[Value]:
     return values_in((*call.args, *call.kwargs.values()))
 
 
+def beside_results(recording: Recording) -> list[str]:
+    """Operations of which a second result is used that torch may give no derivative of.
+
+    Statistics of a norm, factors of a solve: autograd takes them for constants without saying so.
+    """
+    used = {id(v) for call in recording.calls for v in _arguments(call)}
+    used |= {id(v) for v in recording.outputs if v is not None}
+    return [
+        str(call.operation)
+        for call in recording.calls
+        if not call.is_single and call.operation not in _ALL_DIFFERENTIABLE
+        for v in call.results[1:]
+        if v is not None and id(v) in used and v.dtype.is_floating_point
+    ]
+
+
 def executable(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The operations as a graph that takes the inputs and the constants that it needs, in order.
 
@@ -236,6 +252,22 @@ _VIEWS = frozenset(
         aten.squeeze.dims,
         aten.slice.Tensor,
         aten.select.int,
+    }
+)
+# Operations of which every result has a derivative.
+_ALL_DIFFERENTIABLE = frozenset(
+    {
+        aten._linalg_eigh.default,
+        aten._linalg_svd.default,
+        aten.aminmax.default,
+        aten.linalg_qr.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.std_mean.correction,
+        aten.unbind.int,
+        aten.unsafe_split.Tensor,
+        aten.unsafe_split_with_sizes.default,
+        aten.var_mean.correction,
     }
 )
 # Python bindings that take the same arguments in two thirds of the time (mul: 1.7 us for 2.5 us).

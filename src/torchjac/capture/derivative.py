@@ -184,10 +184,10 @@ class _Program:
         self.column_shapes = [t.shape for t in self._given]
 
     def tensors(self) -> list[Tensor]:
-        """What it is called with."""
+        """What it is called with: copies, so that what shares their memory was made of them."""
         beside = (self._beside[i] for i in self._variable)
         with modes.recording():
-            return [modes.usable_in_graph(t).data for t in (*self._given, *beside)]
+            return [_copied(modes.usable_in_graph(t).data) for t in (*self._given, *beside)]
 
     def __call__(
         self, observer: tracing.Observer, tensors: Sequence[Tensor]
@@ -210,6 +210,17 @@ class _Program:
         outputs = check_leaves(leaves, lambda p: leaf_names("output", output)[p], "output", BESIDE)
         self.row_shapes[:] = [o.shape for o in outputs]
         return inputs, outputs, [o for o in outputs if o.requires_grad]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """The same numbers with the same strides and offset; itself where that takes much memory."""
+    start, steps = tensor.storage_offset(), tensor.stride()
+    sizes = zip(tensor.shape, steps, strict=True)
+    reach = start + 1 + sum((size - 1) * step for size, step in sizes)
+    if not tensor.numel() or 0 in steps or reach > 4 * tensor.numel() + 1024:
+        return tensor
+    memory = torch.empty(reach, dtype=tensor.dtype, device=tensor.device)
+    return memory.as_strided(tensor.shape, steps, start).copy_(tensor)
 
 
 def trace_graph(program: Program, keep: Collection[Any]) -> Derivative:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -62,7 +61,9 @@ def load(path: str | Path | IO[bytes]) -> dict[str, Any]:
         with np.load(file, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
             arrays = {name: stored[name] for name in _ARRAYS}
-    except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as wrong:
+    except OSError:
+        raise
+    except Exception as wrong:  # whatever readers of damaged archives, arrays and JSON raise
         raise PatternError(f"torchjac: {path} is not a saved pattern ({wrong}).") from wrong
     if about.get("format") != "torchjac pattern" or about.get("version") != _VERSION:
         raise PatternError(

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torchjac._torch.inductor import NotCompiled, compiled
 from torchjac._torch.recorder import Recorder
 from torchjac._torch.recording import Recording, recorded
-from torchjac._torch.straight import compilable, executable, folded
+from torchjac._torch.straight import beside_results, compilable, executable, folded
 from torchjac._torch.work import Work, work_of
 from torchjac.capture.derivative import Derivative
 from torchjac.engines.accumulate import write
@@ -60,7 +60,10 @@ class Emitted:
         In another order of multiplication infinities meet other zeros: passes say what is right.
         """
         *parts, probe = self.run(*(x.contiguous() for x in inputs), *self.constants)
-        return tuple(parts) if math.isfinite(probe.item()) else None
+        if not math.isfinite(probe.item()):
+            return None
+        # Whoever writes to a result must not write to what its graph has saved.
+        return tuple([p.clone() for p in parts]) if self.differentiable else tuple(parts)
 
     @property
     def is_compiled(self) -> bool:
@@ -83,7 +86,14 @@ class Emitted:
         return replace(self, module=module, constants=constants, run=run)
 
     def with_graph(self) -> Emitted:
-        """The same program, whose results can be differentiated again."""
+        """The same program, whose results can be differentiated again.
+
+        Raises:
+            PlanRefused: Torch has no derivative of something that it runs.
+        """
+        beside = beside_results(self.recording)
+        if beside:
+            raise PlanRefused(f"torch has no derivative of a second result of {beside[0]}")
         module, constants = compilable(self.recording)
         return replace(
             self, module=module, constants=constants, run=module.forward, differentiable=True

@@ -243,7 +243,7 @@ class Sweep:
         return tuple(gradients)
 
     def _whole(self, adjoint: Adjoint) -> Adjoint:
-        made: Adjoint = self._record(lambda: resolved(adjoint))
+        made: Adjoint = self._record(lambda: resolved(adjoint, self._left))
         self._count(made)
         return made
 
@@ -286,7 +286,7 @@ class Sweep:
                 made = self._product(node, made)
                 if is_dense(made, self._samples, m):
                     return self._split(node, made)
-            return narrowed(made, self._reached, n, below) if below else made
+            return narrowed(made, self._reached, n, below, self._left) if below else made
 
         made: Adjoint = self._record(gathered)
         self._count(made)
@@ -297,7 +297,7 @@ class Sweep:
     def _product(self, node: fx.Node, adjoint: Adjoint) -> Adjoint:
         """Takes the products that end at a value of the chain."""
         for waist in self._points[node].closed:
-            adjoint = closed(adjoint, self._opened.get(waist, -1))
+            adjoint = closed(adjoint, self._opened.get(waist, -1), self._left)
         return adjoint
 
     def _split(self, node: fx.Node, adjoint: Adjoint) -> Adjoint:

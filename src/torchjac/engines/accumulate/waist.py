@@ -31,7 +31,7 @@ _SMALL = 4096
 _DENSE = 0.6
 
 
-def narrowed(adjoint: Adjoint, number: int, columns: int, below: int) -> Adjoint:
+def narrowed(adjoint: Adjoint, number: int, columns: int, below: int, most: int) -> Adjoint:
     """The adjoint of a value in terms of its own elements, where it is a waist.
 
     Args:
@@ -39,6 +39,7 @@ def narrowed(adjoint: Adjoint, number: int, columns: int, below: int) -> Adjoint
         number: For the waist, if it is one.
         columns: Number of columns of J.
         below: Operations that its terms will still go through.
+        most: Numbers that a product may have.
     """
     size = math.prod(adjoint.shape)
     entries = sum(math.prod(term.loop) for term in adjoint.terms)
@@ -51,7 +52,7 @@ def narrowed(adjoint: Adjoint, number: int, columns: int, below: int) -> Adjoint
         return adjoint if made is None else made
     (term,) = made.terms
     assert term.table is not None
-    table = replace(term.table, adjoint=resolved(term.table.adjoint))
+    table = replace(term.table, adjoint=resolved(term.table.adjoint, most))
     return replace(made, terms=(replace(term, table=table),))
 
 
@@ -97,8 +98,8 @@ def _own(adjoint: Adjoint) -> int:
     return size // shape[0] if apart else size
 
 
-def resolved(adjoint: Adjoint) -> Adjoint:
-    """The same in terms of rows of J.
+def resolved(adjoint: Adjoint, most: int) -> Adjoint:
+    """The same in terms of rows of J, by products of no more than `most` numbers.
 
     Raises:
         PlanRefused: It would fill in.
@@ -107,11 +108,11 @@ def resolved(adjoint: Adjoint) -> Adjoint:
         waists = [term.table for term in adjoint.terms if term.table is not None]
         if not waists:
             return adjoint
-        adjoint = closed(adjoint, max(w.number for w in waists))
+        adjoint = closed(adjoint, max(w.number for w in waists), most)
 
 
-def closed(adjoint: Adjoint, number: int) -> Adjoint:
-    """The same without terms in terms of one waist.
+def closed(adjoint: Adjoint, number: int, most: int) -> Adjoint:
+    """The same without terms in terms of one waist, by products of no more than `most` numbers.
 
     Raises:
         PlanRefused: It would fill in.
@@ -119,13 +120,13 @@ def closed(adjoint: Adjoint, number: int) -> Adjoint:
     found: list[Term] = []
     for term in adjoint.terms:
         if term.table is not None and term.table.number == number:
-            found += _composed(term, term.table.adjoint, adjoint.shape)
+            found += _composed(term, term.table.adjoint, adjoint.shape, most)
         else:
             found.append(term)
     return joined(adjoint.shape, found)
 
 
-def _composed(term: Term, inner: Adjoint, shape: Shape) -> list[Term]:
+def _composed(term: Term, inner: Adjoint, shape: Shape, most: int) -> list[Term]:
     """The product of a term and the adjoint whose elements are its rows."""
     placed = Walk.of(term.rows, inner.shape)
     own = 0 if term.target is not None else len(shape)
@@ -133,6 +134,11 @@ def _composed(term: Term, inner: Adjoint, shape: Shape) -> list[Term]:
     for other in inner.terms:
         more = other.loop[len(inner.shape) :]
         loop = (*term.loop, *more)
+        behind = {a for t_ in (other.rows, *other.factors) for a in t.changing(t_)}
+        along = {a + len(term.loop) - len(inner.shape) for a in behind if a >= len(inner.shape)}
+        axes = along | t.changing(term.rows) | term.support
+        if math.prod(loop[a] for a in axes) > most:
+            raise PlanRefused("a product of Jacobians would fill in")
         with real_values():
             rows = placed.take(other.rows, more)
             if bool((term.rows < 0).any()):
