@@ -364,6 +364,29 @@ class TestJacobian:
         assert record.engine in str(record)
         assert {c.name for c in record.candidates} >= {"accumulate reverse", "passes"}
 
+    def test_what_is_read_is_not_looked_at_before_that_is_needed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It takes longer than a small Jacobian: at the first call, and when a plan is due."""
+
+        def f(x: Tensor) -> Tensor:
+            for _ in range(60):
+                x = torch.sin(x) + x
+            return x
+
+        J = torchjac.jacobian(f)
+        seen = []
+        before = J._accumulation._plans.before
+        monkeypatch.setattr(
+            J._accumulation._plans, "before", lambda call: (seen.append(1), before(call))[1]
+        )
+        J._accumulation._spent = 20e-3  # less than planning takes
+        for _ in range(5):
+            J(value(3))
+            assert torchjac.last_run().engine == "plain"
+            J._accumulation._spent = 20e-3
+        assert len(seen) == 1
+
     def test_scipy(self) -> None:
         J = torchjac.jacobian(stencil, layout=scipy.sparse.csr_array)
         x = value(4000)

@@ -68,6 +68,7 @@ class Accumulation:
             policy=Policy(parameters="objects")
         )
         self._spent = 0.0
+        self._needed = 0.0  # to have been spent before a plan is made; known after the first call
         self._made = 0
         self.refused: str | None = None
         self.report: str | None = None
@@ -94,8 +95,7 @@ class Accumulation:
         """
         if self._made >= _PATIENCE:
             return None
-        soon = self._soon or not self._spent or self._spent > _PLAN / 2
-        return self._plans.before(call) if soon else None
+        return self._plans.before(call) if self._soon or self._spent >= self._needed else None
 
     def plan(
         self, call: Call, program: Program, before: Before | None
@@ -112,7 +112,8 @@ class Accumulation:
         nodes, predicted = plain_seconds(
             program, self._wanted.budget or default_budget(program.device)
         )
-        if not self._soon and self._spent + predicted < _PLAN + _PLAN_NODE * nodes:
+        self._needed = _PLAN + _PLAN_NODE * nodes - predicted
+        if not self._soon and self._spent < self._needed:
             return None
         if self._plans.lookup(call) is not None:
             return None
