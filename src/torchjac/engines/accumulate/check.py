@@ -94,6 +94,8 @@ class Reference:
                 [t.abs() for t in tangents],
             )
             self._compare("u'J", pulled, self._pulled, sizes[0], given)
+            if self._pushed is None and len(made) > 1:
+                raise PlanRefused("several outputs, and code of the user's in the backward pass")
             if self._pushed is not None:
                 live, most = ([found[i] for i in nest.live_outputs] for found in (pushed, sizes[1]))
                 self._compare("Jv", live, self._pushed, most, made)
