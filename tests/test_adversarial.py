@@ -20,7 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import torchjac
+from accumulating import plan_of
 from laws import PLANS, leaf, oracle, oracle_jacobian, quiet, same, under_plan, value
+from torchjac.capture import Call, capture_function
+from torchjac.engines.accumulate.check import Reference
+from torchjac.errors import Disagrees, PlanRefused, RefusedHere
 
 # More calls than the planner takes to try its candidates and to settle.
 CALLS = 25
@@ -166,6 +170,35 @@ def test_small_output_beside_a_large_one(dtype: torch.dtype) -> None:
         for seed in range(CALLS):
             x = value(2, dtype=dtype, seed=seed)
             same(J(x)[1], oracle_jacobian(lambda x, f=small: weight @ f(x))(x))
+
+
+@BOTH
+def test_forward_order_through_a_detached_backward(dtype: torch.dtype) -> None:
+    """The derivative of such a backward pass is not Jv, and u'J is not off by much here."""
+    weight, scale = value(200, 2, dtype=dtype, seed=1), 1e5 if dtype == torch.float32 else 1e13
+    x = value(2, dtype=dtype)
+
+    def f(x: Tensor) -> Tensor:
+        return torch.cat([scale * (weight @ x), weight @ Apart.apply(x)])
+
+    with pytest.raises(PlanRefused, match="not known to be J"):
+        plan_of(f, x, orders=("forward",))
+    J = torchjac.jacobian(f)
+    for _ in range(CALLS):
+        same(J(x)[200:], weight * x.cos())
+
+
+def test_small_jacobians_are_checked() -> None:
+    """Errors were measured by 1e-3 at least: a Jacobian of 1e-15 could have been anything."""
+    weight, x = value(30, 4, seed=1), value(4)
+    for scale in (1.0, 1e-9, 1e-15, 1e-40):
+        call = Call(lambda x: scale * (weight @ x).sin(), 0, False, (x,), {})  # noqa: B023
+        program, _ = capture_function(call, batched=False, create_graph=False, replayable=False)
+        reference = Reference(program)
+        J = scale * (weight @ x).cos()[:, None] * weight
+        reference.check([J], None)
+        with pytest.raises((Disagrees, RefusedHere)):
+            reference.check([J * (1 + 1e-6)], None)
 
 
 @pytest.mark.parametrize("place", ["custom function", "tensor hook"])

@@ -109,9 +109,7 @@ class Accumulation:
         """
         if before is None or self._made >= _PATIENCE or not _is_supported(call, program):
             return None
-        nodes, predicted = plain_seconds(
-            program, self._wanted.budget or default_budget(program.device)
-        )
+        nodes, predicted = self._passes(program)
         self._needed = _PLAN + _PLAN_NODE * nodes - predicted
         if not self._soon and self._spent < self._needed:
             return None
@@ -159,9 +157,7 @@ class Accumulation:
         plan, why = self.find(call), self.refused
         before = self._plans.before(call)
         if plan is None and _is_supported(call, program := capture()):
-            _, predicted = plain_seconds(
-                program, self._wanted.budget or default_budget(program.device)
-            )
+            _, predicted = self._passes(program)
             try:
                 plan, _ = planned(call, program, replace(self._wanted, predicted=predicted))
             except (CaptureRefused, PlanRefused) as refusal:

@@ -8,7 +8,7 @@ counted exactly on the operations that it leaves, not estimated before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -47,7 +47,7 @@ _NUMBERS, _LEAST = 2e8, 2**21
 _TIMES = 32
 # Seconds that it may take to plan: at least, for each second that passes would take, and for each
 # operation of the derivative.
-_LIMIT, _PATIENT, _NODE = 1.0, 4.0, 4e-3
+_LIMIT, _SECONDS, _NODE = 1.0, 4.0, 4e-3
 # Orders whose predictions differ less than this are both timed, as often as this.
 _CLOSE, _RUNS = 4.0, 3
 # The second order is tried where the first took less than this share of the time there is.
@@ -107,11 +107,10 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
             "so the derivative of the result is not that of its operations"
         )
     inputs, reference = arguments(call), Reference(program)
-    budget = wanted.budget or default_budget(program.device)
     with modes.ordinary_tensors():
-        made = _loaded(derivative, program, wanted)
+        made = _loaded(derivative, program, wanted, reference)
         if made is None:
-            made = _eliminated(call, derivative, program, wanted, started)
+            made = _eliminated(call, derivative, program, wanted, reference, started)
         ways, pattern, tried = made
         for emitted in ways:
             if wanted.differentiable:
@@ -141,7 +140,7 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
         finisher(pattern, wanted.layout, nest.output_spec, nest.input_spec),
         (derivative.m // (samples or 1), derivative.n // (samples or 1), samples),
         wanted.predicted,
-        budget,
+        wanted.budget or default_budget(program.device),
         tried,
         () if pattern is None else tuple(map(str, pattern.blame[:3])),
     )
@@ -177,18 +176,25 @@ def _twice(emitted: Emitted, call: Call, reference: Reference) -> tuple[Tensor, 
 _Made = tuple[Sequence[Emitted], Pattern | None, tuple[Tried, ...]]
 
 
-def _loaded(derivative: Derivative, program: Program, wanted: Wanted) -> _Made | None:
+def _loaded(
+    derivative: Derivative, program: Program, wanted: Wanted, reference: Reference
+) -> _Made | None:
     """The plan that was loaded for this program, if there is one."""
     for saved in wanted.saved:
         emitted = saved.emitted(derivative, wanted.layout, program.batch is not None)
-        if emitted is not None:
+        if emitted is not None and (emitted.mode == "reverse" or reference.pushes):
             tried = Tried(emitted.mode, machine().seconds(emitted.work))
             return [emitted], saved.pattern, (tried,)
     return None
 
 
 def _eliminated(
-    call: Call, derivative: Derivative, program: Program, wanted: Wanted, started: float
+    call: Call,
+    derivative: Derivative,
+    program: Program,
+    wanted: Wanted,
+    reference: Reference,
+    started: float,
 ) -> _Made:
     """A new plan."""
     pattern = _pattern(derivative, program, wanted)
@@ -196,10 +202,18 @@ def _eliminated(
     size = pattern.nnz if pattern is not None else derivative.m * derivative.n
     size //= program.batch or 1
     most = max(_LEAST, _TIMES * size, wanted.predicted * _NUMBERS)
-    limit = _LIMIT + _PATIENT * wanted.predicted + _NODE * len(derivative.module.graph.nodes)
+    limit = _LIMIT + _SECONDS * wanted.predicted + _NODE * len(derivative.module.graph.nodes)
     limits = _Limits(min(int(most), budget // 16), started + limit)
     target = Target(pattern, program.batch is not None)
-    ways = list(_ways(call, derivative, target, wanted.orders, limits))
+
+    def traced(mode: Mode) -> Derivative:
+        if mode == "reverse":
+            return derivative
+        if not reference.pushes:
+            raise PlanRefused("the derivative of its backward pass is not known to be J")
+        return trace_transposed(call, KEEP)
+
+    ways = list(_ways(call, traced, target, wanted.orders, limits))
     programs, tried = _ranked(ways, arguments(call))
     return programs, pattern, tried
 
@@ -226,7 +240,7 @@ def _pattern(derivative: Derivative, program: Program, wanted: Wanted) -> Patter
 
 def _ways(
     call: Call,
-    derivative: Derivative,
+    trace: Callable[[Mode], Derivative],
     target: Target,
     orders: Sequence[Mode],
     limits: _Limits,
@@ -239,7 +253,7 @@ def _ways(
             yield mode, "there was no time left to try it"
             return
         try:
-            traced = derivative if mode == "reverse" else trace_transposed(call, KEEP)
+            traced = trace(mode)
             if any(g is None for g in traced.cotangents):
                 raise PlanRefused("a gradient does not depend on the cotangent")
             left = limits.deadline - perf_counter()
