@@ -33,6 +33,7 @@ from programs import PROGRAMS, Program
 from test_opinfo import cases
 from test_pattern_cases import CASES
 from test_patterns_opinfo import OPS, elsewhere, realized
+from torchjac import elimination
 from torchjac._torch.inductor import NotCompiled, compiled
 from torchjac.engines.accumulate import Mode
 from torchjac.errors import CaptureRefused, Disagrees, PlanRefused
@@ -625,7 +626,14 @@ class TestJacobian:
 
 
 class TestCompiled:
-    """The same through Inductor."""
+    """The same through Inductor, which is for what has no kernel."""
+
+    @pytest.fixture(autouse=True)
+    def without_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no(*_: Any) -> Any:
+            raise PlanRefused("no kernels here")
+
+        monkeypatch.setattr(elimination, "with_kernel", no)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["the question", "pairs", "edges twice", "attention"])

@@ -29,10 +29,11 @@ ABOVE: dict[str, set[str]] = {
     "sparsity": {"solve"},
     "remembered": {"sparsity"},
     "unused": set(),
-    "accumulated": {"explain"},
+    "compilation": set(),
+    "accumulated": {"compilation", "explain"},
     "report": set(),
     "saved": {"accumulated"},
-    "elimination": {"accumulated", "report", "saved"},
+    "elimination": {"accumulated", "compilation", "report", "saved"},
     "accumulation": {"accumulated", "elimination", "report", "saved"},
     "function": {
         "accumulated",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -14,11 +15,18 @@ from torchjac._torch import modes
 from torchjac._torch.pytree import flatten
 from torchjac.capture import Call, Program
 from torchjac.capture.derivative import Derivative, arguments, variables
+from torchjac.compilation import faster, kernel_seconds, with_kernel
 from torchjac.engines.accumulate import Emitted, Mode
 from torchjac.engines.accumulate.check import Reference
+from torchjac.errors import PlanRefused
 from torchjac.explain import Candidate, Counts, Record, remember
+from torchjac.plan.machine import machine
 from torchjac.structure import Pattern
 
+# Seconds of runs before a kernel is thought of.
+_EARLIEST = 0.3
+# Seconds that the compiler may take where nobody asked for it.
+_PATIENCE = 10.0
 # Timings of either way, of which the best counts.
 _RUNS = 3
 # A plan that ran this much slower than passes do is not run again.
@@ -36,14 +44,14 @@ class Tried:
         predicted: Seconds that its operations should take; None if there are none.
         measured: Seconds that they took, best of some; None if that was not tried.
         refused: Why it was not to be had; None if it was.
-        compiled: Whether its operations were compiled.
+        form: How it runs: its operations one by one, compiled, as a kernel.
     """
 
     mode: Mode
     predicted: float | None = None
     measured: float | None = None
     refused: str | None = None
-    compiled: bool = False
+    form: str = ""
 
 
 @dataclass(eq=False)
@@ -62,6 +70,7 @@ class Accumulated:
         blame: Operations that made J dense.
         seconds: Of the runs so far.
         others: Of calls that were answered by passes.
+        spent: Seconds of all runs so far, until a kernel was made or refused.
     """
 
     derivative: Derivative
@@ -75,6 +84,7 @@ class Accumulated:
     blame: tuple[str, ...] = ()
     seconds: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
+    spent: float = 0.0
 
     def wins(self) -> bool:
         """Whether the next call is for this plan, by what was measured."""
@@ -99,6 +109,43 @@ class Accumulated:
         keeps = self.emitted.differentiable
         with torch.set_grad_enabled(keeps), modes.ordinary_tensors():
             return self.emitted(_with_graph(call) if keeps else arguments(call))
+
+    def ran(self, seconds: float, call: Call) -> None:
+        """Notes how long a run took; makes a kernel where that is due.
+
+        It is when all runs have taken as long as that will take, so that it at most doubles the
+        time; never while algorithms are to be deterministic: results change by rounding.
+        """
+        if len(self.seconds) < _RUNS:
+            self.seconds.append(seconds)
+        if math.isinf(self.spent):
+            return
+        self.spent += seconds
+        if self.spent < _EARLIEST or self.spent < kernel_seconds(self.emitted):
+            return
+        self.spent = math.inf
+        if self.emitted.differentiable or self.emitted.is_compiled:
+            return
+        if not torch.are_deterministic_algorithms_enabled():
+            with modes.ordinary_tensors():
+                self._improve(arguments(call))
+
+    def _improve(self, inputs: list[Tensor]) -> None:
+        mode, predicted = self.emitted.mode, machine().seconds(self.emitted.work)
+        try:
+            made = with_kernel(self.emitted, inputs, self.shape[2], _PATIENCE)
+        except PlanRefused as refusal:
+            self.tried = (*self.tried, Tried(mode, refused=str(refusal), form="kernel"))
+            return
+        except Exception as error:  # the operations give the result; this is noted
+            why = f"{type(error).__name__}: {error}"
+            self.tried = (*self.tried, Tried(mode, refused=why, form="kernel"))
+            return
+        best, (_, took) = faster([self.emitted, made], inputs)
+        self.tried = (*self.tried, Tried(mode, predicted, took, form=made.form))
+        if best is made:
+            self.emitted = made
+            self.seconds.clear()
 
     def __call__(self, call: Call) -> Any:
         """The Jacobian at the arguments of a call; None where it is not finite."""
@@ -136,8 +183,7 @@ def accumulate(plan: Accumulated, call: Call, entry: str, layout: torch.layout) 
     if value is None:
         return None
     took = perf_counter() - started
-    if len(plan.seconds) < _RUNS:
-        plan.seconds.append(took)
+    plan.ran(took, call)
     note(plan, entry, layout, took)
     return value
 
@@ -153,7 +199,9 @@ def record(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) 
     emitted = plan.emitted
     candidates = [_candidate(plan, tried) for tried in plan.tried if tried.predicted is not None]
     passes = Candidate("passes", plan.predicted, min(plan.others, default=None))
-    refusals = [(f"accumulate {t.mode}", t.refused) for t in plan.tried if t.refused is not None]
+    refusals = [
+        (t.form or f"accumulate {t.mode}", t.refused) for t in plan.tried if t.refused is not None
+    ]
     if emitted.note is not None:
         refusals.append(("compile", emitted.note))
     work = emitted.work
@@ -161,7 +209,7 @@ def record(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) 
     return Record(
         entry=entry,
         engine="accumulate",
-        mode=f"{emitted.mode}, compiled" if emitted.is_compiled else emitted.mode,
+        mode=emitted.form,
         passes=0,
         chunk=0,
         budget=plan.budget,
@@ -187,9 +235,8 @@ def record(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) 
 
 
 def _candidate(plan: Accumulated, tried: Tried) -> Candidate:
-    measured = tried.measured
-    emitted, name = plan.emitted, tried.mode + (", compiled" if tried.compiled else "")
-    if (tried.mode, tried.compiled) == (emitted.mode, emitted.is_compiled):
+    measured, form = tried.measured, tried.form or tried.mode
+    if form == plan.emitted.form:
         measured = min(plan.seconds, default=measured)
     assert tried.predicted is not None
-    return Candidate(f"accumulate {name}", tried.predicted, measured)
+    return Candidate(f"accumulate {form}", tried.predicted, measured)

@@ -48,6 +48,18 @@ def read(name: str) -> bytes | None:
         return None
 
 
+def place(name: str) -> Path | None:
+    """Where something is kept that nobody else could have written; None if there is nothing."""
+    where = directory()
+    if where is None:
+        return None
+    try:
+        path = where / name
+        return path if _is_private(path.lstat()) and path.is_file() else None
+    except OSError:
+        return None
+
+
 def write(name: str, data: bytes) -> bool:
     """Keeps something under a name, all of it or nothing; whether that could be done."""
     where = directory()

@@ -7,7 +7,6 @@ counted exactly on the operations that it leaves, not estimated before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -27,6 +26,7 @@ from torchjac.capture.derivative import (
     trace_transposed,
     variables,
 )
+from torchjac.compilation import faster, timed, with_kernel
 from torchjac.engines.accumulate import Emitted, Mode, Target, elsewhere, emit, evaluated
 from torchjac.engines.accumulate.check import Reference
 from torchjac.errors import CaptureRefused, Disagrees, NotKnownLinear, PlanRefused, RefusedHere
@@ -116,7 +116,7 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
             if wanted.differentiable:
                 emitted = emitted.with_graph()
             elif wanted.compiled:
-                emitted, timings = _compiled(emitted, inputs)
+                emitted, timings = _compiled(emitted, inputs, program.batch)
                 tried = (*(t for t in tried if t.mode != emitted.mode), *timings)
             try:
                 parts = evaluated(emitted, inputs)
@@ -147,14 +147,24 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
     return plan, plan.finish(parts)
 
 
-def _compiled(emitted: Emitted, inputs: Sequence[Tensor]) -> tuple[Emitted, list[Tried]]:
+def _compiled(
+    emitted: Emitted, inputs: Sequence[Tensor], samples: int | None
+) -> tuple[Emitted, list[Tried]]:
     """The program as compiled code, or as it is where that is faster (most of it are products)."""
-    made = emitted.compiled(inputs)
+    refused: list[Tried] = []
+    try:
+        made = with_kernel(emitted, inputs, samples)
+    except PlanRefused as refusal:
+        refused.append(Tried(emitted.mode, refused=str(refusal), form="kernel"))
+        made = emitted.compiled(inputs)
     ways = [emitted, made] if made.is_compiled else [made]
     predicted = machine().seconds(emitted.work)
-    found = [Tried(w.mode, predicted, _timed(w, inputs), None, w.is_compiled) for w in ways]
-    best = min(range(len(ways)), key=lambda i: found[i].measured or 0.0)
-    return ways[best], found
+    best, seconds = faster(ways, inputs)
+    tried = [
+        Tried(way.mode, predicted, took, form=way.form)
+        for way, took in zip(ways, seconds, strict=True)
+    ]
+    return best, tried + refused
 
 
 def _twice(emitted: Emitted, call: Call, reference: Reference) -> tuple[Tensor, ...]:
@@ -281,20 +291,9 @@ def _ranked(
     for way in programs:
         seconds = predicted[way.mode]
         close = len(programs) > 1 and seconds < _CLOSE * best
-        tried[way.mode] = Tried(way.mode, seconds, _timed(way, inputs) if close else None)
+        tried[way.mode] = Tried(way.mode, seconds, timed(way, inputs, _RUNS) if close else None)
 
     def rank(way: Emitted) -> float:
         return tried[way.mode].measured or predicted[way.mode] * _CLOSE
 
     return sorted(programs, key=rank), (*tried.values(), *refused)
-
-
-def _timed(way: Emitted, inputs: Sequence[Tensor]) -> float:
-    """Seconds of the best of some runs."""
-    best = math.inf
-    for _ in range(_RUNS):
-        started = perf_counter()
-        with torch.no_grad():
-            way(inputs)
-        best = min(best, perf_counter() - started)
-    return best

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import decomposition_table
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from torchjac._torch.notes import Called, NotRecorded, Value
@@ -262,6 +263,36 @@ def graph_of(recording: Recording) -> fx.GraphModule:
     graph.eliminate_dead_code(_is_pure)
     with _use_lazy_graph_module(True):  # its code is seldom run
         return _make_graph_module(attributes, graph)
+
+
+def decomposed(call: Called) -> Recording | None:
+    """What torch says that an operation does, in terms of others; None if it does not say.
+
+    Its inputs are the tensors that the call takes, in order.
+    """
+    decompose = decomposition_table.get(call.operation)
+    if decompose is None or call.written or call.drawn_from is not None:
+        return None
+    recorder = Recorder((), parameters_vary=False)
+    given: list[Tensor] = []
+
+    def dummy(value: Value) -> Tensor:
+        made = torch.zeros(value.shape, dtype=value.dtype)
+        given.append(made)
+        return made
+
+    args = [mapped(a, dummy) for a in call.args]
+    kwargs = {k: mapped(a, dummy) for k, a in call.kwargs.items()}
+    for tensor in given:
+        recorder.input(tensor)
+    try:
+        with torch.no_grad(), recorder:
+            found = decompose(*args, **kwargs)
+    except Exception:  # it looks at numbers, or is for others: the call has no such form
+        return None
+    if found is NotImplemented:
+        return None
+    return recorded(recorder, [found] if isinstance(found, Tensor) else list(found))
 
 
 SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)

@@ -42,6 +42,7 @@ class Emitted:
         waists: Values that took the place of rows: their size, and where they are.
         note: Why it was not compiled, though that was asked for.
         differentiable: Whether its results keep their graph.
+        kernel: What runs in the place of the module, if there is such.
     """
 
     recording: Recording
@@ -53,12 +54,15 @@ class Emitted:
     waists: tuple[str, ...]
     note: str | None = None
     differentiable: bool = False
+    kernel: Callable[[Sequence[Tensor]], tuple[Tensor, ...] | None] | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The parts of the Jacobian at other inputs; None where they are not all finite.
 
         In another order of multiplication infinities meet other zeros: passes say what is right.
         """
+        if self.kernel is not None:
+            return self.kernel(inputs)
         *parts, probe = self.run(*(x.contiguous() for x in inputs), *self.constants)
         if not math.isfinite(probe.item()):
             return None
@@ -68,7 +72,14 @@ class Emitted:
     @property
     def is_compiled(self) -> bool:
         """Whether it runs as compiled code."""
-        return bool(self.run != self.module.forward)
+        return bool(self.kernel is not None or self.run != self.module.forward)
+
+    @property
+    def form(self) -> str:
+        """How it runs, in words."""
+        if self.kernel is not None:
+            return f"{self.mode}, kernel"
+        return f"{self.mode}, compiled" if self.is_compiled else self.mode
 
     @property
     def work(self) -> Work:

@@ -1,0 +1,6 @@
+"""Programs of few operations on each element as C: lines of scalars, in loops over lanes."""
+
+from torchjac.engines.kernel.compiler import LIMIT
+from torchjac.engines.kernel.kernel import Kernel, Written, written
+
+__all__ = ["LIMIT", "Kernel", "Written", "written"]

@@ -1,0 +1,177 @@
+"""The system's C compiler, and what it has made before."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchjac import disk
+from torchjac.errors import PlanRefused
+
+# Seconds that a compiler may take.
+LIMIT = 60.0
+_FLAGS = (
+    *("-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
+    *("-fno-builtin-sin", "-fno-builtin-cos", "-w"),  # else both become one that has no vectors
+)
+_DIGEST = hashlib.sha256().digest_size
+
+
+def compiled(text: str, name: str, level: int, limit: float = LIMIT) -> Callable[..., int]:
+    """A function in C, compiled for this machine; what was compiled before is loaded.
+
+    Args:
+        text: The source.
+        name: Of the function.
+        level: How much to optimize.
+        limit: Seconds that this may take.
+
+    Raises:
+        PlanRefused: There is no compiler, or it fails, or takes too long.
+    """
+    command = _command()
+    if command is None:
+        raise PlanRefused("there is no C compiler (CC, cc, gcc, clang)")
+    flags = [f"-O{level}", *_FLAGS, *_tuned(command)]
+    about = "\0".join([text, *command, *flags, _version(command), _machine()])
+    file = f"kernel-{hashlib.sha256(about.encode()).hexdigest()[:32]}.so"
+    found = _kept(file)
+    if found is None:
+        made = _made(command, flags, text, limit)
+        disk.write(file, made + hashlib.sha256(made).digest())
+        found = _kept(file) or _loaded_from_memory(made)
+    function: Callable[..., int] = getattr(found, name)
+    return function
+
+
+@functools.cache
+def _command() -> tuple[str, ...] | None:
+    """The compiler."""
+    given = os.environ.get("CC")
+    for candidate in ([given] if given else []) + ["cc", "gcc", "clang"]:
+        words = shlex.split(candidate)
+        if words and shutil.which(words[0]):
+            return tuple(words)
+    return None
+
+
+@functools.cache
+def _version(command: tuple[str, ...]) -> str:
+    try:
+        return _run([*command, "--version"], 10.0).decode(errors="replace")
+    except PlanRefused:
+        return ""
+
+
+@functools.cache
+def _tuned(command: tuple[str, ...]) -> tuple[str, ...]:
+    """Flags for this machine that the compiler takes, and libraries."""
+    for flags in (("-march=native", "-lm", "-lmvec"), ("-march=native", "-lm"), ("-lm",)):
+        try:
+            _made(command, flags, "int torchjac_nothing(void) { return 1; }\n", 10.0)
+        except PlanRefused:
+            continue
+        return flags
+    return ("-lm",)
+
+
+@functools.cache
+def _machine() -> str:
+    """What the processor can do, as far as that is to be known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        words = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
+        return "\n".join(dict.fromkeys(words))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def _made(command: Sequence[str], flags: Sequence[str], text: str, limit: float) -> bytes:
+    """A shared object."""
+    with tempfile.TemporaryDirectory(prefix="torchjac-") as folder:
+        source, target = Path(folder) / "kernel.c", Path(folder) / "kernel.so"
+        source.write_text(text, encoding="utf-8")
+        before = [f for f in flags if not f.startswith("-l")]
+        libraries = [f for f in flags if f.startswith("-l")]
+        if "-shared" not in before:
+            before += ["-shared", "-fPIC"]
+        _run([*command, *before, str(source), "-o", str(target), *libraries], limit)
+        try:
+            return target.read_bytes()
+        except OSError as error:
+            raise PlanRefused(f"the compiler wrote nothing: {error}") from error
+
+
+def _run(command: Sequence[str], limit: float) -> bytes:
+    """What a command prints.
+
+    Raises:
+        PlanRefused: It cannot be run, fails, or takes too long; it is ended then.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise PlanRefused(f"the C compiler cannot be run: {error}") from error
+    try:
+        printed, complaint = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        _end(process)
+        raise PlanRefused(f"the C compiler took more than {limit:.0f} s") from error
+    except BaseException:  # interrupted: it is not left behind
+        _end(process)
+        raise
+    if process.returncode:
+        text = complaint.decode(errors="replace").strip().split("\n", 1)[0]
+        raise PlanRefused(f"the C compiler failed: {text or f'exit status {process.returncode}'}")
+    return printed
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and those that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (AttributeError, OSError):
+        process.kill()
+    process.communicate()
+
+
+def _kept(file: str) -> Any:
+    """What was compiled before, if it is whole."""
+    path = disk.place(file)
+    if path is None:
+        return None
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
+            return None
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def _loaded_from_memory(made: bytes) -> Any:
+    """A shared object that is not kept."""
+    with tempfile.TemporaryDirectory(prefix="torchjac-") as folder:
+        path = Path(folder) / "kernel.so"
+        path.write_bytes(made)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise PlanRefused(f"what the C compiler made cannot be loaded: {error}") from error

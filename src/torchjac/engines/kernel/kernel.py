@@ -1,0 +1,153 @@
+"""A Jacobian as compiled C, called from Python."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchjac._torch.recording import Recording
+from torchjac.engines.kernel.compiler import LIMIT, compiled
+from torchjac.engines.kernel.expand import expand
+from torchjac.engines.kernel.loops import schedule
+from torchjac.engines.kernel.source import Source, source_of
+from torchjac.errors import PlanRefused
+
+_NAME = "torchjac_kernel"
+# Statements that a compiler is given.
+_MOST = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A program written down in C.
+
+    Attributes:
+        source: The text, and what it reads.
+        inputs: Shape and dtype of every input that is read, or not.
+        outputs: Shape and dtype of every output.
+    """
+
+    source: Source
+    inputs: tuple[tuple[torch.Size, torch.dtype], ...]
+    outputs: tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+def written(recording: Recording, count: int, samples: int | None, name: str = _NAME) -> Written:
+    """The first outputs of a recording as a function in C.
+
+    Args:
+        recording: Operations.
+        count: How many of its outputs.
+        samples: The leading size of tensors that hold independent samples, if there are such.
+        name: Of the function.
+
+    Raises:
+        PlanRefused: It runs operations that have no scalar form, or gets too long.
+    """
+    results = [v for v in recording.outputs[:count] if v is not None]
+    if not all(v.dtype in (torch.float64, torch.float32) for v in results):
+        raise PlanRefused("it is neither float64 nor float32")
+    scalars = expand(recording, count, samples)
+    plan = schedule(scalars)
+    inputs = [(f"in{i}", v) for i, v in enumerate(recording.inputs)]
+    floating = [(n, _name(v.dtype)) for n, v in inputs if v.dtype.is_floating_point]
+    sizes = [(_name(v.dtype), math.prod(v.shape)) for v in results]
+    source = source_of(scalars, plan, _numbered(inputs, floating), sizes, name)
+    if source.statements > _MOST:
+        raise PlanRefused(f"{source.statements} statements in C")
+    return Written(
+        source,
+        tuple((v.shape, v.dtype) for _, v in inputs),
+        tuple((v.shape, v.dtype) for v in results),
+    )
+
+
+def _numbered(
+    inputs: Sequence[tuple[str, Any]], floating: Sequence[tuple[str, str]]
+) -> list[tuple[int, str, str]]:
+    known = dict(floating)
+    return [(i, n, known[n]) for i, (n, _) in enumerate(inputs) if n in known]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Kernel:
+    """A compiled program: takes tensors and gives tensors.
+
+    Calls may run at the same time; the interpreter's lock is released while they run.
+
+    Args:
+        program: What to compile.
+        limit: Seconds that the compiler may take.
+
+    Raises:
+        PlanRefused: It cannot be compiled.
+    """
+
+    def __init__(self, program: Written, limit: float = LIMIT):
+        """Compiles it."""
+        source = program.source
+        self.source = source
+        self._run = compiled(source.text, _NAME, source.level, limit)
+        self._inputs = program.inputs
+        self._outputs = program.outputs
+        self._scratch = source.scratch
+        self._templates = [
+            None if t is None else torch.from_numpy(t).view(shape)
+            for t, (shape, _) in zip(source.templates, program.outputs, strict=True)
+        ]
+        self._tables = [np.ascontiguousarray(t) for t in source.tables]
+        pointers = [t.ctypes.data for t in self._tables]
+        self._table = (ctypes.c_void_p * max(len(pointers), 1))(*pointers)
+        self._in = ctypes.c_void_p * max(len(program.inputs), 1)
+        self._out = ctypes.c_void_p * len(program.outputs)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """The outputs at these inputs; None where they are not all finite.
+
+        Raises:
+            ValueError: An input has another shape, dtype or device than the program is for.
+        """
+        made, fine = self.run(inputs)
+        return made if fine else None
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
+        """The outputs at these inputs, and whether all that vary are finite.
+
+        Raises:
+            ValueError: An input has another shape, dtype or device than the program is for.
+        """
+        given = [
+            _suited(x, shape, dtype) for x, (shape, dtype) in zip(inputs, self._inputs, strict=True)
+        ]
+        made = [
+            torch.empty(shape, dtype=dtype) if t is None else t.clone()
+            for t, (shape, dtype) in zip(self._templates, self._outputs, strict=True)
+        ]
+        scratch = torch.empty(self._scratch, dtype=torch.uint8) if self._scratch else None
+        fine = self._run(
+            self._in(*[x.data_ptr() for x in given]),
+            self._table,
+            self._out(*[x.data_ptr() for x in made]),
+            None if scratch is None else ctypes.c_void_p(scratch.data_ptr()),
+        )
+        return tuple(made), bool(fine)
+
+
+def _suited(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The same numbers as the program reads them: dense, in order."""
+    if x.shape != shape or x.dtype is not dtype or not x.is_cpu:
+        raise ValueError(
+            f"torchjac: a kernel for {tuple(shape)}, {dtype} was given {tuple(x.shape)}, "
+            f"{x.dtype} on {x.device}."
+        )
+    return x.resolve_neg().contiguous()

@@ -1,0 +1,115 @@
+"""What pointwise operations do to one number, as C."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+# One C expression for each kind; `{f}` is the suffix of the math library's functions, `{t}` the
+# type. Arguments are names, so that they may be used twice.
+C: Mapping[str, str] = MappingProxyType(
+    {
+        "add": "{0} + {1}",
+        "sub": "{0} - {1}",
+        "mul": "{0} * {1}",
+        "div": "{0} / {1}",
+        "neg": "-{0}",
+        "cast": "({t}){0}",
+        "truth": "{0} != 0",
+        "abs": "fabs{f}({0})",
+        "sqrt": "sqrt{f}({0})",
+        "rsqrt": "1 / sqrt{f}({0})",
+        "reciprocal": "1 / {0}",
+        "square": "{0} * {0}",
+        "cube": "{0} * {0} * {0}",
+        "exp": "exp{f}({0})",
+        "exp2": "exp2{f}({0})",
+        "expm1": "expm1{f}({0})",
+        "log": "log{f}({0})",
+        "log2": "log2{f}({0})",
+        "log10": "log10{f}({0})",
+        "log1p": "log1p{f}({0})",
+        "sin": "sin{f}({0})",
+        "cos": "cos{f}({0})",
+        "tan": "tan{f}({0})",
+        "asin": "asin{f}({0})",
+        "acos": "acos{f}({0})",
+        "atan": "atan{f}({0})",
+        "sinh": "sinh{f}({0})",
+        "cosh": "cosh{f}({0})",
+        "tanh": "tanh{f}({0})",
+        "asinh": "asinh{f}({0})",
+        "acosh": "acosh{f}({0})",
+        "atanh": "atanh{f}({0})",
+        "erf": "erf{f}({0})",
+        "erfc": "erfc{f}({0})",
+        "lgamma": "lgamma{f}({0})",
+        "floor": "floor{f}({0})",
+        "ceil": "ceil{f}({0})",
+        "round": "rint{f}({0})",
+        "trunc": "trunc{f}({0})",
+        "frac": "{0} - trunc{f}({0})",
+        "sigmoid": "1 / (1 + exp{f}(-{0}))",
+        "sign": "({t})(({0} > 0) - ({0} < 0))",
+        "pow": "pow{f}({0}, {1})",
+        "atan2": "atan2{f}({0}, {1})",
+        "hypot": "hypot{f}({0}, {1})",
+        "copysign": "copysign{f}({0}, {1})",
+        "fmod": "fmod{f}({0}, {1})",
+        "fmax": "fmax{f}({0}, {1})",
+        "fmin": "fmin{f}({0}, {1})",
+        # What is not a number is passed on, as torch does.
+        "maximum": "({0} != {0} || {0} > {1}) ? {0} : {1}",
+        "minimum": "({0} != {0} || {0} < {1}) ? {0} : {1}",
+        "lt": "{0} < {1}",
+        "le": "{0} <= {1}",
+        "gt": "{0} > {1}",
+        "ge": "{0} >= {1}",
+        "eq": "{0} == {1}",
+        "ne": "{0} != {1}",
+        "and": "{0} && {1}",
+        "or": "{0} || {1}",
+        "xor": "!{0} != !{1}",
+        "not": "!{0}",
+        "isnan": "{0} != {0}",
+        "isinf": "fabs{f}({0}) == INFINITY",
+        "where": "{0} ? {1} : {2}",
+    }
+)
+# They give true or false, whatever they are given.
+_TRUTHS = "truth lt le gt ge eq ne and or xor not isnan isinf"
+TRUTHS = frozenset(_TRUTHS.split())
+# Vectorized by the C library of GNU systems, within 4 units in the last place.
+_VECTORIZED = (
+    "sin cos tan exp exp2 expm1 log log2 log10 log1p asin acos atan sinh cosh tanh asinh acosh"
+    " atanh erf erfc pow atan2 hypot"
+)
+VECTORIZED = frozenset(_VECTORIZED.split())
+# What they cost, in products; others cost one.
+COSTLY: Mapping[str, int] = MappingProxyType(
+    dict.fromkeys([*VECTORIZED, "lgamma", "sigmoid", "fmod"], 20)
+    | dict.fromkeys(["div", "sqrt", "rsqrt", "reciprocal"], 4)
+)
+CTYPES: Mapping[str, str] = MappingProxyType(
+    {"float64": "double", "float32": "float", "int64": "long long", "bool": "int"}
+)
+
+
+def literal(value: float, dtype: str) -> str:
+    """A number as C, exactly."""
+    if dtype == "bool":
+        return "1" if value else "0"
+    if dtype == "int64":
+        return f"({int(value)}LL)"
+    if math.isnan(value):
+        return "NAN"
+    if math.isinf(value):
+        return "INFINITY" if value > 0 else "-INFINITY"
+    if dtype == "float32":
+        text = value.hex() + "f"
+    elif value == int(value) and abs(value) < 1e15:
+        text = f"{value:.1f}"
+    else:
+        text = value.hex()
+    return f"({text})" if value < 0 else text

@@ -1,0 +1,315 @@
+"""Loops as C."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchjac.engines.kernel.expand import Scalars
+from torchjac.engines.kernel.expressions import ONE, Expression, Places
+from torchjac.engines.kernel.loops import Loop, Schedule
+from torchjac.engines.kernel.scalars import CTYPES, VECTORIZED, C, literal
+
+# Statements, and loops, from which on a function is not optimized as much, and statements of a loop
+# from which on it is not vectorized: compilers are not linear in them.
+_LONG, _LOOPS = 6000, 100
+# Turns from which on a loop over few statements is worth vectorizing.
+_WIDE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A program in C.
+
+    Attributes:
+        text: The function, and what it needs.
+        tables: Arrays that it reads beside the inputs, in order.
+        scratch: Bytes of memory that it needs to work in.
+        statements: Scalar operations in the text.
+        level: How much a compiler should optimize.
+        templates: For each output the numbers that do not vary, or None where all do.
+    """
+
+    text: str
+    tables: tuple[np.ndarray, ...]
+    scratch: int
+    statements: int
+    level: int
+    templates: tuple[np.ndarray | None, ...]
+
+
+def source_of(
+    scalars: Scalars,
+    plan: Schedule,
+    inputs: Sequence[tuple[int, str, str]],
+    outputs: Sequence[tuple[str, int]],
+    name: str,
+) -> Source:
+    """Writes a program down.
+
+    Args:
+        scalars: Its expressions.
+        plan: Its loops.
+        inputs: Position, name and dtype of every input that is read.
+        outputs: dtype and size of every output.
+        name: Of the function.
+    """
+    writer = _Writer(scalars, plan, [d for d, _ in outputs])
+    body = writer.body()
+    lines = [_PROLOGUE]
+    used = writer.called & VECTORIZED
+    if used:
+        lines.append("#ifdef TORCHJAC_SIMD")
+        for function in sorted(used):
+            for t, f in (("double", ""), ("float", "f")):
+                two = f", {t}" if function in ("pow", "atan2", "hypot") else ""
+                lines.append(f"TORCHJAC_SIMD {t} {function}{f}({t}{two});")
+        lines.append("#endif")
+    lines.append(
+        f"int {name}(const void *const *in, const void *const *table, void *const *out,"
+        " void *scratch)\n{"
+    )
+    for i, array, dtype in inputs:
+        lines.append(f"  const {CTYPES[dtype]} *const {array} = in[{i}]; (void){array};")
+    for i, table in enumerate(writer.tables):
+        t = _TABLE_TYPES[table.dtype.name]
+        lines.append(f"  const {t} *const {writer.names[i]} = table[{i}];")
+    for i, (dtype, _) in enumerate(outputs):
+        lines.append(f"  {CTYPES[dtype]} *restrict const out{i} = out[{i}]; (void)out{i};")
+    scratch = 0
+    for number, (array, size) in plan.kept.items():
+        dtype = scalars.expressions.all[number].dtype
+        width = 4 if dtype in ("float32", "bool") else 8
+        lines.append(
+            f"  {CTYPES[dtype]} *restrict const {array} = (void *)((char *)scratch + {scratch});"
+        )
+        scratch += -(-size * width // 64) * 64
+    lines += ["  (void)in; (void)table; (void)out; (void)scratch;", "  double bad = 0;"]
+    lines += body
+    lines += ["  return bad == 0;", "}", ""]
+    templates = []
+    for (dtype, size), (places, values) in zip(outputs, plan.fixed, strict=True):
+        template = None
+        if len(places):
+            template = np.zeros(size, dtype=dtype)
+            template[places] = values
+        templates.append(template)
+    return Source(
+        "\n".join(lines),
+        tuple(writer.tables),
+        scratch,
+        writer.statements,
+        2 if writer.statements <= _LONG and writer.loops <= _LOOPS else 1,
+        tuple(templates),
+    )
+
+
+_TABLE_TYPES = {"int32": "int", "int64": "long long", "float64": "double", "float32": "float"}
+_PROLOGUE = """\
+#include <math.h>
+#include <string.h>
+#if defined(__GNUC__) && defined(__x86_64__) && defined(__GLIBC__)
+#if __GLIBC_PREREQ(2, 35) && !defined(TORCHJAC_PLAIN)
+#define TORCHJAC_SIMD __attribute__((simd("notinbranch"), const))
+#endif
+#endif
+"""
+
+
+class _Writer:
+    """Writes statements, each value once in each loop."""
+
+    def __init__(self, scalars: Scalars, plan: Schedule, dtypes: Sequence[str]):
+        self._all = scalars.expressions.all
+        self._scalars = scalars
+        self._plan = plan
+        self.tables: list[np.ndarray] = []
+        self.names: list[str] = []
+        self.called: set[str] = set()
+        self.statements = 0
+        self.loops = 0
+        self._table_of: dict[bytes, str] = {}
+        self._single: dict[int, str] = {}
+        self._lines: list[str] = []
+        for name, tensor in scalars.tables.items():
+            flat = tensor.reshape(-1).numpy()
+            self.tables.append(flat.astype(np.int32) if flat.dtype == bool else flat)
+            self.names.append(name)
+
+    def body(self) -> list[str]:
+        """The statements."""
+        inner: list[str] = []
+        for loop in self._plan.loops:
+            inner += self._loop(loop)
+        before, self._lines = self._lines, []
+        for number, array, positions in self._plan.single:
+            name = self._alone(number)
+            self._lines.append(f"  bad += {name} - {name};")
+            for position in positions.tolist():
+                self._lines.append(f"  {array}[{position}] = {name};")
+        return before + self._lines + inner
+
+    def _alone(self, number: int) -> str:
+        """The name of an expression of one lane, which is computed before all loops."""
+        found = self._single.get(number)
+        if found is not None:
+            return found
+        stack = [number]
+        while stack:  # no recursion: programs may be deep
+            top = stack[-1]
+            if top in self._single:
+                stack.pop()
+                continue
+            expression = self._all[top]
+            missing = [a for a, _ in expression.arguments if a not in self._single]
+            if missing:
+                stack += missing
+                continue
+            stack.pop()
+            if expression.kind == "constant":
+                self._single[top] = literal(expression.about, expression.dtype)  # type: ignore[arg-type]
+                continue
+            if expression.kind == "load":
+                array, _, start = loaded(expression)
+                text = f"{array}[{start}]"
+            else:
+                text = self._operation(
+                    expression.kind,
+                    expression.dtype,
+                    [self._single[a] for a, _ in expression.arguments],
+                    self._all[expression.arguments[0][0]].dtype,
+                )
+            self._single[top] = f"s{top}"
+            self._lines.append(f"  const {CTYPES[expression.dtype]} s{top} = {text};")
+        return self._single[number]
+
+    def _operation(self, kind: str, dtype: str, names: Sequence[str], of: str) -> str:
+        self.statements += 1
+        if kind in VECTORIZED or kind == "sigmoid":
+            self.called.add("exp" if kind == "sigmoid" else kind)
+        inner = of if dtype == "bool" else dtype
+        return C[kind].format(*names, f="f" if inner == "float32" else "", t=CTYPES[dtype])
+
+    def _loop(self, loop: Loop) -> list[str]:
+        """One loop; of one turn it is none."""
+        values, before = _Turn(self, loop.size), self.statements
+        lines: list[str] = []
+        for store in loop.stores:
+            name = values.of(store.expression, store.lanes)
+            where = self.index(store.positions)
+            if store.array.startswith("out"):
+                lines.append(f"    bad += {name} - {name};")
+            lines.append(f"    {store.array}[{where}] = {name};")
+        self.loops += 1 + values.sums
+        wide = loop.size >= _WIDE and not values.sums and self.statements - before <= _LONG
+        vector = "  #pragma omp simd reduction(+ : bad)" if wide else ""
+        return [vector, f"  for (int i = 0; i < {loop.size}; i++) {{", *values.lines, *lines, "  }"]
+
+    def index(self, places: Places) -> str:
+        """A position for each turn, as C."""
+        if len(places) == 1 or (places == places[0]).all():
+            return str(int(places[0]))
+        step = int(places[1] - places[0])
+        if (np.diff(places) == step).all():
+            start = int(places[0])
+            text = "i" if step == 1 else f"{step} * i"
+            return text if start == 0 else f"{text} + {start}"
+        return f"{self.table(places)}[i]"
+
+    def table(self, places: Places) -> str:
+        """The name of a table of positions."""
+        key = places.tobytes()
+        if key not in self._table_of:
+            self._table_of[key] = f"p{len(self.tables)}"
+            self.names.append(self._table_of[key])
+            self.tables.append(places.astype(np.int32))
+        return self._table_of[key]
+
+    def expression(self, number: int) -> Expression:
+        """An expression."""
+        return self._all[number]
+
+    def kept(self, number: int) -> str | None:
+        """The array that an expression is kept in."""
+        found = self._plan.kept.get(number)
+        return None if found is None else found[0]
+
+
+class _Turn:
+    """The values of one turn of a loop."""
+
+    def __init__(self, writer: _Writer, size: int):
+        self._writer = writer
+        self._size = size
+        self._names: dict[tuple[int, bytes], str] = {}
+        self._stored: set[tuple[int, bytes]] = set()
+        self.lines: list[str] = []
+        self.sums = 0  # loops in it
+
+    def of(self, number: int, lanes: Places) -> str:
+        """The name of a value that is to be written: it is computed here."""
+        return self._value(number, lanes, first=True)
+
+    def _value(self, number: int, lanes: Places, first: bool = False) -> str:
+        writer = self._writer
+        expression = writer.expression(number)
+        if expression.lanes is ONE:
+            return writer._alone(number)
+        key = (number, lanes.tobytes())
+        found = self._names.get(key)
+        if found is not None:
+            return found
+        kept = writer.kept(number)
+        if expression.kind == "load":
+            array, step, start = loaded(expression)
+            text = f"{array}[{writer.index(lanes * step + start)}]"
+        elif kept is not None and not first:
+            text = f"{kept}[{writer.index(lanes)}]"
+        elif expression.kind == "segments":
+            return self._segments(number, lanes, key)
+        else:
+            names = [
+                self._value(a, lanes if by is None else by.places[lanes])
+                for a, by in expression.arguments
+            ]
+            of = writer.expression(expression.arguments[0][0]).dtype
+            text = writer._operation(expression.kind, expression.dtype, names, of)
+        name = f"v{len(self._names)}"
+        self._names[key] = name
+        self.lines.append(f"    const {CTYPES[expression.dtype]} {name} = {text};")
+        return name
+
+    def _segments(self, number: int, lanes: Places, key: tuple[int, bytes]) -> str:
+        """A sum, by a loop of its own."""
+        self.sums += 1
+        writer = self._writer
+        expression = writer.expression(number)
+        ((argument, by),), starts = expression.arguments, expression.about
+        assert by is not None
+        assert isinstance(starts, np.ndarray)
+        kept = writer.kept(argument)
+        source, step, start = (kept, 1, 0) if kept else loaded(writer.expression(argument))
+        name, t = f"v{len(self._names)}", CTYPES[expression.dtype]
+        self._names[key] = name
+        begin, end = writer.index(starts[lanes]), writer.index(starts[lanes + 1])
+        places = by.places * step + start
+        step = int(places[1] - places[0]) if len(places) > 1 else 1
+        if (np.diff(places) == step).all():
+            where = f"{step} * k + {int(places[0])}"
+        else:
+            where = f"{writer.table(places)}[k]"
+        self.lines.append(f"    {t} {name} = 0;")
+        if len(places) >= _WIDE * len(starts):
+            self.lines.append(f"    #pragma omp simd reduction(+ : {name})")
+        self.lines += [
+            f"    for (int k = {begin}; k < {end}; k++) {name} += {source}[{where}];",
+        ]
+        return name
+
+
+def loaded(expression: Expression) -> tuple[str, int, int]:
+    """The array that a load reads, the step from lane to lane, and where the first one is."""
+    found: tuple[str, int, int] = expression.about  # type: ignore[assignment]
+    return found

@@ -1,0 +1,436 @@
+"""Kernels: cases x the law that they give what the row loop gives, in C; and what may go wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+import torchjac
+from accumulating import plan_of
+from laws import oracle_jacobian, quiet, same, value
+from programs import PROGRAMS, Program
+from test_accumulate import BATCHED, PROBLEMS, agrees, inside
+from torchjac._torch.recorder import Recorder
+from torchjac._torch.recording import recorded
+from torchjac.accumulated import Accumulated
+from torchjac.capture import Call
+from torchjac.capture.derivative import arguments
+from torchjac.compilation import with_kernel
+from torchjac.engines.accumulate import Mode
+from torchjac.engines.kernel import Kernel, compiler, written
+from torchjac.engines.kernel.pointwise import POINTWISE
+from torchjac.errors import CaptureRefused, PlanRefused
+
+aten = torch.ops.aten
+Function = Callable[..., Any]
+ORDERS: tuple[Mode, ...] = ("reverse", "forward")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One directory for all of them, not the user's."""
+    folder = tmp_path_factory.getbasetemp() / "kernels"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    monkeypatch.setenv("TORCHJAC_CACHE_DIR", str(folder))
+    return folder
+
+
+def kernel_of(plan: Accumulated, f: Function, *args: Any) -> Accumulated:
+    """The same plan, run as a kernel."""
+    inputs = arguments(Call(f, 0, False, args, {}))
+    plan.emitted = with_kernel(plan.emitted, inputs, plan.shape[2])
+    return plan
+
+
+def check(f: Function, *args: Tensor, **how: Any) -> None:
+    """Law: a kernel gives the Jacobian of the row loop, where it was made and elsewhere."""
+    batched = how.get("batched", False)
+    for order in ORDERS:
+        try:
+            plan, _ = plan_of(f, *args, orders=(order,), **how)
+        except (CaptureRefused, PlanRefused):
+            continue
+        plan = kernel_of(plan, f, *args)
+        for k in range(3):
+            point = tuple(inside(0.7 * a.roll(1) + 0.1 * k) if k else a for a in args)
+            J = plan(Call(f, 0, False, point, {}))
+            want = oracle_jacobian(f, 0, batched=batched)(*point)
+            same((J.to_dense() if "layout" in how else J).reshape(want.shape), want)
+
+
+def has_kernel(f: Function, *args: Tensor, **how: Any) -> bool:
+    """Whether there is one; a program without one is refused with a reason, nothing else."""
+    try:
+        check(f, *args, **how)
+    except PlanRefused:
+        return False
+    return True
+
+
+# Problems that have none, and why.
+REFUSED: dict[str, str] = {
+    "fft step": "complex numbers",
+    "solve": "factors of a matrix",
+    "scan": "an index that depends on values",
+}
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_csr], ids=["dense", "csr"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems(name: str, layout: torch.layout) -> None:
+    """Every problem of the accumulate engine, in both orders."""
+    f, shape = PROBLEMS[name]
+    how = {} if layout is torch.strided else {"layout": layout}
+    assert has_kernel(f, value(*shape), **how) is (name not in REFUSED)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 65])
+@pytest.mark.parametrize("name", BATCHED)
+def test_batches(name: str, samples: int) -> None:
+    """Samples are lanes of one loop; their number need not be that of a vector register."""
+    check(BATCHED[name], value(samples, 6), batched=True)
+
+
+@pytest.mark.parametrize("name", ["the question", "pairs", "edges twice", "stencil", "softmax"])
+def test_single_precision(name: str) -> None:
+    """In float32."""
+    f, shape = PROBLEMS[name]
+    check(f, value(*shape, dtype=torch.float32))
+
+
+@given(PROGRAMS)
+def test_programs(program: Program) -> None:
+    """Programs that nobody thought of."""
+    inputs = program.inputs()
+    argnums = tuple(range(len(inputs)))
+    with quiet():
+        want = oracle_jacobian(program, argnums)(*inputs)
+        for order in ORDERS:
+            with contextlib.suppress(CaptureRefused, PlanRefused):
+                plan, _ = plan_of(program, *inputs, argnums=argnums, orders=(order,))
+                call = Call(program, argnums, False, inputs, {})
+                plan.emitted = with_kernel(plan.emitted, arguments(call), None)
+                got = plan(call)
+                if got is not None:
+                    agrees(got, want)
+
+
+# Each pointwise operation against torch.
+
+
+def of_operation(
+    operation: Any, inputs: Sequence[Tensor], *rest: Any, samples: int | None = None
+) -> tuple[Kernel, Tensor]:
+    """One operation as a kernel, and what torch gives."""
+    recorder = Recorder((), parameters_vary=True)
+    for x in inputs:
+        recorder.input(x)
+    with torch.no_grad(), recorder:
+        made = operation(*inputs, *rest).to(inputs[0].dtype)
+    return Kernel(written(recorded(recorder, [made]), 1, samples)), made
+
+
+def special(dtype: torch.dtype) -> Tensor:
+    """Numbers where functions have poles, kinks, branches and ends."""
+    about = torch.finfo(dtype)
+    ends = [math.inf, math.nan, about.max, about.tiny, about.eps, 1e-3, 0.5, 1.0, 1.5, 2.0]
+    ends += [2.5, 3.7, 20.0, 21.0, 88.0, 700.0]
+    return torch.tensor([0.0, -0.0, *ends, *(-e for e in ends)], dtype=dtype)
+
+
+def within(got: Tensor, want: Tensor, ulps: float) -> bool:
+    """Whether two results agree but for some units in the last place, NaN and infinity too."""
+    alike = (got == want) | (got.isnan() & want.isnan())
+    spacing = torch.finfo(want.dtype).eps * want.abs() + torch.finfo(want.dtype).tiny
+    return bool((alike | ((got - want).abs() <= ulps * spacing)).all())
+
+
+UNARY = [
+    o
+    for o in POINTWISE
+    if [str(a.type) for a in o._schema.arguments] == ["Tensor"] and "prims" not in str(o)
+]
+BINARY = [
+    o
+    for o in POINTWISE
+    if o._overloadname in ("Tensor", "default")
+    and "prims" not in str(o)
+    and [str(a.type) for a in o._schema.arguments][:2] == ["Tensor", "Tensor"]
+    and all(a.has_default_value() for a in o._schema.arguments[2:])
+]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+# Of their results more than some units in the last place differ, and why.
+LOOSE = {
+    "tan": "torch and the C library round near the poles in other ways",
+    "lgamma": "near its zeros what is left of a sum",
+    "silu": "a product of two rounded numbers",
+    "logaddexp": "a sum of two rounded numbers",
+    "xlogy": "a product of two rounded numbers",
+    "softplus": "a quotient of rounded numbers",
+}
+
+
+def skip_of(operation: Any, *inputs: Tensor) -> None:
+    """Skips operations that torch does not have for floating-point numbers."""
+    try:
+        operation(*inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"torch has no {operation} of floating-point numbers: {error}"[:100])
+
+
+@DTYPES
+@pytest.mark.parametrize("samples", [None, 34], ids=["lines", "lanes"])
+@pytest.mark.parametrize("operation", UNARY, ids=str)
+def test_unary(operation: Any, samples: int | None, dtype: torch.dtype) -> None:
+    """Of special numbers, in a straight line and in a vectorized loop."""
+    x = special(dtype)
+    skip_of(operation, x)
+    kernel, want = of_operation(operation, [x], samples=samples)
+    (got,), _ = kernel.run([x])
+    name = str(operation).split(".")[1]
+    assert within(got, want, 1e4 if name in LOOSE else 8), (x, got, want)
+
+
+@DTYPES
+@pytest.mark.parametrize("operation", BINARY, ids=str)
+def test_binary(operation: Any, dtype: torch.dtype) -> None:
+    """Of all pairs of special numbers."""
+    x = special(dtype)
+    a, b = x.repeat_interleave(len(x)), x.repeat(len(x))
+    skip_of(operation, a, b)
+    kernel, want = of_operation(operation, [a, b], samples=len(a))
+    (got,), _ = kernel.run([a, b])
+    name = str(operation).split(".")[1]
+    if name in ("fmod", "remainder"):  # torch gives NaN where the quotient is not exact
+        want = torch.where(want.isnan() & a.isfinite() & (b != 0) & ~b.isnan(), got, want)
+    wrong = ~((got == want) | (got.isnan() & want.isnan()))
+    assert within(got, want, 1e4 if name in LOOSE else 8), (a[wrong], b[wrong], got[wrong])
+
+
+@pytest.mark.parametrize("exponent", [-3.0, -2, -1, -0.5, 0, 0.5, 1, 1.7, 2, 3, 4])
+def test_powers(exponent: float) -> None:
+    """Some exponents are not left to the math library."""
+    x = special(torch.float64)
+    kernel, want = of_operation(aten.pow.Tensor_Scalar, [x], exponent)
+    (got,), _ = kernel.run([x])
+    assert within(got, want, 8), (x, got, want)
+
+
+# What may go wrong.
+
+
+def small() -> tuple[Kernel, Tensor, Tensor]:
+    """A kernel of one operation, an input, and the result."""
+    x = value(3, 4)
+    kernel, want = of_operation(lambda x: x.sin() * 2, [x])
+    return kernel, x, want
+
+
+def test_inputs_may_lie_anywhere() -> None:
+    """Strides, offsets, conjugates of nothing: read as they are meant."""
+    kernel, x, want = small()
+    for other in (
+        x.t().contiguous().t(),
+        inside(x),
+        torch.stack([x, x], -1)[..., 1],
+        torch._neg_view(-x),
+    ):
+        (got,) = kernel([other]) or ()
+        same(got, want)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(12), torch.zeros(3, 4), torch.zeros(4, 3, dtype=torch.float64)], ids=str
+)
+def test_other_inputs_are_errors(wrong: Tensor) -> None:
+    """Never a bad read."""
+    kernel, _, _ = small()
+    with pytest.raises(ValueError, match="a kernel for"):
+        kernel([wrong])
+
+
+def test_what_is_not_finite_is_left_to_passes() -> None:
+    """In another order of multiplication infinities meet other zeros."""
+    x = value(3)
+    kernel, _ = of_operation(lambda x: 1 / x, [x])
+    assert kernel([x]) is not None
+    assert kernel([torch.zeros(3, dtype=torch.float64)]) is None
+
+
+def test_threads(cache: Path) -> None:
+    """One kernel, many threads at once: each call has memory of its own."""
+    f, shape = PROBLEMS["pairs"]
+    x = value(*shape)
+    plan, _ = plan_of(f, x)
+    plan = kernel_of(plan, f, x)
+    points = [value(*shape, seed=k) for k in range(8)]
+    want = [oracle_jacobian(f)(p) for p in points]
+    barrier = threading.Barrier(4)
+
+    def run(k: int) -> None:
+        barrier.wait()
+        for _ in range(50):
+            same(plan(Call(f, 0, False, (points[k],), {})), want[k])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+
+
+def test_memory_does_not_grow() -> None:
+    """Many calls leave nothing behind."""
+    kernel, x, _ = small()
+    resource = pytest.importorskip("resource", reason="the system does not tell memory this way")
+
+    def used() -> int:
+        found: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return found
+
+    for _ in range(20_000):
+        kernel([x])
+    before = used()
+    for _ in range(100_000):
+        kernel([x])
+    assert used() - before < 8 * 1024  # KiB
+
+
+# The compiler and its cache.
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A cache directory of its own, and a compiler that is looked for anew."""
+    monkeypatch.setenv("TORCHJAC_CACHE_DIR", str(tmp_path / "cache"))
+    known = (compiler._command, compiler._version, compiler._tuned)
+    for found in known:
+        found.cache_clear()
+    yield tmp_path
+    for found in known:
+        found.cache_clear()
+
+
+def script(path: Path, text: str) -> str:
+    """A compiler of our own."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def compile_again(text: str = "int f(void) { return 7; }", limit: float = 20.0) -> int:
+    """Compiles a function and calls it."""
+    return compiler.compiled(text, "f", 1, limit)()
+
+
+def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compile_again() == 7
+    monkeypatch.setattr(compiler, "_made", None)  # whoever compiles now fails
+    assert compile_again() == 7
+
+
+def test_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(PlanRefused, match="there is no C compiler"):
+        compile_again()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("echo no such thing >&2; exit 3", "failed: no such thing"),
+        ("exit 0", "wrote nothing"),
+        ("sleep 60", "took more than"),
+    ],
+    ids=["fails", "does nothing", "hangs"],
+)
+def test_bad_compilers(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
+) -> None:
+    monkeypatch.setattr(compiler, "_tuned", lambda command: ("-lm",))
+    monkeypatch.setattr(compiler, "_version", lambda command: "")
+    monkeypatch.setenv("CC", script(fresh / "cc", text))
+    with pytest.raises(PlanRefused, match=reason):
+        compile_again(limit=0.5 if "sleep" in text else 20.0)
+
+
+def test_a_bad_compiler_is_not_the_end(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations run as they are, and the record says why."""
+    monkeypatch.setenv("CC", script(fresh / "cc", "exit 3"))
+    f, shape = PROBLEMS["pairs"]
+    plan, _ = plan_of(f, value(*shape))
+    with pytest.raises(PlanRefused, match="the C compiler failed"):
+        kernel_of(plan, f, value(*shape))
+    plan.spent = 1e3
+    plan.ran(1.0, Call(f, 0, False, (value(*shape),), {}))
+    same(plan(Call(f, 0, False, (value(*shape),), {})), oracle_jacobian(f)(value(*shape)))
+    assert any("the C compiler failed" in str(t.refused) for t in plan.tried)
+
+
+@pytest.mark.parametrize("what", ["cut off", "of another", "empty", "writable by others"])
+def test_bad_caches(fresh: Path, what: str) -> None:
+    """What is in the cache is not believed; it is compiled again."""
+    assert compile_again() == 7
+    (file,) = (fresh / "cache").glob("*.so")
+    data = file.read_bytes()
+    file.unlink()
+    bad = {"cut off": data[: len(data) // 2], "of another": b"\x7fELF" + data[9:], "empty": b""}
+    file.write_bytes(bad.get(what, data))
+    if what == "writable by others":
+        file.chmod(0o777)
+    assert compile_again() == 7
+
+
+def test_a_directory_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "file").write_text("")
+    monkeypatch.setenv("TORCHJAC_CACHE_DIR", str(fresh / "file" / "within"))
+    assert compile_again() == 7
+
+
+@pytest.mark.slow
+def test_processes_at_once(fresh: Path) -> None:
+    """Eight of them compile the same."""
+    text = (
+        "from torchjac.engines.kernel.compiler import compiled\n"
+        "assert compiled('int f(void) { return 7; }', 'f', 1)() == 7\n"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", text], env=dict(os.environ)) for _ in range(8)
+    ]
+    assert [p.wait(timeout=300) for p in running] == [0] * 8
+
+
+# From outside.
+
+
+def test_asked_for() -> None:
+    """`compile=True` makes the kernel on the first call; the record says so."""
+    f, shape = PROBLEMS["pairs"]
+    J = torchjac.jacobian(f, compile=True)
+    for seed in range(3):
+        x = value(*shape, seed=seed)
+        same(J(x), oracle_jacobian(f)(x))
+    assert torchjac.last_run().mode.endswith("kernel")
+
+
+def test_made_when_it_is_worth_it() -> None:
+    """Calls that have taken as long as it takes to compile make a kernel."""
+    f, shape = PROBLEMS["pairs"]
+    x = value(*shape)
+    plan, _ = plan_of(f, x)
+    plan.ran(0.1, Call(f, 0, False, (x,), {}))
+    assert not plan.emitted.is_compiled
+    plan.ran(10.0, Call(f, 0, False, (x,), {}))
+    assert plan.emitted.form.endswith("kernel")
+    same(plan(Call(f, 0, False, (x,), {})), oracle_jacobian(f)(x))
