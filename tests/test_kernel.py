@@ -140,7 +140,7 @@ def of_operation(
         recorder.input(x)
     with torch.no_grad(), recorder:
         made = operation(*inputs, *rest).to(inputs[0].dtype)
-    return Kernel(written(recorded(recorder, [made]), 1, samples)), made
+    return Kernel(written([(recorded(recorder, [made]), 1)], samples)), made
 
 
 def special(dtype: torch.dtype) -> Tensor:
@@ -434,3 +434,99 @@ def test_made_when_it_is_worth_it() -> None:
     plan.ran(10.0, Call(f, 0, False, (x,), {}))
     assert plan.emitted.form.endswith("kernel")
     same(plan(Call(f, 0, False, (x,), {})), oracle_jacobian(f)(x))
+
+
+def test_parameters_are_read_anew() -> None:
+    """Training changes them in place; the kernel must not have them as numbers."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    net = net.double()
+    J = torchjac.jacobian(net, compile=True)
+    modes = []
+    for seed in range(12):
+        x = value(3, seed=seed)
+        same(J(x), oracle_jacobian(net)(x))
+        modes.append(torchjac.last_run().mode)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(1.1).add_(0.01 * seed)
+    assert any(mode.endswith("kernel") for mode in modes[1:])
+    net[0].weight.data = net[0].weight.data.t().contiguous().t() * 2
+    same(J(x), oracle_jacobian(net)(x))
+
+
+class TestShortcut:
+    """Calls that go straight to the kernel: whatever changes is seen there too."""
+
+    @staticmethod
+    def made(f: Function, *args: Tensor, **options: Any) -> Any:
+        """A Jacobian that takes the shortcut."""
+        J = torchjac.jacobian(f, compile=True, **options)
+        for _ in range(8):
+            J(*args)
+        assert J._accumulation.shortcut is not None
+        return J
+
+    def test_closures(self) -> None:
+        scale, number = value(3, seed=3), [2.0]
+
+        def f(x: Tensor) -> Tensor:
+            return x.sin() * scale * number[0]
+
+        x = value(3)
+        J = self.made(f, x)
+        for change in (lambda: scale.mul_(2), lambda: number.append(number.pop() + 1)):
+            change()
+            same(J(x), oracle_jacobian(f)(x))
+
+    def test_other_arguments(self) -> None:
+        def f(x: Tensor) -> Tensor:
+            return x.sin() * x.sum()
+
+        J = self.made(f, value(3))
+        single = value(4, dtype=torch.float32)
+        for x in (value(4), value(2, 2), single, value(3).requires_grad_()):
+            same(J(x), oracle_jacobian(f)(x.detach()))
+        for x in (value(6)[::2], torch._neg_view(value(3)), inside(value(3))):
+            same(J(x), oracle_jacobian(f)(x.clone()))
+
+    def test_not_finite(self) -> None:
+        def f(x: Tensor) -> Tensor:
+            return x.sqrt()[1:] * 2
+
+        J = self.made(f, value(3).abs())
+        x = torch.zeros(3, dtype=torch.float64)
+        want = oracle_jacobian(f)(x)
+        got = J(x)
+        assert torch.equal(got.isinf(), want.isinf())
+
+    def test_inside_transforms(self) -> None:
+        def f(x: Tensor) -> Tensor:
+            return x.sin() * x.sum()
+
+        J = self.made(f, value(3))
+        x = value(5, 3)
+        same(torch.vmap(J)(x), torch.stack([oracle_jacobian(f)(row) for row in x]))
+        same(torch.func.jacrev(J)(x[0]), torch.func.jacrev(torch.func.jacrev(f))(x[0]))
+        y = value(3).requires_grad_()
+        assert not J(y).requires_grad
+
+    def test_two_arguments_in_another_order(self) -> None:
+        def f(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+            return x * y.sum() + z.sin()
+
+        args = value(3), value(2, seed=1), value(3, seed=2)
+        J = self.made(f, *args, argnums=(2, 0))
+        other = tuple(0.5 * a + 1 for a in args)
+        for got, want in zip(J(*other), oracle_jacobian(f, (2, 0))(*other), strict=True):
+            same(got, want)
+
+    def test_results_are_ones_own(self) -> None:
+        def f(x: Tensor) -> Tensor:
+            return torch.cat([2 * x, x * x])
+
+        J = self.made(f, value(3))
+        one = J(value(3))
+        kept = one.clone()
+        J(value(3, seed=1)).zero_()
+        same(one, kept)

@@ -111,12 +111,12 @@ class TestMakeFx:
 
 class TestState:
     def test_ambient_is_cheap_to_compare_and_sees_modes(self) -> None:
-        before = dict(state.ambient())
+        before = dict(zip(state.AMBIENT, state.ambient(), strict=True))
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
-            after = dict(state.ambient())
+            after = dict(zip(state.AMBIENT, state.ambient(), strict=True))
         changed = {name for name in before if before[name] != after[name]}
         assert changed == {"grad mode", "autocast", "torch function modes"}
-        assert dict(state.ambient()) == before
+        assert dict(zip(state.AMBIENT, state.ambient(), strict=True)) == before
 
     def test_versions_count_writes_also_through_views(self) -> None:
         w = torch.zeros(3)

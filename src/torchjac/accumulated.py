@@ -99,6 +99,10 @@ class Accumulated:
             return False
         return mine <= min(self.others)
 
+    def settled(self) -> bool:
+        """Whether nothing is measured any more: the plan wins as it is."""
+        return len(self.seconds) >= _RUNS and self.wins()
+
     def passed(self, seconds: float) -> None:
         """Notes how long a call took that was answered by passes."""
         if len(self.others) < _RUNS:

@@ -18,6 +18,7 @@ import torch
 from torchjac.accumulated import Accumulated
 from torchjac.capture import Call, Program
 from torchjac.capture.cache import Before, CaptureCache
+from torchjac.capture.guards import Fingerprint
 from torchjac.capture.watch import Policy
 from torchjac.elimination import Wanted, planned
 from torchjac.errors import CaptureRefused, Disagrees, PlanError, PlanRefused, RefusedHere
@@ -55,6 +56,7 @@ class Accumulation:
     Attributes:
         refused: Why there is no plan, where there is none.
         report: What the issue tracker needs to know of a plan that was wrong.
+        shortcut: To the result of calls like the last one, if there is one.
     """
 
     def __init__(self, wanted: Wanted):
@@ -72,6 +74,7 @@ class Accumulation:
         self._made = 0
         self.refused: str | None = None
         self.report: str | None = None
+        self.shortcut: Callable[[tuple[Any, ...]], Any] | None = None
 
     def find(self, call: Call) -> Accumulated | None:
         """The plan for a call, if there is one."""
@@ -82,6 +85,10 @@ class Accumulation:
             self.refused = found
             return None
         return found
+
+    def latest(self) -> tuple[Fingerprint, Any] | None:
+        """The plan that was used last, and the fingerprint of its calls."""
+        return self._plans.latest()
 
     def spent(self, seconds: float) -> None:
         """Notes how long a call took that was answered by passes."""
@@ -154,6 +161,18 @@ class Accumulation:
         Raises:
             PlanError: There is no plan, or it cannot be written down.
         """
+        Saved.of(self.made(call, capture), self._wanted.layout).write(path)
+
+    def made(self, call: Call, capture: Callable[[], Program]) -> Accumulated:
+        """The plan for a call; it is made now if there is none.
+
+        Args:
+            call: The function and its arguments.
+            capture: Gives its graph at these arguments.
+
+        Raises:
+            PlanError: There is none.
+        """
         plan, why = self.find(call), self.refused
         before = self._plans.before(call)
         if plan is None and _is_supported(call, program := capture()):
@@ -165,8 +184,8 @@ class Accumulation:
             else:
                 self._plans.keep(before, call, plan)
         if plan is None:
-            raise PlanError(f"torchjac: there is no plan to save: {why or 'not supported'}.")
-        Saved.of(plan, self._wanted.layout).write(path)
+            raise PlanError(f"torchjac: there is no plan: {why or 'not supported'}.")
+        return plan
 
     def load(self, path: str | Path) -> None:
         """Reads a plan, to be used for the calls that it was made for.
@@ -176,6 +195,7 @@ class Accumulation:
         """
         saved = (*self._wanted.saved, Saved.read(path))
         self._wanted = replace(self._wanted, saved=saved)
+        self.shortcut = None
 
     def _passes(self, program: Program) -> tuple[int, float]:
         """Operations of its graph, and seconds that passes should take."""
@@ -205,6 +225,7 @@ class Accumulation:
             return None
         except Disagrees as wrong:
             self._plans.clear()
+            self.shortcut = None
             self._made = _PATIENCE
             self.refused = str(wrong)
             self.report = report(call, plan.derivative, plan.emitted, wrong)

@@ -31,7 +31,9 @@ def kernel_seconds(emitted: Emitted) -> float:
     return _KERNEL + _KERNEL_NUMBER * numbers
 
 
-def with_kernel(emitted: Emitted, inputs: Sequence[Tensor], samples: int | None) -> Emitted:
+def with_kernel(
+    emitted: Emitted, inputs: Sequence[Tensor], samples: int | None, limit: float = LIMIT
+) -> Emitted:
     """The same program as a kernel, which gives the same here.
 
     Args:
@@ -43,7 +45,7 @@ def with_kernel(emitted: Emitted, inputs: Sequence[Tensor], samples: int | None)
     Raises:
         PlanRefused: There is no kernel of it, or it gives something else.
     """
-    program = written(emitted.recording, len(emitted.recording.outputs) - 1, samples)
+    program = written([(emitted.recording, len(emitted.recording.outputs) - 1)], samples)
     kernel = Kernel(program, limit)
     made = replace(emitted, run=emitted.module.forward, kernel=kernel, note=None)
     with torch.no_grad():

@@ -25,10 +25,12 @@ from torchjac.errors import (
     UnusedInputWarning,
 )
 from torchjac.explain import Record, last_run
+from torchjac.export import export
 from torchjac.layout import Arranged, Layout, check_layout, converted, torch_layout
 from torchjac.plan import is_forced
 from torchjac.plan.memory import check_budget
 from torchjac.remembered import Remembered
+from torchjac.shortcut import Shortcut
 from torchjac.solve import Request, solve
 from torchjac.sparsity import with_pattern
 from torchjac.structure.detect import pattern_of_function
@@ -97,6 +99,12 @@ class Jacobian:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The Jacobian at these arguments; `(J, aux)` with `has_aux=True`."""
+        shortcut = self._accumulation.shortcut
+        if shortcut is not None and not kwargs and not is_checking():
+            found = shortcut(args)
+            if found is not None:
+                return found
+            self._accumulation.shortcut = None
         value, jacobian = self._evaluate(
             args, kwargs, replayable=not self._has_aux, beside=self._has_aux
         )
@@ -163,13 +171,7 @@ class Jacobian:
             >>> J = torchjac.jacobian(f).load("f.plan")  # in another process
         """
         call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
-
-        def capture() -> Program:
-            return capture_function(
-                call, batched=self._batched, create_graph=False, replayable=False
-            )[0]
-
-        self._accumulation.save(path, call, capture)
+        self._accumulation.save(path, call, lambda: self._captured(call))
 
     def load(self, path: str | Path) -> Jacobian:
         """Reads a plan that `save` wrote, for calls like the one it was made for.
@@ -186,6 +188,38 @@ class Jacobian:
         """
         self._accumulation.load(path)
         return self
+
+    def export(self, path: str | Path, *args: Any, **kwargs: Any) -> list[Path]:
+        """Writes f and its Jacobian as plain C: one `.c` and one `.h` with no dependency at all.
+
+        The function in them takes dense arrays of the shapes and dtypes of these arguments and
+        writes `f(x)` and J; of a sparse result the entries, row by row, with the pattern beside
+        them in constant arrays. It may be called by many threads at once. Parameters and other
+        tensors that f reads are in it as they are now. The header says what is where.
+
+        Args:
+            path: Its stem names the files and the function.
+            *args: Arguments of f.
+            **kwargs: Keyword arguments of f.
+
+        Returns:
+            The files.
+
+        Raises:
+            PlanError: Calls with these arguments have no plan, or it has no scalar form; the
+                message says why.
+
+        Example:
+            >>> torchjac.jacobian(f).export("build/arm", q)  # build/arm.c, build/arm.h
+        """
+        call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
+        plan = self._accumulation.made(call, lambda: self._captured(call))
+        return export(Path(path), call, plan)
+
+    def _captured(self, call: Call) -> Program:
+        return capture_function(call, batched=self._batched, create_graph=False, replayable=False)[
+            0
+        ]
 
     def spy(self, *args: Any, path: str | Path | None = None, **kwargs: Any) -> Any:
         """Plots the pattern at these arguments; see `Pattern.spy`."""
@@ -223,6 +257,10 @@ class Jacobian:
         if plan is not None and plan.wins() and not is_checking():
             value = accumulate(plan, call, self._entry, layout)
             if value is not None:
+                if layout is self._layout and not create_graph:
+                    latest = self._accumulation.latest()
+                    found = Shortcut.of(call, latest, plan, self._entry, layout)
+                    self._accumulation.shortcut = found
                 return self._returned(call, beside, create_graph), converted(value, self._layout)
         # A module in training mode keeps statistics and counters: it must run once a call.
         stateful = isinstance(self._function, torch.nn.Module) and self._function.training

@@ -12,23 +12,46 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._device import DeviceContext
 
+# Settings that decide what operations do.
+AMBIENT = (
+    "default dtype",
+    "grad mode",
+    "inference mode",
+    "autocast",
+    "deterministic algorithms",
+    "float32 matmul precision",
+    "kernels",
+    "saved tensor hooks",
+    "torch function modes",
+    "torch dispatch modes",
+)
 
-def ambient() -> tuple[tuple[str, Any], ...]:
-    """Settings that decide what operations do, by name."""
+
+def ambient() -> tuple[Any, ...]:
+    """Their values, in that order. It runs on every call: no function of Python's in between."""
     return (
-        ("default dtype", torch.get_default_dtype()),
-        ("grad mode", torch.is_grad_enabled()),
-        ("inference mode", torch.is_inference_mode_enabled()),
-        ("autocast", _autocast() if torch._C._is_any_autocast_enabled() else ()),
-        ("deterministic algorithms", torch.are_deterministic_algorithms_enabled()),
-        ("float32 matmul precision", torch.get_float32_matmul_precision()),
-        ("kernels", tuple([is_enabled() for is_enabled in _KERNELS])),
-        ("saved tensor hooks", _saved_tensor_hooks() is not None),
-        ("torch function modes", _function_modes()),
-        ("torch dispatch modes", torch._C._len_torch_dispatch_stack()),
+        _default_dtype(),
+        _grad_enabled(),
+        _inference_enabled(),
+        _autocast() if _any_autocast() else (),
+        _deterministic(),
+        _matmul_precision(),
+        [is_enabled() for is_enabled in _KERNELS],
+        _hooks(False) is not None,
+        _function_modes() if _function_depth() else (),
+        _dispatch_depth(),
     )
 
 
+_default_dtype = torch.get_default_dtype
+_grad_enabled = torch._C.is_grad_enabled
+_inference_enabled = torch._C.is_inference_mode_enabled
+_any_autocast = torch._C._is_any_autocast_enabled
+_deterministic = torch._C._get_deterministic_algorithms
+_matmul_precision = torch._C._get_float32_matmul_precision
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_function_depth = torch._C._len_torch_function_stack
+_dispatch_depth = torch._C._len_torch_dispatch_stack
 # Whether kernels may be chosen that compute in another way.
 _KERNELS = (
     torch._C._get_mkldnn_enabled,
@@ -56,9 +79,7 @@ def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
 
 def _function_modes() -> tuple[str, ...]:
     """Types of the active modes, and the default device, which is one of them."""
-    depth = torch._C._len_torch_function_stack()
-    if not depth:
-        return ()
+    depth = _function_depth()
     kinds = [type(torch._C._get_function_stack_at(i)).__name__ for i in range(depth)]
     return (*kinds, str(torch.get_default_device()))
 

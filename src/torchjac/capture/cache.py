@@ -49,6 +49,11 @@ class CaptureCache(Generic[V]):
                 self._drop(entry)
         return None
 
+    def latest(self) -> tuple[Fingerprint, V] | None:
+        """What was used last, and the fingerprint of its calls."""
+        entries = self._snapshot()
+        return entries[0] if entries else None
+
     def store(self, call: Call, value: V) -> str | None:
         """Keeps a value for calls like this one.
 

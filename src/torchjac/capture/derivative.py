@@ -87,7 +87,7 @@ def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
     Raises:
         CaptureRefused: What the function does depends on values, or cannot be traced.
     """
-    program = _Program(call)
+    program = FunctionOfTensors(call)
 
     def derivative(observer: tracing.Observer, *tensors: Tensor) -> list[Any]:
         inputs, outputs, live = program(observer, tensors)
@@ -101,7 +101,7 @@ def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
         found = iter(seeds)
         return [*(next(found) if o.requires_grad else None for o in outputs), *gradients]
 
-    module, lines = _traced(derivative, program.tensors(), True, keep, restoring(call))
+    module, lines = traced(derivative, program.tensors(), True, keep, restoring(call))
     return _derivative(module, program.row_shapes, program.column_shapes, "global", lines)
 
 
@@ -120,7 +120,7 @@ def trace_transposed(call: Call, keep: Collection[Any]) -> Derivative:
         CaptureRefused: What the function does depends on values, or cannot be traced, or its
             backward pass is not linear or cannot be differentiated.
     """
-    program = _Program(call)
+    program = FunctionOfTensors(call)
 
     def derivative(observer: tracing.Observer, *tensors: Tensor) -> list[Any]:
         inputs, outputs, live = program(observer, tensors)
@@ -144,7 +144,7 @@ def trace_transposed(call: Call, keep: Collection[Any]) -> Derivative:
         products = [next(found) if o.requires_grad else None for o in outputs]
         return [*tangents, *products, *seeds]
 
-    module, lines = _traced(derivative, program.tensors(), True, keep, restoring(call))
+    module, lines = traced(derivative, program.tensors(), True, keep, restoring(call))
     found = _derivative(module, program.column_shapes, program.row_shapes, "global", lines)
     products, seeds = _split(found.gradients, len(program.row_shapes))
     end = _end(module)
@@ -165,7 +165,7 @@ def _split(values: tuple[R, ...], at: int) -> tuple[tuple[R, ...], tuple[R, ...]
     return values[:at], values[at:]
 
 
-class _Program:
+class FunctionOfTensors:
     """A function as one of tensors: of the differentiated ones, then of other floating ones.
 
     Attributes:
@@ -254,7 +254,7 @@ def trace_graph(program: Program, keep: Collection[Any]) -> Derivative:
         torch.linspace(0.3, 1.7, o.numel(), dtype=o.dtype, device=o.device).reshape(o.shape)
         for o in program.outputs
     ]
-    module, _ = _traced(derivative, [s.detach() for s in seeds], False, keep)
+    module, _ = traced(derivative, [s.detach() for s in seeds], False, keep)
     shapes = [o.shape for o in nest.outputs], [x.shape for x in nest.inputs]
     return _derivative(module, *shapes, "local", _lines(nodes))
 
@@ -270,13 +270,18 @@ _UNTRACEABLE = (
 )
 
 
-def _traced(
+def traced(
     derivative: Any,
     tensors: Sequence[Tensor],
     parameters_vary: bool,
     keep: Collection[Any],
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[fx.GraphModule, dict[int, str]]:
+    """A function of tensors as a graph, and the lines that its operations come from.
+
+    Raises:
+        CaptureRefused: It cannot be traced.
+    """
     try:
         with modes.recording(), modes.random_state_kept(tensors):
             return tracing.trace(

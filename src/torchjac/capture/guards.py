@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.pytree import LEAF, TreeSpec, flatten, leaf_names
-from torchjac._torch.state import PLAIN_TENSORS, ambient, foreign_mode, is_wrapped
+from torchjac._torch.state import AMBIENT, PLAIN_TENSORS, ambient, foreign_mode, is_wrapped
 from torchjac.capture.code import ROOT
 from torchjac.capture.exact import NotUnderstood, shown
 from torchjac.capture.function import Call
@@ -148,8 +148,8 @@ def _settings() -> CallCheck:
         now = ambient()
         if now == expected:
             return None
-        changes = (a + b[1:] for a, b in zip(expected, now, strict=True) if a != b)
-        name, old, new = next(changes)
+        changes = zip(AMBIENT, expected, now, strict=True)
+        name, old, new = next(c for c in changes if c[1] != c[2])
         return Mismatch(f"{name} changed from {old} to {new}")
 
     return check

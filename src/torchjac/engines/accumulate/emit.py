@@ -172,6 +172,16 @@ def emit(
     return Emitted(recording, module, constants, module.forward, *about)
 
 
+def recording_of(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Recording:
+    """The operations of a graph, with what does not vary computed beforehand."""
+    recorder = Recorder(_Everything(), parameters_vary=True)
+    for tensor in inputs:
+        recorder.input(tensor)
+    with torch.no_grad(), recorder:
+        made = module(*inputs)
+    return folded(recorded(recorder, list(made)))
+
+
 def evaluated(emitted: Emitted, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What a program gives, to be checked: as it will run, on memory of another kind.
 

@@ -23,6 +23,7 @@ from torchjac.errors import PlanRefused
 LIMIT = 60.0
 _FLAGS = (
     *("-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
+    "-DTORCHJAC_LOOPS",
     *("-fno-builtin-sin", "-fno-builtin-cos", "-w"),  # else both become one that has no vectors
 )
 _DIGEST = hashlib.sha256().digest_size

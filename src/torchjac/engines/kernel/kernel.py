@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchjac._torch.empty import empty
 from torchjac._torch.recording import Recording
 from torchjac.engines.kernel.compiler import LIMIT, compiled
 from torchjac.engines.kernel.expand import expand
@@ -30,41 +31,50 @@ class Written:
 
     Attributes:
         source: The text, and what it reads.
-        inputs: Shape and dtype of every input that is read, or not.
+        inputs: Shape and dtype of every input; of live tensors too.
+        live: Tensors from elsewhere that are read anew at every call.
         outputs: Shape and dtype of every output.
     """
 
     source: Source
     inputs: tuple[tuple[torch.Size, torch.dtype], ...]
+    live: tuple[Tensor, ...]
     outputs: tuple[tuple[torch.Size, torch.dtype], ...]
 
 
-def written(recording: Recording, count: int, samples: int | None, name: str = _NAME) -> Written:
-    """The first outputs of a recording as a function in C.
+def written(
+    recordings: Sequence[tuple[Recording, int]],
+    samples: int | None,
+    name: str = _NAME,
+    frozen: bool = False,
+) -> Written:
+    """The first outputs of recordings as a function in C.
 
     Args:
-        recording: Operations.
-        count: How many of its outputs.
+        recordings: Operations on the same inputs, and how many of their outputs are wanted.
         samples: The leading size of tensors that hold independent samples, if there are such.
         name: Of the function.
+        frozen: Whether parameters stay as they are now.
 
     Raises:
         PlanRefused: It runs operations that have no scalar form, or gets too long.
     """
-    results = [v for v in recording.outputs[:count] if v is not None]
+    results = [v for r, count in recordings for v in r.outputs[:count] if v is not None]
     if not all(v.dtype in (torch.float64, torch.float32) for v in results):
         raise PlanRefused("it is neither float64 nor float32")
-    scalars = expand(recording, count, samples)
+    scalars = expand(recordings, samples, frozen)
     plan = schedule(scalars)
-    inputs = [(f"in{i}", v) for i, v in enumerate(recording.inputs)]
+    inputs: list[tuple[str, Any]] = [(f"in{i}", v) for i, v in enumerate(recordings[0][0].inputs)]
+    inputs += scalars.live.items()
     floating = [(n, _name(v.dtype)) for n, v in inputs if v.dtype.is_floating_point]
     sizes = [(_name(v.dtype), math.prod(v.shape)) for v in results]
-    source = source_of(scalars, plan, _numbered(inputs, floating), sizes, name)
+    source = source_of(scalars, plan, _numbered(inputs, floating), sizes, len(inputs), name)
     if source.statements > _MOST:
         raise PlanRefused(f"{source.statements} statements in C")
     return Written(
         source,
         tuple((v.shape, v.dtype) for _, v in inputs),
+        tuple(scalars.live.values()),
         tuple((v.shape, v.dtype) for v in results),
     )
 
@@ -97,19 +107,21 @@ class Kernel:
         """Compiles it."""
         source = program.source
         self.source = source
-        self._run = compiled(source.text, _NAME, source.level, limit)
-        self._inputs = program.inputs
-        self._outputs = program.outputs
+        function: Any = compiled(source.text, f"{_NAME}_direct", source.level, limit)
+        self._live = program.live
+        self._inputs = program.inputs[: len(program.inputs) - len(program.live)]
+        self._outputs = tuple((tuple(s), _strides(s), d) for s, d in program.outputs)
         self._scratch = source.scratch
-        self._templates = [
-            None if t is None else torch.from_numpy(t).view(shape)
-            for t, (shape, _) in zip(source.templates, program.outputs, strict=True)
-        ]
+        # Kept: their addresses are in `_table`, whose address is given at every call.
         self._tables = [np.ascontiguousarray(t) for t in source.tables]
-        pointers = [t.ctypes.data for t in self._tables]
-        self._table = (ctypes.c_void_p * max(len(pointers), 1))(*pointers)
-        self._in = ctypes.c_void_p * max(len(program.inputs), 1)
-        self._out = ctypes.c_void_p * len(program.outputs)
+        self._table = (ctypes.c_void_p * max(len(self._tables), 1))(
+            *[t.ctypes.data for t in self._tables]
+        )
+        self._where = ctypes.addressof(self._table)
+        arrays = max(len(program.inputs), 1) + len(program.outputs)
+        function.argtypes = [ctypes.c_void_p] * (arrays + 2)
+        function.restype = ctypes.c_int
+        self._run = function
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The outputs at these inputs; None where they are not all finite.
@@ -129,18 +141,26 @@ class Kernel:
         given = [
             _suited(x, shape, dtype) for x, (shape, dtype) in zip(inputs, self._inputs, strict=True)
         ]
-        made = [
-            torch.empty(shape, dtype=dtype) if t is None else t.clone()
-            for t, (shape, dtype) in zip(self._templates, self._outputs, strict=True)
-        ]
+        return self.on(given)
+
+    def on(self, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
+        """The same for inputs that are known to be as the program reads them."""
+        if self._live:
+            given = [*given, *[x.detach().contiguous() for x in self._live]]
+        made = [empty(*about) for about in self._outputs]
         scratch = torch.empty(self._scratch, dtype=torch.uint8) if self._scratch else None
         fine = self._run(
-            self._in(*[x.data_ptr() for x in given]),
-            self._table,
-            self._out(*[x.data_ptr() for x in made]),
-            None if scratch is None else ctypes.c_void_p(scratch.data_ptr()),
+            *([x.data_ptr() for x in given] or (0,)),
+            *[x.data_ptr() for x in made],
+            self._where,
+            0 if scratch is None else scratch.data_ptr(),
         )
         return tuple(made), bool(fine)
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """Of a dense tensor."""
+    return tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
 
 
 def _suited(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -107,7 +107,7 @@ def literal(value: float, dtype: str) -> str:
     if math.isinf(value):
         return "INFINITY" if value > 0 else "-INFINITY"
     if dtype == "float32":
-        text = value.hex() + "f"
+        text = (f"{value:.1f}" if value == int(value) and abs(value) < 1e6 else value.hex()) + "f"
     elif value == int(value) and abs(value) < 1e15:
         text = f"{value:.1f}"
     else:

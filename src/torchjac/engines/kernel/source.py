@@ -15,6 +15,8 @@ from torchjac.engines.kernel.scalars import CTYPES, VECTORIZED, C, literal
 # Statements, and loops, from which on a function is not optimized as much, and statements of a loop
 # from which on it is not vectorized: compilers are not linear in them.
 _LONG, _LOOPS = 6000, 100
+# Numbers that do not vary up to which they are in the text.
+_BRIEF = 64
 # Turns from which on a loop over few statements is worth vectorizing.
 _WIDE = 8
 
@@ -26,18 +28,18 @@ class Source:
     Attributes:
         text: The function, and what it needs.
         tables: Arrays that it reads beside the inputs, in order.
+        names: What they are called in the text.
         scratch: Bytes of memory that it needs to work in.
         statements: Scalar operations in the text.
         level: How much a compiler should optimize.
-        templates: For each output the numbers that do not vary, or None where all do.
     """
 
     text: str
     tables: tuple[np.ndarray, ...]
+    names: tuple[str, ...]
     scratch: int
     statements: int
     level: int
-    templates: tuple[np.ndarray | None, ...]
 
 
 def source_of(
@@ -45,6 +47,7 @@ def source_of(
     plan: Schedule,
     inputs: Sequence[tuple[int, str, str]],
     outputs: Sequence[tuple[str, int]],
+    count: int,
     name: str,
 ) -> Source:
     """Writes a program down.
@@ -54,10 +57,11 @@ def source_of(
         plan: Its loops.
         inputs: Position, name and dtype of every input that is read.
         outputs: dtype and size of every output.
+        count: How many inputs there are, whether they are read or not.
         name: Of the function.
     """
     writer = _Writer(scalars, plan, [d for d, _ in outputs])
-    body = writer.body()
+    body = [*writer.fixed(outputs), *writer.body()]
     lines = [_PROLOGUE]
     used = writer.called & VECTORIZED
     if used:
@@ -88,22 +92,30 @@ def source_of(
         scratch += -(-size * width // 64) * 64
     lines += ["  (void)in; (void)table; (void)out; (void)scratch;", "  double bad = 0;"]
     lines += body
-    lines += ["  return bad == 0;", "}", ""]
-    templates = []
-    for (dtype, size), (places, values) in zip(outputs, plan.fixed, strict=True):
-        template = None
-        if len(places):
-            template = np.zeros(size, dtype=dtype)
-            template[places] = values
-        templates.append(template)
+    lines += ["  return bad == 0;", "}", *_direct(name, len(outputs), count), ""]
     return Source(
         "\n".join(lines),
         tuple(writer.tables),
+        tuple(writer.names),
         scratch,
         writer.statements,
         2 if writer.statements <= _LONG and writer.loops <= _LOOPS else 1,
-        tuple(templates),
     )
+
+
+def _direct(name: str, outputs: int, inputs: int) -> list[str]:
+    """The same function with a parameter for each array: to call it takes half the time."""
+    given = [f"in{i}" for i in range(inputs)] or ["nothing"]
+    made = [f"out{i}" for i in range(outputs)]
+    parameters = [f"const void *{x}" for x in given] + [f"void *{x}" for x in made]
+    return [
+        f"int {name}_direct({', '.join(parameters)}, const void *const *table, void *scratch)",
+        "{",
+        f"  const void *const in[] = {{{', '.join(given)}}};",
+        f"  void *const out[] = {{{', '.join(made)}}};",
+        f"  return {name}(in, table, out, scratch);",
+        "}",
+    ]
 
 
 _TABLE_TYPES = {"int32": "int", "int64": "long long", "float64": "double", "float32": "float"}
@@ -114,6 +126,12 @@ _PROLOGUE = """\
 #if __GLIBC_PREREQ(2, 35) && !defined(TORCHJAC_PLAIN)
 #define TORCHJAC_SIMD __attribute__((simd("notinbranch"), const))
 #endif
+#endif
+#define TORCHJAC_TEXT(x) #x
+#if defined(_OPENMP) || defined(TORCHJAC_LOOPS)
+#define TORCHJAC_LOOP(sum) _Pragma(TORCHJAC_TEXT(omp simd reduction(+ : sum)))
+#else
+#define TORCHJAC_LOOP(sum)
 #endif
 """
 
@@ -137,6 +155,27 @@ class _Writer:
             flat = tensor.reshape(-1).numpy()
             self.tables.append(flat.astype(np.int32) if flat.dtype == bool else flat)
             self.names.append(name)
+
+    def fixed(self, outputs: Sequence[tuple[str, int]]) -> list[str]:
+        """Statements that write what does not vary, with zeros in the other places."""
+        lines = []
+        for i, (dtype, size) in enumerate(outputs):
+            places, values = self._plan.fixed[i]
+            if not len(places):
+                continue
+            lines.append(f"  memset(out{i}, 0, {size} * sizeof(*out{i}));")
+            if not values.any():
+                continue
+            if len(places) <= _BRIEF:
+                pairs = zip(places.tolist(), values.tolist(), strict=True)
+                lines += [f"  out{i}[{p}] = {literal(v, dtype)};" for p, v in pairs if v]
+                continue
+            template = np.zeros(size, dtype=dtype)
+            template[places] = values
+            self.names.append(f"fixed{i}")
+            self.tables.append(template)
+            lines[-1] = f"  memcpy(out{i}, fixed{i}, {size} * sizeof(*out{i}));"
+        return lines
 
     def body(self) -> list[str]:
         """The statements."""
@@ -204,7 +243,7 @@ class _Writer:
             lines.append(f"    {store.array}[{where}] = {name};")
         self.loops += 1 + values.sums
         wide = loop.size >= _WIDE and not values.sums and self.statements - before <= _LONG
-        vector = "  #pragma omp simd reduction(+ : bad)" if wide else ""
+        vector = "  TORCHJAC_LOOP(bad)" if wide else ""
         return [vector, f"  for (int i = 0; i < {loop.size}; i++) {{", *values.lines, *lines, "  }"]
 
     def index(self, places: Places) -> str:
@@ -302,7 +341,7 @@ class _Turn:
             where = f"{writer.table(places)}[k]"
         self.lines.append(f"    {t} {name} = 0;")
         if len(places) >= _WIDE * len(starts):
-            self.lines.append(f"    #pragma omp simd reduction(+ : {name})")
+            self.lines.append(f"    TORCHJAC_LOOP({name})")
         self.lines += [
             f"    for (int k = {begin}; k < {end}; k++) {name} += {source}[{where}];",
         ]

@@ -1,0 +1,320 @@
+"""Tensor operations on codes: what moves elements is run as it is, the rest makes expressions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchjac._torch.notes import Called, Value
+from torchjac._torch.recording import Recording, decomposed, mapped, values_in
+from torchjac._torch.straight import folded
+from torchjac.engines.kernel.codes import BITS, apart, dtype_of, groups
+from torchjac.engines.kernel.contract import CONTRACTIONS
+from torchjac.engines.kernel.expressions import ONE, Expressions, Lanes, Places
+from torchjac.engines.kernel.moves import FILLS, MOVES
+from torchjac.engines.kernel.pointwise import POINTWISE
+from torchjac.engines.kernel.scalars import TRUTHS
+from torchjac.errors import PlanRefused
+
+aten = torch.ops.aten
+# Expressions there may be.
+_EXPRESSIONS = 40_000
+# Constants with as many elements, or as many different ones, are numbers in the code.
+_FEW, _DIFFERENT = 4096, 16
+# Every element an expression of its own; every element of a sample; or as many lanes as there are.
+Form = Literal["single", "samples", "rolled"]
+
+
+class Expansion:
+    """Runs calls on codes.
+
+    Attributes:
+        expressions: What was made so far.
+        writes_out: Whether sums are written out, however long.
+        tables: Constants that are read, by the name of their array.
+        live: Tensors from elsewhere whose numbers may change (parameters), in the same way.
+    """
+
+    def __init__(self, form: Form, samples: int, frozen: bool):
+        self._frozen = frozen
+        self.live: dict[str, Tensor] = {}
+        self._is_single = form == "single"
+        self.writes_out = form != "rolled"
+        self._samples = Lanes(samples) if form == "samples" else None
+        self.expressions = Expressions(_EXPRESSIONS)
+        self.tables: dict[str, Tensor] = {}
+        self._recording = Recording((), (), (), ())
+        self._arrays: dict[str, Tensor] = {}
+        self._codes: dict[int, Any] = {}
+        # Inputs of what an operation was decomposed to, and what is given there.
+        self._given: dict[int, Value] = {}
+        self._kept: list[Recording] = []
+
+    def outputs(
+        self, recording: Recording, calls: Sequence[Called], count: int
+    ) -> list[tuple[Places, Places]]:
+        """Runs calls of a recording, and gives what its first outputs are."""
+        self._recording = recording
+        for i, value in enumerate(recording.inputs):
+            if value.dtype.is_floating_point:
+                code = self._array(f"in{i}", value.shape, dtype_of(value))
+                self._codes[id(value)] = code
+        for call in calls:
+            self._run(call)
+        found = []
+        for result in recording.outputs[:count]:
+            assert result is not None
+            dtype_of(result)
+            found.append(apart(self.code(result).reshape(-1).numpy()))
+        return found
+
+    def _run(self, call: Called) -> None:
+        operation = call.operation
+        if call.drawn_from is not None:
+            raise PlanRefused(f"{operation} draws random numbers")
+        build = POINTWISE.get(operation)
+        if build is not None:
+            (result,) = call.results
+            self._set(call, self._pointwise(build, call, dtype_of(result)))
+        elif operation in INPLACE:
+            target = call.args[0]
+            made = self._pointwise(POINTWISE[INPLACE[operation]], call, dtype_of(target))
+            self.code(target).copy_(made)
+            self._set(call, self.code(target))
+        elif operation in CONTRACTIONS:
+            self._set(call, CONTRACTIONS[operation](self, *call.args, **call.kwargs))
+        elif operation in MOVES:
+            self._move(call)
+        else:
+            self._decompose(call)
+
+    def _decompose(self, call: Called) -> None:
+        """Runs what torch says that an operation does, in terms of others."""
+        made = decomposed(call)
+        if made is None:
+            raise PlanRefused(f"{call.operation} has no scalar form")
+        made = folded(made)
+        given = values_in((*call.args, *call.kwargs.values()))
+        for inner, outer in zip(made.inputs, given, strict=True):
+            if outer.dtype.is_floating_point or outer.kind != "constant":
+                self._codes[id(inner)] = self.code(outer)
+        outer_recording, self._recording = self._recording, made
+        self._given = {id(i): o for i, o in zip(made.inputs, given, strict=True)} | self._given
+        try:
+            for part in made.calls:
+                self._run(part)
+            found = [None if v is None else self.code(v) for v in made.outputs]
+        finally:
+            self._recording = outer_recording
+        self._kept.append(made)  # or another value may get an id of its
+        self._set(call, found[0] if call.is_single else found)
+
+    def _set(self, call: Called, made: Any) -> None:
+        if call.is_single:
+            (result,) = call.results
+            assert result is not None
+            self._codes[id(result)] = _laid_out(made, result)
+            return
+        for result, part in zip(call.results, made, strict=True):
+            if result is not None:
+                self._codes[id(result)] = part
+
+    def _move(self, call: Called) -> None:
+        """Runs an operation that moves elements on codes."""
+        schema = call.operation._schema.arguments
+        names = [a.name for a in schema]
+        given: dict[str, Any] = dict(zip(names, call.args, strict=False)) | call.kwargs
+        made = call.results[0]
+        assert made is not None
+        for name, argument in given.items():
+            if name in ("index", "indices"):
+                given[name] = mapped(argument, self.known)
+            elif name in ("dtype", "pin_memory", "layout", "device", "memory_format"):
+                given[name] = None
+            elif name in ("value", "fill_value") and not isinstance(argument, Value):
+                given[name] = self.number(argument, dtype_of(made))
+            else:
+                given[name] = mapped(argument, lambda v: self.cast(v, dtype_of(made)))
+        if call.operation in FILLS:
+            number = given.get("fill_value", self.number(0.0, dtype_of(made)))
+            self._set(call, torch.full(made.shape, number))
+            return
+        positional = [given.pop(a.name) for a in schema if not a.kwarg_only and a.name in given]
+        given = {k: v for k, v in given.items() if v is not None}
+        self._set(call, call.operation(*positional, **given))
+
+    def known(self, value: Value) -> Tensor:
+        """Numbers that do not vary: indices."""
+        while id(value) in self._given:
+            value = self._given[id(value)]
+        if value.kind != "constant":
+            raise PlanRefused("an index depends on values")
+        return self._recording.constants[value.position]
+
+    def code(self, value: Value) -> Tensor:
+        """The codes of a tensor."""
+        found = self._codes.get(id(value))
+        if found is None:
+            if value.kind != "constant":
+                raise PlanRefused(f"it reads a tensor of {value.dtype}")
+            found = self._codes[id(value)] = self._constant(value)
+        assert isinstance(found, Tensor)
+        return found
+
+    def _array(self, name: str, shape: torch.Size, dtype: str) -> Tensor:
+        """Codes of the elements of an array."""
+        if name not in self._arrays:
+            self._arrays[name] = self._elements(name, shape, dtype)
+        return self._arrays[name]
+
+    def _elements(self, name: str, shape: torch.Size, dtype: str) -> Tensor:
+        size = math.prod(shape)
+        if self._is_single:
+            numbers = [self.expressions.load(name, dtype, ONE, 0, k) for k in range(size)]
+            return (torch.tensor(numbers, dtype=torch.int64) << BITS).view(shape)
+        lanes = self._samples
+        if lanes is not None and shape and shape[0] == lanes.size:
+            step = size // lanes.size
+            numbers = [self.expressions.load(name, dtype, lanes, step, k) for k in range(step)]
+            codes = torch.tensor(numbers, dtype=torch.int64) << BITS
+            return (codes[None] + torch.arange(lanes.size)[:, None]).view(shape)
+        number = self.expressions.load(name, dtype, Lanes(size))
+        return ((number << BITS) + torch.arange(size)).view(shape)
+
+    def _constant(self, value: Value) -> Tensor:
+        tensor = self._recording.constants[value.position]
+        if value.base.varies and not self._frozen:
+            name = f"live{len(self.live)}"
+            self.live[name] = tensor
+            return _laid_out(self._array(name, tensor.shape, dtype_of(value)), value)
+        tensor = tensor.detach()
+        once = tensor[tuple(slice(0, 1) if not step else slice(None) for step in tensor.stride())]
+        return _laid_out(self._numbers(once, value).expand(tensor.shape), value)
+
+    def _numbers(self, tensor: Tensor, value: Value) -> Tensor:
+        """Codes of a tensor that does not vary."""
+        dtype, size = dtype_of(value), tensor.numel()
+        if self._samples is not None and size and not size % self._samples.size:
+            rows = tensor.reshape(self._samples.size, -1)
+            if len(rows) > 1 and bool((rows == rows[:1]).all()):  # the same for every sample
+                return self._numbers(rows[0], value).expand(rows.shape).reshape(tensor.shape)
+        different, where = tensor.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        few = len(different) <= _DIFFERENT or (self.writes_out and size <= _FEW)
+        if few:
+            numbers = [self.number(x, dtype) for x in different.tolist()]
+            return torch.tensor(numbers, dtype=torch.int64)[where]
+        name = f"table{len(self.tables)}"
+        self.tables[name] = tensor.contiguous()
+        return self._array(name, tensor.shape, dtype)
+
+    def number(self, number: float, dtype: str) -> int:
+        """The code of a number."""
+        return self.expressions.constant(float(number), dtype) << BITS
+
+    def cast(self, value: Value, dtype: str) -> Tensor:
+        """The same in another dtype."""
+        code = self.code(value)
+        return code if dtype_of(value) == dtype else self._converted(code, dtype)
+
+    def _converted(self, code: Tensor, dtype: str) -> Tensor:
+        return self.apply("truth" if dtype == "bool" else "cast", dtype, [code])
+
+    def _pointwise(self, build: Callable[..., Any], call: Called, dtype: str) -> Tensor:
+        """Runs a pointwise operation; its operands meet in the type that torch computes in."""
+        given = values_in((*call.args, *call.kwargs.values()))
+        floating = [v for v in given if v.dtype.is_floating_point and v.shape]
+        floating = floating or [v for v in given if v.dtype.is_floating_point]
+        inner = dtype
+        if dtype == "bool" and floating:
+            kinds = {v.dtype for v in floating}
+            inner = "float64" if torch.float64 in kinds else dtype_of(floating[0])
+
+        dtypes: dict[int, str] = {}
+
+        def operand(x: Any, want: str) -> Tensor:
+            if not isinstance(x, Tensor):
+                return torch.tensor(self.number(x, want))
+            have = dtypes.get(id(x), want)
+            return x if have == want else self._converted(x, want)
+
+        kept = []
+
+        def do(kind: str, *operands: Any) -> Tensor:
+            of = "bool" if kind in ("and", "or", "xor", "not") else inner
+            if kind == "where":
+                codes = [operand(operands[0], "bool"), *(operand(x, dtype) for x in operands[1:])]
+            elif kind == "ne" and all(dtypes.get(id(x)) == "bool" for x in operands):
+                codes = [operand(x, "bool") for x in operands]
+            else:
+                codes = [operand(x, of) for x in operands]
+            made_of = "bool" if kind in TRUTHS else (dtype if kind == "where" else inner)
+            made = self.apply(kind, made_of, codes)
+            dtypes[id(made)] = made_of
+            kept.append(made)  # or another may get its id
+            return made
+
+        def code(v: Value) -> Tensor:
+            found = self.code(v).view(self.code(v).shape)
+            dtypes[id(found)] = dtype_of(v)
+            kept.append(found)
+            return found
+
+        args = [mapped(a, code) for a in call.args]
+        kwargs = {k: mapped(a, code) for k, a in call.kwargs.items()}
+        made = build(do, *args, **kwargs)
+        return operand(made, dtype)
+
+    def apply(self, kind: str, dtype: str, operands: Sequence[Tensor]) -> Tensor:
+        """The codes of a scalar operation on all elements of operands, which are broadcast."""
+        operands = torch.broadcast_tensors(*operands)  # type: ignore[no-untyped-call]
+        shape = operands[0].shape
+        flat = [o.reshape(-1).numpy() for o in operands]
+        if not len(flat[0]):
+            return torch.empty(shape, dtype=torch.int64)
+        if self._is_single:
+            return torch.from_numpy(self._singly(kind, dtype, flat)).view(shape)
+        split = [apart(x) for x in flat]
+        made = np.empty(len(flat[0]), dtype=np.int64)
+        for numbers, chosen in groups([n for n, _ in split]):
+            places = [p if chosen is None else p[chosen] for _, p in split]
+            number, lanes = self.expressions.many(
+                kind, dtype, list(zip(numbers, places, strict=True))
+            )
+            made[slice(None) if chosen is None else chosen] = (number << BITS) + lanes
+        return torch.from_numpy(made).view(shape)
+
+    def _singly(self, kind: str, dtype: str, flat: Sequence[Places]) -> Places:
+        single, seen = self.expressions.single, {}
+        made = []
+        for codes in zip(*[x.tolist() for x in flat], strict=True):
+            if codes not in seen:
+                seen[codes] = single(kind, dtype, [c >> BITS for c in codes]) << BITS
+            made.append(seen[codes])
+        return np.array(made, dtype=np.int64)
+
+
+INPLACE = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.mul_.Scalar: aten.mul.Scalar,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.neg_.default: aten.neg.default,
+}
+
+
+def _laid_out(made: Tensor, like: Value) -> Tensor:
+    """The same codes, with the strides that the tensor has: views look at memory."""
+    if made.shape != like.shape:
+        made = made.view(like.shape)
+    if made.stride() == like.stride or not made.numel():
+        return made
+    found = torch.empty_strided(like.shape, like.stride, dtype=torch.int64)
+    once = tuple(slice(0, 1) if not step else slice(None) for step in like.stride)
+    found[once].copy_(made[once])  # what is expanded is written once
+    return found

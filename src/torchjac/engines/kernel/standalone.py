@@ -1,0 +1,164 @@
+"""A program as a C file and a header that need nothing but the C library."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchjac.engines.kernel.kernel import Written
+from torchjac.engines.kernel.scalars import CTYPES, literal
+
+_KEYWORDS = (
+    "auto break case char const continue default do double else enum extern float for goto if"
+    " inline int long register restrict return short signed sizeof static struct switch typedef"
+    " union unsigned void volatile while main"
+)
+_RESERVED = frozenset(_KEYWORDS.split())
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """An argument of the function, or something that is known beforehand.
+
+    Attributes:
+        name: In C.
+        about: What it holds, in words.
+        shape: Its shape, in row-major order.
+        dtype: Its dtype.
+        values: What it holds, if that is known beforehand.
+    """
+
+    name: str
+    about: str
+    shape: tuple[int, ...]
+    dtype: str
+    values: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standalone:
+    """Two files.
+
+    Attributes:
+        header: What a program includes.
+        source: What is compiled beside it.
+    """
+
+    header: str
+    source: str
+
+
+def standalone(
+    program: Written,
+    name: str,
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    known: Sequence[Array],
+) -> Standalone:
+    """Writes a program down as a function of plain arrays.
+
+    Args:
+        program: The program.
+        name: Of the function, as C takes it.
+        inputs: Its inputs, in order.
+        outputs: Its outputs, in order.
+        known: Arrays that do not vary: where entries of a sparse matrix are.
+    """
+    arguments = [f"const {CTYPES[a.dtype]} *{a.name}" for a in inputs]
+    arguments += [f"{CTYPES[a.dtype]} *{a.name}" for a in outputs]
+    signature = f"int {name}({', '.join([*arguments, 'void *work'])})"
+    guard = f"{name.upper()}_H"
+    header = [
+        "/* Written by torchjac: a function and its Jacobian. Needs nothing but the C library. */",
+        f"#ifndef {guard}",
+        f"#define {guard}",
+        "",
+        "#ifdef __cplusplus",
+        'extern "C" {',
+        "#endif",
+        "",
+        "/* Bytes of memory to work in (aligned to 64 bytes); 0 where none is needed. */",
+        f"#define {name.upper()}_WORK {program.source.scratch}",
+        *[f"#define {name.upper()}_{a.name.upper()}_SIZE {_size(a)}" for a in (*inputs, *outputs)],
+        "",
+        *[f"extern const int {name}_{a.name}[{max(_size(a), 1)}]; /* {a.about} */" for a in known],
+        "",
+        "/*",
+        " * All arrays are dense, row-major, and must not overlap.",
+        *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (in)" for a in inputs],
+        *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (out)" for a in outputs],
+        f" *   work: {name.upper()}_WORK bytes, or NULL where that is 0; one for each thread",
+        " * Returns 1 where all that was computed is finite, 0 where it is not.",
+        " */",
+        f"{signature};",
+        "",
+        "#ifdef __cplusplus",
+        "}",
+        "#endif",
+        "#endif",
+        "",
+    ]
+    tables = [
+        _table(f"{name}_{label}", values)
+        for label, values in zip(program.source.names, program.source.tables, strict=True)
+    ]
+    pointers = ", ".join(f"{name}_{label}" for label in program.source.names) or "0"
+    taken = ", ".join(a.name for a in inputs) or "0"
+    body = [
+        "/* Written by torchjac. */",
+        f'#include "{name}.h"',
+        "#define TORCHJAC_PLAIN",
+        _private(program.source.text, name),
+        *tables,
+        *[_known(f"{name}_{a.name}", a) for a in known],
+        "",
+        signature,
+        "{",
+        f"  static const void *const table[] = {{{pointers}}};",
+        f"  const void *const in[] = {{{taken}}};",
+        f"  void *const out[] = {{{', '.join(a.name for a in outputs)}}};",
+        f"  return {name}_body(in, table, out, work);",
+        "}",
+        "",
+    ]
+    return Standalone("\n".join(header), "\n".join(body))
+
+
+def identifier(text: str) -> str:
+    """A name that C, C++ and Python take."""
+    found = re.sub(r"\W", "_", text, flags=re.ASCII) or "f"
+    if found[0].isdigit() or found in _RESERVED or keyword.iskeyword(found):
+        found = f"f_{found}"
+    return found
+
+
+def _private(text: str, name: str) -> str:
+    """The function and its other entry: only the first is kept, seen in its file alone."""
+    kept = text[: text.index(f"int {name}_body_direct(")]
+    return kept.replace(f"int {name}_body(", f"static int {name}_body(", 1)
+
+
+def _size(array: Array) -> int:
+    return int(np.prod(array.shape, dtype=np.int64))
+
+
+def _shape(array: Array) -> str:
+    return "(" + ", ".join(map(str, array.shape)) + ")"
+
+
+def _table(name: str, values: np.ndarray) -> str:
+    t = {"int32": "int", "int64": "long long", "float64": "double", "float32": "float"}
+    kind = values.dtype.name
+    flat = values.reshape(-1).tolist()
+    texts = [str(v) if kind.startswith("int") else literal(v, kind) for v in flat] or ["0"]
+    lines = [", ".join(texts[k : k + 8]) for k in range(0, len(texts), 8)]
+    return f"static const {t[kind]} {name}[] = {{\n  " + ",\n  ".join(lines) + "};"
+
+
+def _known(name: str, array: Array) -> str:
+    assert array.values is not None
+    return _table(name, array.values.astype(np.int32)).replace("static const", "const", 1)

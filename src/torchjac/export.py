@@ -1,0 +1,122 @@
+"""A function and its Jacobian as files that other programs use: the way to C and C++."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchjac._torch.pytree import flatten
+from torchjac.accumulated import Accumulated
+from torchjac.capture import Call
+from torchjac.capture.derivative import variables
+from torchjac.capture.value import trace_value
+from torchjac.engines.accumulate import recording_of
+from torchjac.engines.kernel import Written, written
+from torchjac.engines.kernel.standalone import Array, Standalone, identifier, standalone
+from torchjac.errors import PlanError, TorchjacError
+from torchjac.structure.detect import KEEP
+
+
+def export(path: Path, call: Call, plan: Accumulated) -> list[Path]:
+    """Writes value and Jacobian down as plain C, beside the given path.
+
+    Args:
+        path: A file, whose suffix is replaced by `.c` and `.h`; its stem names the function.
+        call: The function and its arguments.
+        plan: Its plan.
+
+    Raises:
+        PlanError: It has no scalar form.
+    """
+    name = identifier(path.stem)
+    try:
+        program, values = _program(call, plan, name)
+    except TorchjacError as refusal:
+        raise PlanError(f"torchjac: it cannot be written as C: {refusal}") from refusal
+    made = _described(call, plan, program, values, name)
+    files = [path.with_name(f"{name}.c"), path.with_name(f"{name}.h")]
+    for file, text in zip(files, (made.source, made.header), strict=True):
+        file.write_text(text, encoding="utf-8")
+    return files
+
+
+def _program(call: Call, plan: Accumulated, name: str) -> tuple[Written, list[Tensor]]:
+    """Value and Jacobian in C, and the values here."""
+    inputs = [x.detach().contiguous() for x in variables(call)]
+    with torch.no_grad():
+        module = trace_value(call, KEEP)
+        values = list(module(*inputs))
+    value = recording_of(module, inputs)
+    jacobian = plan.emitted.recording
+    parts = [(jacobian, len(jacobian.outputs) - 1), (value, len(values))]
+    return written(parts, plan.shape[2], f"{name}_body", frozen=True), values
+
+
+def _described(
+    call: Call, plan: Accumulated, program: Written, values: Sequence[Tensor], name: str
+) -> Standalone:
+    """The files, with names for all arguments."""
+    named = _names(call)
+    inputs = [
+        Array(n, "an argument", tuple(s), _name(d))
+        for n, (s, d) in zip(named, program.inputs, strict=True)
+    ]
+    count = len(program.outputs) - len(values)
+    shapes = [(tuple(s), _name(d)) for s, d in program.outputs]
+    known: list[Array] = []
+    if plan.pattern is not None:
+        rows, columns = plan.pattern.shape
+        starts, places = plan.pattern.starts, plan.pattern.columns
+        known = [
+            Array("row_starts", "where each row begins", starts.shape, "int32", starts),
+            Array("columns", "the column of each entry", places.shape, "int32", places),
+        ]
+        about = f"entries of the {rows} x {columns} Jacobian, row by row"
+        outputs = [Array("jacobian", about, *shapes[0])]
+    else:
+        across = len(flatten(call.differentiated())[0])
+        outputs = []
+        for k, (shape, dtype) in enumerate(shapes[:count]):
+            i, j = divmod(k, across)
+            label = "jacobian" if count == 1 else f"jacobian_{i}_{j}"
+            about = f"of output {i} with respect to {named[j]}"
+            outputs.append(Array(label, about, shape, dtype))
+    for k, (shape, dtype) in enumerate(shapes[count:]):
+        label = "value" if len(values) == 1 else f"value_{k}"
+        outputs.append(Array(label, "what the function gives", shape, dtype))
+    return standalone(program, name, inputs, outputs, known)
+
+
+def _names(call: Call) -> list[str]:
+    """A name for each input: that of the parameter where an argument is one tensor."""
+    function: Callable[..., Any] = getattr(call.function, "forward", call.function)
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        parameters = []
+    positions = list(call.positions())
+    order = positions + [k for k in range(len(call.args)) if k not in positions]
+    found: list[str] = []
+    for k in order:
+        base = parameters[k] if k < len(parameters) else f"x{k}"
+        leaves = _counted(call.args[k], k in positions)
+        found += [base] if leaves == 1 else [f"{base}_{i}" for i in range(leaves)]
+    left = len(variables(call)) - len(found)
+    found += [f"more_{i}" for i in range(left)]
+    taken = {"value", "jacobian", "work", "in", "out", "table"}
+    return [n if n not in taken else f"{n}_" for n in map(identifier, found)]
+
+
+def _counted(argument: Any, differentiated: bool) -> int:
+    """How many inputs an argument is."""
+    leaves = [x for x in flatten(argument)[0] if isinstance(x, Tensor)]
+    return len(leaves if differentiated else [x for x in leaves if x.is_floating_point()])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
