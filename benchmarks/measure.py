@@ -37,6 +37,8 @@ WARM_CALLS = 30
 WARM_SECONDS = 0.2
 """Calls before the first sample, or time that they take (at most 1000 calls): compilers, caches and
 torchjac's choice of a plan settle."""
+SETTLE_SECONDS = 2.5
+"""The same for torchjac, whose compiler runs after the first calls, not in the first one."""
 SAMPLE_SECONDS = 0.004
 """A sample repeats the call until it takes about this long."""
 
@@ -196,7 +198,10 @@ def _warm(
     enough = min(1000, max(WARM_CALLS, int(WARM_SECONDS / max(probed.seconds, 1e-6))))
     calls = 4 if probed.seconds > 0.5 else max(5, min(enough, int(2 / probed.seconds)))
     try:
-        reply = worker.ask({"do": "warm", "method": method.key, "calls": calls}, limit)
+        # torchjac makes a plan, then compiles it, when calls have taken long enough.
+        least = SETTLE_SECONDS if method.key.startswith("torchjac") else 0.0
+        order = {"do": "warm", "method": method.key, "calls": calls, "seconds": least}
+        reply = worker.ask(order, limit + 4 * least)
         if "failure" in reply:
             return None
         once = worker.ask({"do": "time", "method": method.key, "number": 1}, limit)["seconds"]

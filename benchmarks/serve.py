@@ -68,8 +68,12 @@ def serve(channel: Channel, backend: Backend) -> None:
                 reply = _probe(channel, backend, order)
             elif order["do"] == "warm":
                 call = calls[order["method"]] = backend.prepare(order["method"])
-                for _ in range(order["calls"]):
+                started, done = time.perf_counter(), 0
+                while done < order["calls"] or time.perf_counter() - started < order.get(
+                    "seconds", 0.0
+                ):
                     call()
+                    done += 1
                 gc.collect()
                 gc.freeze()
                 reply = {}
@@ -78,6 +82,14 @@ def serve(channel: Channel, backend: Backend) -> None:
         except Exception as exc:
             reply = {"failure": _failure(exc)}
         channel.send(reply)
+
+
+def _warm(call: Callable[[], Any], calls: int, seconds: float) -> None:
+    """Calls at least so often, and at least so long."""
+    started, done = time.perf_counter(), 0
+    while done < calls or time.perf_counter() - started < seconds:
+        call()
+        done += 1
 
 
 def _probe(channel: Channel, backend: Backend, order: dict[str, Any]) -> dict[str, Any]:

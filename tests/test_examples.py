@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def run_example(name: str, *arguments: str, cwd: Path, **environment: str) -> st
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -85,3 +86,13 @@ def test_geometric_jacobian_of_the_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     lever = origins[-1] - origins[1:-1]
     expected = torch.cat([torch.linalg.cross(axes, lever), axes], -1).T
     torch.testing.assert_close(J, expected)
+
+
+@pytest.mark.slow
+def test_cpp(tmp_path: Path) -> None:
+    """Exported C, in C and in C++, with the libtorch of the installed wheel."""
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    printed = run_example("cpp/run.py", str(tmp_path / "made"), cwd=tmp_path)
+    assert "us a call" in printed
+    assert printed.rstrip().endswith("right")

@@ -133,7 +133,11 @@ def test_two_arguments(tmp_path: Path) -> None:
 
     x, y = value(3), value(2, seed=1)
     files = torchjac.jacobian(f, argnums=(0, 1)).export(tmp_path / "two-arguments", x, y)
-    assert [file.name for file in files] == ["two_arguments.c", "two_arguments.h"]
+    assert [file.name for file in files] == [
+        "two_arguments.c",
+        "two_arguments.h",
+        "two_arguments.hpp",
+    ]
     sizes = {"jacobian_0_0": 9, "jacobian_0_1": 6, "jacobian_1_0": 6, "jacobian_1_1": 4}
     got = ran(files, {"left": x, "right": y}, sizes | {"value_0": 3, "value_1": 2})
     want = oracle_jacobian(f, (0, 1))(x, y)
@@ -175,3 +179,20 @@ def test_not_finite(tmp_path: Path) -> None:
     files = torchjac.jacobian(lambda x: 1 / x).export(tmp_path / "made", value(2) + 2)
     with pytest.raises(subprocess.CalledProcessError):
         ran(files, {"x": torch.zeros(2, dtype=torch.float64)}, {"jacobian": 4, "value": 2})
+
+
+@pytest.mark.slow
+def test_package(tmp_path: Path) -> None:
+    """For `AOTIModelPackageLoader`."""
+    weight = value(4, 3, seed=1)
+
+    def f(x: Tensor) -> Tensor:
+        return (weight @ x).sin()
+
+    x = value(3)
+    (file,) = torchjac.jacobian(f).export(tmp_path / "made.pt2", x)
+    loaded = torch._inductor.aoti_load_package(str(file))
+    for point in (x, 0.5 * x + 1):
+        found, J = loaded(point)
+        same(found, f(point))
+        same(J, oracle_jacobian(f)(point))

@@ -15,7 +15,7 @@ from torchjac.engines.kernel import LIMIT, Kernel, written
 from torchjac.errors import PlanRefused
 
 # Seconds that making a kernel takes: at least, and for each number that the operations give.
-_KERNEL, _KERNEL_NUMBER = 0.5, 1e-6
+_KERNEL, _KERNEL_NUMBER = 0.5, 1e-7
 # Runs of which the best counts.
 _RUNS = 5
 # Disagreement put down to rounding, by dtype: of an element, and beside the largest one. Sine and

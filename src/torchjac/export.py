@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
+from torchjac._torch.inductor import NotCompiled, packaged
 from torchjac._torch.pytree import flatten
+from torchjac._torch.straight import compilable
 from torchjac.accumulated import Accumulated
 from torchjac.capture import Call
 from torchjac.capture.derivative import variables
@@ -23,26 +25,57 @@ from torchjac.structure.detect import KEEP
 
 
 def export(path: Path, call: Call, plan: Accumulated) -> list[Path]:
-    """Writes value and Jacobian down as plain C, beside the given path.
+    """Writes value and Jacobian down, as the suffix of the path says.
 
     Args:
-        path: A file, whose suffix is replaced by `.c` and `.h`; its stem names the function.
+        path: `.pt2` for an AOTInductor package; else a file whose suffix is replaced by `.c`, `.h`
+            and `.hpp`, and whose stem names the function.
         call: The function and its arguments.
         plan: Its plan.
 
     Raises:
-        PlanError: It has no scalar form.
+        PlanError: It cannot be compiled, or has no scalar form.
     """
+    if path.suffix == ".pt2":
+        return [_package(path, call, plan)]
     name = identifier(path.stem)
     try:
         program, values = _program(call, plan, name)
     except TorchjacError as refusal:
         raise PlanError(f"torchjac: it cannot be written as C: {refusal}") from refusal
     made = _described(call, plan, program, values, name)
-    files = [path.with_name(f"{name}.c"), path.with_name(f"{name}.h")]
-    for file, text in zip(files, (made.source, made.header), strict=True):
+    texts = {".c": made.source, ".h": made.header, ".hpp": made.tensors}
+    files = [path.with_name(name + suffix) for suffix in texts]
+    for file, text in zip(files, texts.values(), strict=True):
         file.write_text(text, encoding="utf-8")
     return files
+
+
+def _package(path: Path, call: Call, plan: Accumulated) -> Path:
+    inputs = [x.detach().contiguous() for x in variables(call)]
+    try:
+        with torch.no_grad():
+            packaged(_Both(trace_value(call, KEEP), plan), inputs, path)
+    except (NotCompiled, TorchjacError) as refusal:
+        raise PlanError(f"torchjac: it cannot be packaged: {refusal}") from refusal
+    return path
+
+
+class _Both(nn.Module):
+    """The values of a function, then the parts of its Jacobian."""
+
+    def __init__(self, value: fx.GraphModule, plan: Accumulated):
+        super().__init__()
+        self.value = value
+        self.jacobian, constants = compilable(plan.emitted.recording)
+        self._count = len(constants)
+        for k, constant in enumerate(constants):
+            self.register_buffer(f"constant{k}", constant.detach().clone())
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        constants = [getattr(self, f"constant{k}") for k in range(self._count)]
+        *parts, _ = self.jacobian(*inputs, *constants)
+        return (*self.value(*inputs), *parts)
 
 
 def _program(call: Call, plan: Accumulated, name: str) -> tuple[Written, list[Tensor]]:

@@ -190,15 +190,22 @@ class Jacobian:
         return self
 
     def export(self, path: str | Path, *args: Any, **kwargs: Any) -> list[Path]:
-        """Writes f and its Jacobian as plain C: one `.c` and one `.h` with no dependency at all.
+        """Writes f and its Jacobian for other programs: the way to C and C++.
 
-        The function in them takes dense arrays of the shapes and dtypes of these arguments and
-        writes `f(x)` and J; of a sparse result the entries, row by row, with the pattern beside
-        them in constant arrays. It may be called by many threads at once. Parameters and other
-        tensors that f reads are in it as they are now. The header says what is where.
+        As *plain C* (any suffix but `.pt2`): a `.c` and a `.h` with no dependency at all, and a
+        `.hpp` that calls them with tensors of libtorch. The function in them takes dense arrays of
+        the shapes and dtypes of these arguments and writes J and `f(x)`; of a sparse result the
+        entries, row by row, with the pattern beside them in constant arrays. Many threads may call
+        it at once. The header says what is where.
+
+        As an *AOTInductor package* (`.pt2`): what `AOTIModelPackageLoader` loads in C++ and
+        `torch._inductor.aoti_load_package` in Python. It gives the outputs of f, then the blocks
+        of J, row by row, or the entries of a sparse result. Compiling takes half a minute.
+
+        Parameters and other tensors that f reads are in either as they are now.
 
         Args:
-            path: Its stem names the files and the function.
+            path: Its suffix says what is written; its stem names the files and the function.
             *args: Arguments of f.
             **kwargs: Keyword arguments of f.
 
@@ -206,11 +213,12 @@ class Jacobian:
             The files.
 
         Raises:
-            PlanError: Calls with these arguments have no plan, or it has no scalar form; the
+            PlanError: Calls with these arguments have no plan, or it cannot be written so; the
                 message says why.
 
         Example:
-            >>> torchjac.jacobian(f).export("build/arm", q)  # build/arm.c, build/arm.h
+            >>> torchjac.jacobian(f).export("build/arm", q)  # arm.c, arm.h, arm.hpp
+            >>> torchjac.jacobian(f).export("build/arm.pt2", q)
         """
         call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
         plan = self._accumulation.made(call, lambda: self._captured(call))

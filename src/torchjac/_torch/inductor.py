@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 
 class NotCompiled(Exception):
@@ -35,3 +36,22 @@ def compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., 
         raise NotCompiled(f"{type(error).__name__}: {first}") from error
     found: Callable[..., Any] = run
     return found
+
+
+def packaged(module: nn.Module, inputs: Sequence[Tensor], path: Path) -> None:
+    """Writes a module as an AOTInductor package: compiled code that C++ and Python load.
+
+    Raises:
+        NotCompiled: It cannot be compiled.
+    """
+    try:
+        import torch._inductor.config
+
+        quiet = warnings.catch_warnings()
+        with quiet, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
+            warnings.simplefilter("ignore")  # of torch about itself
+            program = torch.export.export(module, tuple(inputs))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise NotCompiled(f"{type(error).__name__}: {first}") from error

@@ -1,4 +1,4 @@
-"""A program as a C file and a header that need nothing but the C library."""
+"""A program as a C file and a header that need nothing but the C library, and one for libtorch."""
 
 from __future__ import annotations
 
@@ -41,15 +41,17 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class Standalone:
-    """Two files.
+    """Three files.
 
     Attributes:
         header: What a program includes.
         source: What is compiled beside it.
+        tensors: What a program on libtorch includes.
     """
 
     header: str
     source: str
+    tensors: str
 
 
 def standalone(
@@ -125,7 +127,61 @@ def standalone(
         "}",
         "",
     ]
-    return Standalone("\n".join(header), "\n".join(body))
+    return Standalone("\n".join(header), "\n".join(body), _for_tensors(name, inputs, outputs))
+
+
+def _for_tensors(name: str, inputs: Sequence[Array], outputs: Sequence[Array]) -> str:
+    """The same function for tensors of libtorch: what they are is checked, never a bad read."""
+    taken = ", ".join(f"const at::Tensor &{a.name}" for a in inputs)
+    lines = [
+        "/* Written by torchjac: the function of the header beside it, for tensors of libtorch. */",
+        "#pragma once",
+        "",
+        "#include <ATen/ATen.h>",
+        "",
+        "#include <tuple>",
+        "",
+        f'#include "{name}.h"',
+        "",
+        f"namespace {name}_tensors {{",
+        "",
+        "inline at::Tensor suited(const at::Tensor &x, const char *what, at::IntArrayRef sizes,",
+        "                         at::ScalarType kind) {",
+        "  TORCH_CHECK(x.sizes() == sizes && x.scalar_type() == kind && x.device().is_cpu(),",
+        f'              "{name}: ", what, " must be a CPU tensor of shape ", sizes,',
+        '              " and type ", kind,',
+        '              ", got ", x.sizes(), " and ", x.scalar_type(), " on ", x.device());',
+        "  return x.contiguous();",
+        "}",
+        "",
+        f"/* {', '.join(a.name for a in outputs)}; throws c10::Error where they are not finite. */",
+        f"inline std::tuple<{', '.join('at::Tensor' for _ in outputs)}> call({taken}) {{",
+    ]
+    for a in inputs:
+        sizes = ", ".join(map(str, a.shape))
+        kind = _KINDS[a.dtype]
+        lines.append(
+            f'  const at::Tensor {a.name}_ = suited({a.name}, "{a.name}", {{{sizes}}}, {kind});'
+        )
+    for a in outputs:
+        sizes = ", ".join(map(str, a.shape))
+        lines.append(f"  at::Tensor {a.name}_ = at::empty({{{sizes}}}, {_KINDS[a.dtype]});")
+    pointers = [f"{a.name}_.const_data_ptr<{CTYPES[a.dtype]}>()" for a in inputs]
+    pointers += [f"{a.name}_.mutable_data_ptr<{CTYPES[a.dtype]}>()" for a in outputs]
+    lines += [
+        f"  at::Tensor work = at::empty({{{name.upper()}_WORK}}, at::kByte);",
+        f"  const int fine = ::{name}({', '.join(pointers)}, work.mutable_data_ptr());",
+        f'  TORCH_CHECK(fine, "{name}: the result is not finite");',
+        f"  return {{{', '.join(f'{a.name}_' for a in outputs)}}};",
+        "}",
+        "",
+        f"}}  // namespace {name}_tensors",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_KINDS = {"float64": "at::kDouble", "float32": "at::kFloat"}
 
 
 def identifier(text: str) -> str:
