@@ -96,3 +96,9 @@ def test_cpp(tmp_path: Path) -> None:
     printed = run_example("cpp/run.py", str(tmp_path / "made"), cwd=tmp_path)
     assert "us a call" in printed
     assert printed.rstrip().endswith("right")
+
+
+def test_inverse_kinematics(tmp_path: Path) -> None:
+    printed = run_example("inverse_kinematics.py", "--targets", "40", "--steps", "60", cwd=tmp_path)
+    assert printed.count("of 40 targets reached") == 3
+    assert float(printed.split("differ by ")[1].split()[0]) < 1e-9

@@ -31,8 +31,8 @@ _PATIENCE = 10.0
 _RUNS = 3
 # A plan that ran this much slower than passes do is not run again.
 _SLOW = 3.0
-# Passes predicted this much slower need not be timed.
-_CLEAR = 4.0
+# Passes predicted this much slower need not be timed; measured this much slower, not once more.
+_CLEAR, _FAR = 4.0, 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Accumulated:
         if not self.others and self.predicted > _CLEAR * mine:
             return True
         if len(self.others) < _RUNS:
-            return False
+            return bool(self.others) and min(self.others) > _FAR * mine
         return mine <= min(self.others)
 
     def settled(self) -> bool:
