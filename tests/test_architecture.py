@@ -36,7 +36,7 @@ ABOVE: dict[str, set[str]] = {
     "elimination": {"accumulated", "compilation", "report", "saved"},
     "accumulation": {"accumulated", "elimination", "report", "saved"},
     "shortcut": {"accumulated", "explain"},
-    "export": {"accumulated"},
+    "export": {"accumulated", "compilation"},
     "function": {
         "accumulated",
         "accumulation",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import torchjac
 from laws import oracle_jacobian, same, value
 from test_accumulate import BATCHED, PROBLEMS
+from torchjac.engines.kernel import source
 from torchjac.errors import PlanError
 
 CC = shutil.which("cc") or shutil.which("gcc")
@@ -42,8 +43,7 @@ int main(void)
 
 def ran(files: list[Path], inputs: dict[str, Tensor], outputs: dict[str, int]) -> dict[str, Tensor]:
     """Compiles what was exported with a program of its own, under sanitizers, and runs it."""
-    source = files[0]
-    name, folder = source.stem, source.parent
+    name, folder = files[0].stem, files[0].parent
     kind = {torch.float64: "double", torch.float32: "float"}
     dtype = next(iter(inputs.values())).dtype
     given = [
@@ -67,7 +67,7 @@ def ran(files: list[Path], inputs: dict[str, Tensor], outputs: dict[str, int]) -
         )
     )
     program = folder / "main"
-    command = [CC, *STRICT, *SANITIZED, str(source), str(main), "-o", str(program), "-lm"]
+    command = [CC, *STRICT, *SANITIZED, str(files[0]), str(main), "-o", str(program), "-lm"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     lines = subprocess.run([program], check=True, capture_output=True, text=True, timeout=60)
     numbers = iter([float.fromhex(x) for x in lines.stdout.split()])
@@ -196,3 +196,32 @@ def test_package(tmp_path: Path) -> None:
         found, J = loaded(point)
         same(found, f(point))
         same(J, oracle_jacobian(f)(point))
+
+
+def awkward(value: Tensor, value_: Tensor, Value: Tensor, template: Tensor) -> Tensor:
+    """Every name is a trap."""
+    return value * value_ + Value * template
+
+
+@pytest.mark.parametrize("stem", ["template", "sin", "memcpy", "NULL", "true", "é", "_", "class"])
+def test_names_that_are_taken(tmp_path: Path, stem: str) -> None:
+    """By C, C++, the C library, or each other."""
+    args = [value(2, seed=k) for k in range(4)]
+    files = torchjac.jacobian(awkward).export(tmp_path / f"{stem}.c", *args)
+    header = files[1].read_text()
+    names = [line.split()[1][:-1] for line in header.splitlines() if line.endswith("(in)")]
+    assert len({n.lower() for n in names}) == 4
+    got = ran(files, dict(zip(names, args, strict=True)), {"jacobian": 4, "value": 2})
+    same(got["value"], awkward(*args))
+    both = f'#include "{files[1].name}"\nint main() {{ return 0; }}\n'
+    (tmp_path / "both.cpp").write_text(both)
+    command = ["c++", "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", tmp_path / "both.cpp"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_what_is_wrong_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C is compared with the plan before there is a file."""
+    monkeypatch.setattr(source, "C", {**source.C, "cos": "sin{f}({0})"})
+    with pytest.raises(PlanError, match="C does not give"):
+        torchjac.jacobian(torch.sin).export(tmp_path / "made", value(3))
+    assert not list(tmp_path.iterdir())

@@ -530,3 +530,74 @@ class TestShortcut:
         kept = one.clone()
         J(value(3, seed=1)).zero_()
         same(one, kept)
+
+
+# Integers and truths: where they decide something the derivative is another one, and one point does
+# not show it.
+DECIDING: dict[str, Function] = {
+    "count": lambda x: ((x > 1).sum() > 5) * x.sin() + x,
+    "truths added": lambda x: ((x > 0) + (x > 1)).double() * x * x,
+    "a truth and a number": lambda x: torch.where((x > 1) > 0.5, x**2, x**3),
+    "truths counted": lambda x: torch.where((x > 1).long() + (x > 2).long() == 2, x**2, x**3),
+    "truths compared": lambda x: torch.where((x > 1) == (x > 2), x**2, x**3),
+    "whole numbers": lambda x: torch.where(x.long() == 2, x**2, x**3),
+    "halves": lambda x: torch.where(x.long() > 0.5, x**2, x**3),
+    "bits": lambda x: torch.where((x.long() & 1).bool(), x**2, x**3),
+    "bits of truths": lambda x: torch.where(((x > 1) & ~(x > 2)) | (x > 3), x**2, x**3),
+    "places": lambda x: torch.where(x.view(2, 5).max(0).indices == 1, x[:5] ** 2, x[5:] ** 3),
+    "cut off": lambda x: ((x * 0 + 2.7).long().double()) * x.sin(),
+}
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_what_decides(name: str) -> None:
+    """Comparisons of integers and truths were made as truths: right at the first point only."""
+    f = DECIDING[name]
+    first = torch.full((10,), 0.3, dtype=torch.float64)
+    points = [first, torch.linspace(0.6, 3.6, 10, dtype=torch.float64), 4 * value(10)]
+    for order in ORDERS:
+        for at in points[:2]:
+            with contextlib.suppress(CaptureRefused, PlanRefused):
+                plan = kernel_of(plan_of(f, at, orders=(order,))[0], f, at)
+                for x in points:
+                    same(plan(Call(f, 0, False, (x,), {})), oracle_jacobian(f)(x))
+
+
+def test_exact_zeros_stay() -> None:
+    """Fused products leave what the other product was rounded by where both cancel."""
+
+    def f(q: Tensor) -> Tensor:
+        a, b = q[:2], q[2:]
+        d = a[0] * b[1] - a[1] * b[0]
+        regular = d != 0
+        return torch.where(regular, (a * b).sum() / torch.where(regular, d, 1.0), (a * b).sum()) * q
+
+    x = value(4)
+    plan = kernel_of(plan_of(f, x)[0], f, x)
+    at = torch.tensor([0.1, 0.3, 0.1, 0.3], dtype=torch.float64)
+    same(plan(Call(f, 0, False, (at,), {})), oracle_jacobian(f)(at))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda e: torch.nn.functional.embedding(torch.tensor([1, 1, 4, 0]), e).sin(),
+        lambda e: e.take(torch.tensor([3, 3, 7])).sin(),
+        lambda e: torch.nn.functional.pad(e[None], (1, 1), mode="reflect").sin(),
+    ],
+    ids=["embedding", "take", "pad"],
+)
+def test_indices_of_decompositions(f: Function) -> None:
+    """They are constants of the program around."""
+    check(f, value(5, 3))
+
+
+def test_negative_views_of_parameters() -> None:
+    """Their memory holds the numbers with the other sign."""
+    net = torch.nn.Linear(3, 2).double()
+    J = torchjac.jacobian(lambda x: net(x).sin(), compile=True)
+    for seed in range(12):
+        J(value(3, seed=seed))
+    net.weight.data = torch._neg_view(value(2, 3))
+    for _ in range(4):
+        same(J(value(3)), oracle_jacobian(lambda x: net(x).sin())(value(3)))

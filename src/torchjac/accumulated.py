@@ -141,10 +141,6 @@ class Accumulated:
         except PlanRefused as refusal:
             self.tried = (*self.tried, Tried(mode, refused=str(refusal), form="kernel"))
             return
-        except Exception as error:  # the operations give the result; this is noted
-            why = f"{type(error).__name__}: {error}"
-            self.tried = (*self.tried, Tried(mode, refused=why, form="kernel"))
-            return
         best, (_, took) = faster([self.emitted, made], inputs)
         self.tried = (*self.tried, Tried(mode, predicted, took, form=made.form))
         if best is made:

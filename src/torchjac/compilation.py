@@ -45,12 +45,23 @@ def with_kernel(
     Raises:
         PlanRefused: There is no kernel of it, or it gives something else.
     """
+    try:
+        return _with_kernel(emitted, inputs, samples, limit)
+    except PlanRefused:
+        raise
+    except Exception as error:  # the operations give the result; the record says what went wrong
+        raise PlanRefused(f"{type(error).__name__}: {error}") from error
+
+
+def _with_kernel(
+    emitted: Emitted, inputs: Sequence[Tensor], samples: int | None, limit: float
+) -> Emitted:
     program = written([(emitted.recording, len(emitted.recording.outputs) - 1)], samples)
     kernel = Kernel(program, limit)
     made = replace(emitted, run=emitted.module.forward, kernel=kernel, note=None)
     with torch.no_grad():
         want, got = emitted(inputs), made([elsewhere(x) for x in inputs])
-    if want is None or got is None or not all(map(_agree, got, want)):
+    if want is None or got is None or not all(map(agree, got, want)):
         raise PlanRefused("the kernel does not give what its operations give")
     return made
 
@@ -72,7 +83,7 @@ def timed(way: Emitted, inputs: Sequence[Tensor], runs: int) -> float:
     return best
 
 
-def _agree(got: Tensor, want: Tensor) -> bool:
+def agree(got: Tensor, want: Tensor) -> bool:
     """Whether two results differ by rounding only."""
     if not want.numel():
         return True

@@ -17,10 +17,11 @@ from torchjac.accumulated import Accumulated
 from torchjac.capture import Call
 from torchjac.capture.derivative import variables
 from torchjac.capture.value import trace_value
+from torchjac.compilation import agree
 from torchjac.engines.accumulate import recording_of
-from torchjac.engines.kernel import Written, written
+from torchjac.engines.kernel import Kernel, Written, written
 from torchjac.engines.kernel.standalone import Array, Standalone, identifier, standalone
-from torchjac.errors import PlanError, TorchjacError
+from torchjac.errors import PlanError, PlanRefused, TorchjacError
 from torchjac.structure.detect import KEEP
 
 
@@ -41,7 +42,7 @@ def export(path: Path, call: Call, plan: Accumulated) -> list[Path]:
     name = identifier(path.stem)
     try:
         program, values = _program(call, plan, name)
-    except TorchjacError as refusal:
+    except Exception as refusal:  # whatever it is, there is no file
         raise PlanError(f"torchjac: it cannot be written as C: {refusal}") from refusal
     made = _described(call, plan, program, values, name)
     texts = {".c": made.source, ".h": made.header, ".hpp": made.tensors}
@@ -87,14 +88,38 @@ def _program(call: Call, plan: Accumulated, name: str) -> tuple[Written, list[Te
     value = recording_of(module, inputs)
     jacobian = plan.emitted.recording
     parts = [(jacobian, len(jacobian.outputs) - 1), (value, len(values))]
-    return written(parts, plan.shape[2], f"{name}_body", frozen=True), values
+    program = written(parts, plan.shape[2], f"{name}_body", frozen=True)
+    _check(program, plan, inputs, values)
+    return program, values
+
+
+def _check(
+    program: Written, plan: Accumulated, inputs: Sequence[Tensor], values: Sequence[Tensor]
+) -> None:
+    """Compares what C gives here with what the plan and the function give.
+
+    Raises:
+        PlanRefused: It is something else.
+    """
+    try:
+        kernel = Kernel(program)
+    except PlanRefused as refusal:
+        if "there is no C compiler" in str(refusal):
+            return  # it is for another machine
+        raise
+    with torch.no_grad():
+        got, want = kernel(inputs), plan.emitted(inputs)
+    if want is None:
+        raise PlanRefused("the result is not finite at these arguments")
+    if got is None or not all(map(agree, got, [*want, *values])):
+        raise PlanRefused("C does not give what the function and its plan give")
 
 
 def _described(
     call: Call, plan: Accumulated, program: Written, values: Sequence[Tensor], name: str
 ) -> Standalone:
     """The files, with names for all arguments."""
-    named = _names(call)
+    named = _different(_names(call), name)
     inputs = [
         Array(n, "an argument", tuple(s), _name(d))
         for n, (s, d) in zip(named, program.inputs, strict=True)
@@ -141,8 +166,24 @@ def _names(call: Call) -> list[str]:
         found += [base] if leaves == 1 else [f"{base}_{i}" for i in range(leaves)]
     left = len(variables(call)) - len(found)
     found += [f"more_{i}" for i in range(left)]
-    taken = {"value", "jacobian", "work", "in", "out", "table"}
-    return [n if n not in taken else f"{n}_" for n in map(identifier, found)]
+    return found
+
+
+def _different(names: Sequence[str], function: str) -> list[str]:
+    """Names that C tells apart, from each other and from what else the function takes.
+
+    Sizes are macros, in capital letters: so names may not differ by case alone.
+    """
+    taken = {"jacobian", "value", "work", "in", "out", "table", function.lower()}
+    found = []
+    for base in map(identifier, names):
+        name, k = base, 1
+        while name.lower() in taken or name.startswith(("jacobian_", "value_")):
+            name, k = f"{base.removeprefix('jacobian_').removeprefix('value_')}_{k}", k + 1
+            name = f"of_{name}" if name.startswith(("jacobian_", "value_")) else name
+        taken.add(name.lower())
+        found.append(name)
+    return found
 
 
 def _counted(argument: Any, differentiated: bool) -> int:

@@ -23,6 +23,7 @@ from torchjac.errors import PlanRefused
 LIMIT = 60.0
 _FLAGS = (
     *("-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
+    "-ffp-contract=off",  # what cancels exactly must not leave what a product was rounded by
     "-DTORCHJAC_LOOPS",
     *("-fno-builtin-sin", "-fno-builtin-cos", "-w"),  # else both become one that has no vectors
 )

@@ -18,7 +18,7 @@ from torchjac.engines.kernel.contract import CONTRACTIONS
 from torchjac.engines.kernel.expressions import ONE, Expressions, Lanes, Places
 from torchjac.engines.kernel.moves import FILLS, MOVES
 from torchjac.engines.kernel.pointwise import POINTWISE
-from torchjac.engines.kernel.scalars import TRUTHS
+from torchjac.engines.kernel.scalars import CTYPES, TRUTHS
 from torchjac.errors import PlanRefused
 
 aten = torch.ops.aten
@@ -51,8 +51,8 @@ class Expansion:
         self._recording = Recording((), (), (), ())
         self._arrays: dict[str, Tensor] = {}
         self._codes: dict[int, Any] = {}
-        # Inputs of what an operation was decomposed to, and what is given there.
-        self._given: dict[int, Value] = {}
+        # Inputs of what an operation was decomposed to; what is given there, and by whom.
+        self._given: dict[int, tuple[Value, Recording]] = {}
         self._kept: list[Recording] = []
 
     def outputs(
@@ -103,14 +103,14 @@ class Expansion:
         for inner, outer in zip(made.inputs, given, strict=True):
             if outer.dtype.is_floating_point or outer.kind != "constant":
                 self._codes[id(inner)] = self.code(outer)
-        outer_recording, self._recording = self._recording, made
-        self._given = {id(i): o for i, o in zip(made.inputs, given, strict=True)} | self._given
+        within, self._recording = self._recording, made
+        self._given |= {id(i): (o, within) for i, o in zip(made.inputs, given, strict=True)}
         try:
             for part in made.calls:
                 self._run(part)
             found = [None if v is None else self.code(v) for v in made.outputs]
         finally:
-            self._recording = outer_recording
+            self._recording = within
         self._kept.append(made)  # or another value may get an id of its
         self._set(call, found[0] if call.is_single else found)
 
@@ -150,11 +150,12 @@ class Expansion:
 
     def known(self, value: Value) -> Tensor:
         """Numbers that do not vary: indices."""
+        recording = self._recording
         while id(value) in self._given:
-            value = self._given[id(value)]
+            value, recording = self._given[id(value)]
         if value.kind != "constant":
             raise PlanRefused("an index depends on values")
-        return self._recording.constants[value.position]
+        return recording.constants[value.position]
 
     def code(self, value: Value) -> Tensor:
         """The codes of a tensor."""
@@ -214,33 +215,31 @@ class Expansion:
 
     def number(self, number: float, dtype: str) -> int:
         """The code of a number."""
+        if dtype == "int64" and not abs(number) <= 2**53:
+            raise PlanRefused("an integer that is larger than 2**53")
         return self.expressions.constant(float(number), dtype) << BITS
 
     def cast(self, value: Value, dtype: str) -> Tensor:
         """The same in another dtype."""
         code = self.code(value)
-        return code if dtype_of(value) == dtype else self._converted(code, dtype)
+        have = dtype_of(value)
+        return code if have == dtype else self._converted(code, have, dtype)
 
-    def _converted(self, code: Tensor, dtype: str) -> Tensor:
+    def _converted(self, code: Tensor, have: str, dtype: str) -> Tensor:
+        if dtype == "int64" and have != "bool":
+            raise PlanRefused("floating-point numbers become integers")
         return self.apply("truth" if dtype == "bool" else "cast", dtype, [code])
 
     def _pointwise(self, build: Callable[..., Any], call: Called, dtype: str) -> Tensor:
         """Runs a pointwise operation; its operands meet in the type that torch computes in."""
-        given = values_in((*call.args, *call.kwargs.values()))
-        floating = [v for v in given if v.dtype.is_floating_point and v.shape]
-        floating = floating or [v for v in given if v.dtype.is_floating_point]
-        inner = dtype
-        if dtype == "bool" and floating:
-            kinds = {v.dtype for v in floating}
-            inner = "float64" if torch.float64 in kinds else dtype_of(floating[0])
-
+        inner = _met(call) if dtype == "bool" else dtype
         dtypes: dict[int, str] = {}
 
         def operand(x: Any, want: str) -> Tensor:
             if not isinstance(x, Tensor):
                 return torch.tensor(self.number(x, want))
             have = dtypes.get(id(x), want)
-            return x if have == want else self._converted(x, want)
+            return x if have == want else self._converted(x, have, want)
 
         kept = []
 
@@ -253,6 +252,8 @@ class Expansion:
             else:
                 codes = [operand(x, of) for x in operands]
             made_of = "bool" if kind in TRUTHS else (dtype if kind == "where" else inner)
+            if kind not in TRUTHS and kind not in _OF_INTEGERS.get(made_of, (kind,)):
+                raise PlanRefused(f"{kind} of {made_of}")
             made = self.apply(kind, made_of, codes)
             dtypes[id(made)] = made_of
             kept.append(made)  # or another may get its id
@@ -305,6 +306,35 @@ INPLACE = {
     aten.mul_.Scalar: aten.mul.Scalar,
     aten.div_.Tensor: aten.div.Tensor,
     aten.neg_.default: aten.neg.default,
+}
+
+
+def _met(call: Called) -> str:
+    """The dtype in which the operands of a comparison meet.
+
+    Raises:
+        PlanRefused: Their bits are compared, or no expression has that dtype.
+    """
+    given: list[Any] = [
+        torch.zeros((1,) * min(len(a.shape), 1), dtype=a.dtype) if isinstance(a, Value) else a
+        for a in call.args
+        if isinstance(a, (Value, int, float))
+    ]
+    met = torch.result_type(*given) if len(given) == 2 else given[0].dtype
+    name = str(met).removeprefix("torch.")
+    if "bitwise" in str(call.operation) and name != "bool":
+        raise PlanRefused("bits of integers")
+    if name == "bool":
+        return "int64"  # true is more than false
+    if name not in CTYPES:
+        raise PlanRefused(f"it compares {name}")
+    return name
+
+
+# What there is of these dtypes; floating-point numbers have everything.
+_OF_INTEGERS = {
+    "int64": ("add", "sub", "mul", "neg", "where", "maximum", "minimum"),
+    "bool": ("where",),
 }
 
 

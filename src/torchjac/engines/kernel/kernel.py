@@ -30,12 +30,14 @@ class Written:
     """A program written down in C.
 
     Attributes:
+        name: Of the function.
         source: The text, and what it reads.
         inputs: Shape and dtype of every input; of live tensors too.
         live: Tensors from elsewhere that are read anew at every call.
         outputs: Shape and dtype of every output.
     """
 
+    name: str
     source: Source
     inputs: tuple[tuple[torch.Size, torch.dtype], ...]
     live: tuple[Tensor, ...]
@@ -72,6 +74,7 @@ def written(
     if source.statements > _MOST:
         raise PlanRefused(f"{source.statements} statements in C")
     return Written(
+        name,
         source,
         tuple((v.shape, v.dtype) for _, v in inputs),
         tuple(scalars.live.values()),
@@ -107,7 +110,7 @@ class Kernel:
         """Compiles it."""
         source = program.source
         self.source = source
-        function: Any = compiled(source.text, f"{_NAME}_direct", source.level, limit)
+        function: Any = compiled(source.text, f"{program.name}_direct", source.level, limit)
         self._live = program.live
         self._inputs = program.inputs[: len(program.inputs) - len(program.live)]
         self._outputs = tuple((tuple(s), _strides(s), d) for s, d in program.outputs)
@@ -146,7 +149,7 @@ class Kernel:
     def on(self, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
         """The same for inputs that are known to be as the program reads them."""
         if self._live:
-            given = [*given, *[x.detach().contiguous() for x in self._live]]
+            given = [*given, *[x.detach().resolve_neg().contiguous() for x in self._live]]
         made = [empty(*about) for about in self._outputs]
         scratch = torch.empty(self._scratch, dtype=torch.uint8) if self._scratch else None
         fine = self._run(

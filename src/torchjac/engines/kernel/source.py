@@ -127,6 +127,12 @@ _PROLOGUE = """\
 #define TORCHJAC_SIMD __attribute__((simd("notinbranch"), const))
 #endif
 #endif
+/* What cancels exactly must not leave what a product was rounded by. */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
 #define TORCHJAC_TEXT(x) #x
 #if defined(_OPENMP) || defined(TORCHJAC_LOOPS)
 #define TORCHJAC_LOOP(sum) _Pragma(TORCHJAC_TEXT(omp simd reduction(+ : sum)))

@@ -10,14 +10,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchjac.engines.kernel.kernel import Written
-from torchjac.engines.kernel.scalars import CTYPES, literal
+from torchjac.engines.kernel.scalars import CTYPES, VECTORIZED, C, literal
 
-_KEYWORDS = (
-    "auto break case char const continue default do double else enum extern float for goto if"
-    " inline int long register restrict return short signed sizeof static struct switch typedef"
-    " union unsigned void volatile while main"
+# Words of C and C++, and names of the C library that a function of ours must not have.
+_WORDS = (
+    "alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const"
+    " constexpr const_cast continue decltype default delete do double dynamic_cast else enum"
+    " explicit export extern false float for friend goto if inline int long mutable namespace new"
+    " noexcept not not_eq nullptr operator or or_eq private protected public register requires"
+    " reinterpret_cast restrict return short signed sizeof static static_assert static_cast struct"
+    " switch template this thread_local throw true try typedef typeid typename typeof union"
+    " unsigned using virtual void volatile wchar_t while xor xor_eq concept co_await co_return"
+    " co_yield char8_t char16_t char32_t main errno assert linux unix"
+    " memcpy memset memcmp memmove memchr strlen strcmp strcpy strcat printf puts malloc free"
+    " calloc realloc exit abort abs labs div ldiv rand srand time clock signal read write open"
+    " close select pipe index rindex link remove rename y0 y1 yn j0 j1 jn gamma nan inf infinity"
+    " null huge_val m_pi isnan isinf isfinite isnormal signbit fma fabs fdim frexp ldexp modf logb"
+    " ilogb nextafter scalbn remquo nearbyint lrint lround remainder cbrt tgamma significand drem"
+    " round system getenv qsort bsearch atoi atof"
 )
-_RESERVED = frozenset(_KEYWORDS.split())
+_RESERVED = frozenset(
+    word + suffix for word in (*_WORDS.split(), *C, *VECTORIZED) for suffix in ("", "f", "l")
+)  # and the names of the math library for other types
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +201,8 @@ _KINDS = {"float64": "at::kDouble", "float32": "at::kFloat"}
 def identifier(text: str) -> str:
     """A name that C, C++ and Python take."""
     found = re.sub(r"\W", "_", text, flags=re.ASCII) or "f"
-    if found[0].isdigit() or found in _RESERVED or keyword.iskeyword(found):
+    reserved = found.lower() in _RESERVED or keyword.iskeyword(found)
+    if found[0].isdigit() or found[0] == "_" or reserved:
         found = f"f_{found}"
     return found
 
