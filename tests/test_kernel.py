@@ -455,6 +455,19 @@ def test_parameters_are_read_anew() -> None:
     same(J(x), oracle_jacobian(net)(x))
 
 
+def test_made_though_passes_win() -> None:
+    """Passes that beat the operations one by one need not beat a kernel of them."""
+    f, shape = PROBLEMS["pairs"]
+    x = value(*shape)
+    plan, _ = plan_of(f, x)
+    plan.seconds[:] = [1.0] * 3
+    plan.passed(1e-3, Call(f, 0, False, (x,), {}))
+    assert not plan.wins()
+    plan.passed(10.0, Call(f, 0, False, (x,), {}))
+    assert plan.emitted.form.endswith("kernel")
+    assert plan.wins()
+
+
 class TestShortcut:
     """Calls that go straight to the kernel: whatever changes is seen there too."""
 

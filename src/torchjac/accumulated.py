@@ -103,10 +103,14 @@ class Accumulated:
         """Whether nothing is measured any more: the plan wins as it is."""
         return len(self.seconds) >= _RUNS and self.wins()
 
-    def passed(self, seconds: float) -> None:
-        """Notes how long a call took that was answered by passes."""
+    def passed(self, seconds: float, call: Call) -> None:
+        """Notes how long a call took that was answered by passes; makes a kernel as `ran` does.
+
+        Passes may be faster than the operations one by one, and slower than a kernel of them.
+        """
         if len(self.others) < _RUNS:
             self.others.append(seconds)
+        self._spend(seconds, call)
 
     def parts(self, call: Call) -> tuple[Tensor, ...] | None:
         """Blocks, or the values of the pattern, at the arguments of a call; None if not finite."""
@@ -122,6 +126,9 @@ class Accumulated:
         """
         if len(self.seconds) < _RUNS:
             self.seconds.append(seconds)
+        self._spend(seconds, call)
+
+    def _spend(self, seconds: float, call: Call) -> None:
         if math.isinf(self.spent):
             return
         self.spent += seconds

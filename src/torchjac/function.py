@@ -295,7 +295,7 @@ class Jacobian:
         self._remembered.spent(perf_counter() - started)
         self._accumulation.spent(perf_counter() - started)
         if plan is not None:
-            plan.passed(perf_counter() - entered)
+            plan.passed(perf_counter() - entered, call)
         self._report_unused(program, arranged)
         value = converted(arranged.value, self._layout)
         return (returned if create_graph else detached(returned)), value
