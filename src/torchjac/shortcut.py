@@ -44,7 +44,6 @@ class Shortcut:
         kernel = plan.emitted.kernel
         assert isinstance(kernel, Kernel)
         self._given = (call.function, call.argnums, call.has_aux)
-        self._count = len(call.args)
         self._mismatch = fingerprint.mismatch
         self._order = _order(call)
         self._on, self._finish = kernel.on, plan.finish

@@ -87,37 +87,7 @@ def standalone(
     arguments = [f"const {CTYPES[a.dtype]} *{a.name}" for a in inputs]
     arguments += [f"{CTYPES[a.dtype]} *{a.name}" for a in outputs]
     signature = f"int {name}({', '.join([*arguments, 'void *work'])})"
-    guard = f"{name.upper()}_H"
-    header = [
-        "/* Written by torchjac: a function and its Jacobian. Needs nothing but the C library. */",
-        f"#ifndef {guard}",
-        f"#define {guard}",
-        "",
-        "#ifdef __cplusplus",
-        'extern "C" {',
-        "#endif",
-        "",
-        "/* Bytes of memory to work in (aligned to 64 bytes); 0 where none is needed. */",
-        f"#define {name.upper()}_WORK {program.source.scratch}",
-        *[f"#define {name.upper()}_{a.name.upper()}_SIZE {_size(a)}" for a in (*inputs, *outputs)],
-        "",
-        *[f"extern const int {name}_{a.name}[{max(_size(a), 1)}]; /* {a.about} */" for a in known],
-        "",
-        "/*",
-        " * All arrays are dense, row-major, and must not overlap.",
-        *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (in)" for a in inputs],
-        *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (out)" for a in outputs],
-        f" *   work: {name.upper()}_WORK bytes, or NULL where that is 0; one for each thread",
-        " * Returns 1 where all that was computed is finite, 0 where it is not.",
-        " */",
-        f"{signature};",
-        "",
-        "#ifdef __cplusplus",
-        "}",
-        "#endif",
-        "#endif",
-        "",
-    ]
+    header = _header(name, signature, program.source.scratch, inputs, outputs, known)
     tables = [
         _table(f"{name}_{label}", values)
         for label, values in zip(program.source.names, program.source.tables, strict=True)
@@ -141,7 +111,50 @@ def standalone(
         "}",
         "",
     ]
-    return Standalone("\n".join(header), "\n".join(body), _for_tensors(name, inputs, outputs))
+    return Standalone(header, "\n".join(body), _for_tensors(name, inputs, outputs))
+
+
+def _header(
+    name: str,
+    signature: str,
+    scratch: int,
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    known: Sequence[Array],
+) -> str:
+    """What a program includes: the function, sizes, and what is where."""
+    guard = f"{name.upper()}_H"
+    lines = [
+        "/* Written by torchjac: a function and its Jacobian. Needs nothing but the C library. */",
+        f"#ifndef {guard}",
+        f"#define {guard}",
+        "",
+        "#ifdef __cplusplus",
+        'extern "C" {',
+        "#endif",
+        "",
+        "/* Bytes of memory to work in (aligned to 64 bytes); 0 where none is needed. */",
+        f"#define {name.upper()}_WORK {scratch}",
+        *[f"#define {name.upper()}_{a.name.upper()}_SIZE {_size(a)}" for a in (*inputs, *outputs)],
+        "",
+        *[f"extern const int {name}_{a.name}[{max(_size(a), 1)}]; /* {a.about} */" for a in known],
+        "",
+        "/*",
+        " * All arrays are dense, row-major, and must not overlap.",
+        *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (in)" for a in inputs],
+        *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (out)" for a in outputs],
+        f" *   work: {name.upper()}_WORK bytes, or NULL where that is 0; one for each thread",
+        " * Returns 1 where all that was computed is finite, 0 where it is not.",
+        " */",
+        f"{signature};",
+        "",
+        "#ifdef __cplusplus",
+        "}",
+        "#endif",
+        "#endif",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _for_tensors(name: str, inputs: Sequence[Array], outputs: Sequence[Array]) -> str:
