@@ -19,18 +19,19 @@ from hypothesis import given
 from torch import Tensor
 
 import torchjac
-from accumulating import plan_of
+from accumulating import plan_of, run
 from laws import oracle_jacobian, quiet, same, value
 from programs import PROGRAMS, Program
 from test_accumulate import BATCHED, PROBLEMS, agrees, inside
+from torchjac import compilation
 from torchjac._torch.recorder import Recorder
-from torchjac._torch.recording import recorded
+from torchjac._torch.recording import Recording, recorded
 from torchjac.accumulated import Accumulated
 from torchjac.capture import Call
 from torchjac.capture.derivative import arguments
 from torchjac.compilation import with_kernel
 from torchjac.engines.accumulate import Mode
-from torchjac.engines.kernel import Kernel, compiler, written
+from torchjac.engines.kernel import Kernel, Written, compiler, written
 from torchjac.engines.kernel.pointwise import POINTWISE
 from torchjac.errors import CaptureRefused, PlanRefused
 
@@ -51,7 +52,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def kernel_of(plan: Accumulated, f: Function, *args: Any) -> Accumulated:
     """The same plan, run as a kernel."""
     inputs = arguments(Call(f, 0, False, args, {}))
-    plan.emitted = with_kernel(plan.emitted, inputs, plan.shape[2])
+    plan.emitted = with_kernel(plan.programs, inputs, plan.shape[2])
     return plan
 
 
@@ -122,7 +123,7 @@ def test_programs(program: Program) -> None:
             with contextlib.suppress(CaptureRefused, PlanRefused):
                 plan, _ = plan_of(program, *inputs, argnums=argnums, orders=(order,))
                 call = Call(program, argnums, False, inputs, {})
-                plan.emitted = with_kernel(plan.emitted, arguments(call), None)
+                plan.emitted = with_kernel(plan.programs, arguments(call), None)
                 got = plan(call)
                 if got is not None:
                     agrees(got, want)
@@ -434,6 +435,26 @@ def test_made_when_it_is_worth_it() -> None:
     plan.ran(10.0, Call(f, 0, False, (x,), {}))
     assert plan.emitted.form.endswith("kernel")
     same(plan(Call(f, 0, False, (x,), {})), oracle_jacobian(f)(x))
+
+
+def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is the fastest as operations may have no kernel, or a longer one, than the other."""
+    f, shape = PROBLEMS["the question"]
+    x = value(*shape)
+    plan, _ = plan_of(f, x)
+    (other,) = plan.alternatives
+    refused = plan.emitted.recording
+
+    def refuse(ways: Sequence[tuple[Recording, int]], *how: Any) -> Written:
+        if ways[0][0] is refused:
+            raise PlanRefused("not this one")
+        return written(ways, *how)
+
+    monkeypatch.setattr(compilation, "written", refuse)
+    plan = kernel_of(plan, f, x)
+    assert plan.emitted.form == f"{other.mode}, kernel"
+    y = 0.3 - 0.7 * x
+    same(run(plan, f, y), oracle_jacobian(f)(y))
 
 
 def test_parameters_are_read_anew() -> None:

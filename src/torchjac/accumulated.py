@@ -53,6 +53,11 @@ class Tried:
     refused: str | None = None
     form: str = ""
 
+    @property
+    def name(self) -> str:
+        """The order, and how it runs."""
+        return self.form or self.mode
+
 
 @dataclass(eq=False)
 class Accumulated:
@@ -71,6 +76,7 @@ class Accumulated:
         seconds: Of the runs so far.
         others: Of calls that were answered by passes.
         spent: Seconds of all runs so far, until a kernel was made or refused.
+        alternatives: Programs of other orders, until a kernel was made or refused.
     """
 
     derivative: Derivative
@@ -85,6 +91,12 @@ class Accumulated:
     seconds: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     spent: float = 0.0
+    alternatives: tuple[Emitted, ...] = ()
+
+    @property
+    def programs(self) -> tuple[Emitted, ...]:
+        """All programs that give this Jacobian."""
+        return (self.emitted, *self.alternatives)
 
     def wins(self) -> bool:
         """Whether the next call is for this plan, by what was measured."""
@@ -132,7 +144,7 @@ class Accumulated:
         if math.isinf(self.spent):
             return
         self.spent += seconds
-        if self.spent < _EARLIEST or self.spent < kernel_seconds(self.emitted):
+        if self.spent < _EARLIEST or self.spent < kernel_seconds(self.programs):
             return
         self.spent = math.inf
         if self.emitted.differentiable or self.emitted.is_compiled:
@@ -142,17 +154,19 @@ class Accumulated:
                 self._improve(arguments(call))
 
     def _improve(self, inputs: list[Tensor]) -> None:
-        mode, predicted = self.emitted.mode, machine().seconds(self.emitted.work)
         try:
-            made = with_kernel(self.emitted, inputs, self.shape[2], _PATIENCE)
+            made = with_kernel(self.programs, inputs, self.shape[2], _PATIENCE)
         except PlanRefused as refusal:
-            self.tried = (*self.tried, Tried(mode, refused=str(refusal), form="kernel"))
-            return
-        best, (_, took) = faster([self.emitted, made], inputs)
-        self.tried = (*self.tried, Tried(mode, predicted, took, form=made.form))
-        if best is made:
-            self.emitted = made
-            self.seconds.clear()
+            refused = Tried(self.emitted.mode, refused=str(refusal), form="kernel")
+            self.tried = (*self.tried, refused)
+        else:
+            best, (_, took) = faster([self.emitted, made], inputs)
+            predicted = machine().seconds(made.work)
+            self.tried = (*self.tried, Tried(made.mode, predicted, took, form=made.form))
+            if best is made:
+                self.emitted = made
+                self.seconds.clear()
+        self.alternatives = ()
 
     def __call__(self, call: Call) -> Any:
         """The Jacobian at the arguments of a call; None where it is not finite."""
@@ -242,8 +256,8 @@ def record(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) 
 
 
 def _candidate(plan: Accumulated, tried: Tried) -> Candidate:
-    measured, form = tried.measured, tried.form or tried.mode
-    if form == plan.emitted.form:
+    measured = tried.measured
+    if tried.name == plan.emitted.form:
         measured = min(plan.seconds, default=measured)
     assert tried.predicted is not None
-    return Candidate(f"accumulate {form}", tried.predicted, measured)
+    return Candidate(f"accumulate {tried.name}", tried.predicted, measured)

@@ -10,8 +10,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from torchjac._torch.recording import Recording
 from torchjac.engines.accumulate import Emitted, elsewhere
-from torchjac.engines.kernel import LIMIT, Kernel, written
+from torchjac.engines.kernel import LIMIT, NAME, Kernel, Written, written
 from torchjac.errors import PlanRefused
 
 # Seconds that making a kernel takes: at least, and for each number that the operations give.
@@ -23,47 +24,82 @@ _RUNS = 5
 _ROUNDING = {torch.float64: (1e-7, 2e-11), torch.float32: (1e-2, 1e-5)}
 
 
-def kernel_seconds(emitted: Emitted) -> float:
-    """Seconds that it should take to make a kernel of a program."""
+def kernel_seconds(programs: Sequence[Emitted]) -> float:
+    """Seconds that it should take to make a kernel of one of some programs."""
     numbers = sum(
-        math.prod(v.shape) for c in emitted.recording.calls for v in c.results if v is not None
+        math.prod(v.shape)
+        for program in programs
+        for call in program.recording.calls
+        for v in call.results
+        if v is not None
     )
     return _KERNEL + _KERNEL_NUMBER * numbers
 
 
 def with_kernel(
-    emitted: Emitted, inputs: Sequence[Tensor], samples: int | None, limit: float = LIMIT
+    programs: Sequence[Emitted], inputs: Sequence[Tensor], samples: int | None, limit: float = LIMIT
 ) -> Emitted:
-    """The same program as a kernel, which gives the same here.
+    """A program as a kernel: of those that give the same Jacobian the one that gets the shortest.
+
+    What is the fastest as tensor operations need not be the fastest as scalar ones.
 
     Args:
-        emitted: The program.
+        programs: The programs; what the first one gives is right.
         inputs: What to try it on.
         samples: How many independent samples there are, if there are such.
         limit: Seconds that the compiler may take.
 
     Raises:
-        PlanRefused: There is no kernel of it, or it gives something else.
+        PlanRefused: There is no kernel of any, or it gives something else.
     """
-    try:
-        return _with_kernel(emitted, inputs, samples, limit)
-    except PlanRefused:
-        raise
-    except Exception as error:  # the operations give the result; the record says what went wrong
-        raise PlanRefused(f"{type(error).__name__}: {error}") from error
-
-
-def _with_kernel(
-    emitted: Emitted, inputs: Sequence[Tensor], samples: int | None, limit: float
-) -> Emitted:
-    program = written([(emitted.recording, len(emitted.recording.outputs) - 1)], samples)
-    kernel = Kernel(program, limit)
-    made = replace(emitted, run=emitted.module.forward, kernel=kernel, note=None)
+    texts, refusals = shortest([[jacobian_of(p)] for p in programs], samples)
     with torch.no_grad():
-        want, got = emitted(inputs), made([elsewhere(x) for x in inputs])
-    if want is None or got is None or not all(map(agree, got, want)):
-        raise PlanRefused("the kernel does not give what its operations give")
-    return made
+        want = programs[0](inputs)
+    for which, text in texts:
+        program = programs[which]
+        try:
+            kernel = Kernel(text, limit)
+            made = replace(program, run=program.module.forward, kernel=kernel, note=None)
+            with torch.no_grad():
+                got = made([elsewhere(x) for x in inputs])
+            if want is not None and got is not None and all(map(agree, got, want)):
+                return made
+            refusals.append("the kernel does not give what its operations give")
+        except PlanRefused as refusal:
+            refusals.append(str(refusal))
+        except Exception as error:  # the operations give the result; the record says what happened
+            refusals.append(f"{type(error).__name__}: {error}")
+    raise PlanRefused("; ".join(dict.fromkeys(refusals)))
+
+
+def shortest(
+    ways: Sequence[Sequence[tuple[Recording, int]]],
+    samples: int | None,
+    name: str = NAME,
+    frozen: bool = False,
+) -> tuple[list[tuple[int, Written]], list[str]]:
+    """Programs in C, those first that compute the least, and why others are none.
+
+    Args:
+        ways: Recordings that give the same, and how many of their outputs are wanted.
+        samples: How many independent samples there are, if there are such.
+        name: Of the function.
+        frozen: Whether parameters stay as they are now.
+    """
+    found: list[tuple[int, Written]] = []
+    refusals: list[str] = []
+    for k, recordings in enumerate(ways):
+        try:
+            found.append((k, written(recordings, samples, name, frozen)))
+        except Exception as refusal:  # whatever it is, there are other ways
+            kind = "" if isinstance(refusal, PlanRefused) else f"{type(refusal).__name__}: "
+            refusals.append(f"{kind}{refusal}")
+    return sorted(found, key=lambda x: x[1].source.work), refusals
+
+
+def jacobian_of(program: Emitted) -> tuple[Recording, int]:
+    """The operations, without the last output: the number that says whether all is finite."""
+    return program.recording, len(program.recording.outputs) - 1
 
 
 def faster(ways: Sequence[Emitted], inputs: Sequence[Tensor]) -> tuple[Emitted, list[float]]:

@@ -111,13 +111,15 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
         made = _loaded(derivative, program, wanted, reference)
         if made is None:
             made = _eliminated(call, derivative, program, wanted, reference, started)
-        ways, pattern, tried = made
+        programs, pattern, tried = made
+        ways: Sequence[Emitted] = programs
+        if wanted.compiled and not wanted.differentiable:
+            best, timings = _compiled(programs, inputs, program.batch)
+            ways = [best, *programs]
+            tried = (*(t for t in tried if t.name != timings[0].name), *timings)
         for emitted in ways:
             if wanted.differentiable:
                 emitted = emitted.with_graph()
-            elif wanted.compiled:
-                emitted, timings = _compiled(emitted, inputs, program.batch)
-                tried = (*(t for t in tried if t.mode != emitted.mode), *timings)
             try:
                 parts = evaluated(emitted, inputs)
                 reference.check(parts, pattern)
@@ -125,14 +127,15 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
                     parts = _twice(emitted, call, reference)
             except Disagrees as wrong:
                 wrong.report = report(call, derivative, emitted, wrong)
-                if emitted.mode == ways[-1].mode:
+                if emitted.form == ways[-1].form:
                     raise
                 tried = tuple(
-                    replace(t, refused=str(wrong)) if t.mode == emitted.mode else t for t in tried
+                    replace(t, refused=str(wrong)) if t.name == emitted.form else t for t in tried
                 )
             else:
                 break
     nest, samples = program.nest, program.batch
+    wrong_ones = {t.name for t in tried if t.refused is not None}
     plan = Accumulated(
         derivative,
         emitted,
@@ -143,25 +146,25 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
         wanted.budget or default_budget(program.device),
         tried,
         () if pattern is None else tuple(map(str, pattern.blame[:3])),
+        alternatives=tuple([p for p in programs if p.form not in {emitted.form, *wrong_ones}]),
     )
     return plan, plan.finish(parts)
 
 
 def _compiled(
-    emitted: Emitted, inputs: Sequence[Tensor], samples: int | None
+    programs: Sequence[Emitted], inputs: Sequence[Tensor], samples: int | None
 ) -> tuple[Emitted, list[Tried]]:
-    """The program as compiled code, or as it is where that is faster (most of it are products)."""
+    """A program as compiled code, or as it is where that is faster (most of it are products)."""
     refused: list[Tried] = []
     try:
-        made = with_kernel(emitted, inputs, samples)
+        made = with_kernel(programs, inputs, samples)
     except PlanRefused as refusal:
-        refused.append(Tried(emitted.mode, refused=str(refusal), form="kernel"))
-        made = emitted.compiled(inputs)
-    ways = [emitted, made] if made.is_compiled else [made]
-    predicted = machine().seconds(emitted.work)
+        refused.append(Tried(programs[0].mode, refused=str(refusal), form="kernel"))
+        made = programs[0].compiled(inputs)
+    ways = [programs[0], made] if made.is_compiled else [made]
     best, seconds = faster(ways, inputs)
     tried = [
-        Tried(way.mode, predicted, took, form=way.form)
+        Tried(way.mode, machine().seconds(way.work), took, form=way.form)
         for way, took in zip(ways, seconds, strict=True)
     ]
     return best, tried + refused

@@ -17,9 +17,9 @@ from torchjac.accumulated import Accumulated
 from torchjac.capture import Call
 from torchjac.capture.derivative import variables
 from torchjac.capture.value import trace_value
-from torchjac.compilation import agree
+from torchjac.compilation import agree, jacobian_of, shortest
 from torchjac.engines.accumulate import recording_of
-from torchjac.engines.kernel import Kernel, Written, written
+from torchjac.engines.kernel import Kernel, Written
 from torchjac.engines.kernel.standalone import Array, Standalone, identifier, standalone
 from torchjac.errors import PlanError, PlanRefused, TorchjacError
 from torchjac.structure.detect import KEEP
@@ -86,9 +86,11 @@ def _program(call: Call, plan: Accumulated, name: str) -> tuple[Written, list[Te
         module = trace_value(call, KEEP)
         values = list(module(*inputs))
     value = recording_of(module, inputs)
-    jacobian = plan.emitted.recording
-    parts = [(jacobian, len(jacobian.outputs) - 1), (value, len(values))]
-    program = written(parts, plan.shape[2], f"{name}_body", frozen=True)
+    ways = [[jacobian_of(p), (value, len(values))] for p in plan.programs]
+    found, refusals = shortest(ways, plan.shape[2], f"{name}_body", frozen=True)
+    if not found:
+        raise PlanRefused("; ".join(dict.fromkeys(refusals)))
+    program = found[0][1]
     _check(program, plan, inputs, values)
     return program, values
 

@@ -20,7 +20,8 @@ from torchjac.engines.kernel.loops import schedule
 from torchjac.engines.kernel.source import Source, source_of
 from torchjac.errors import PlanRefused
 
-_NAME = "torchjac_kernel"
+# What the function is called where nobody asks for another name.
+NAME = "torchjac_kernel"
 # Statements that a compiler is given.
 _MOST = 20_000
 
@@ -47,7 +48,7 @@ class Written:
 def written(
     recordings: Sequence[tuple[Recording, int]],
     samples: int | None,
-    name: str = _NAME,
+    name: str = NAME,
     frozen: bool = False,
 ) -> Written:
     """The first outputs of recordings as a function in C.

@@ -10,7 +10,7 @@ import numpy as np
 from torchjac.engines.kernel.expand import Scalars
 from torchjac.engines.kernel.expressions import ONE, Expression, Places
 from torchjac.engines.kernel.loops import Loop, Schedule
-from torchjac.engines.kernel.scalars import CTYPES, VECTORIZED, C, literal
+from torchjac.engines.kernel.scalars import COSTLY, CTYPES, VECTORIZED, C, literal
 
 # Statements, and loops, from which on a function is not optimized as much, and statements of a loop
 # from which on it is not vectorized: compilers are not linear in them.
@@ -31,6 +31,7 @@ class Source:
         names: What they are called in the text.
         scratch: Bytes of memory that it needs to work in.
         statements: Scalar operations in the text.
+        work: What it runs, in scalar products.
         level: How much a compiler should optimize.
     """
 
@@ -39,6 +40,7 @@ class Source:
     names: tuple[str, ...]
     scratch: int
     statements: int
+    work: int
     level: int
 
 
@@ -99,6 +101,7 @@ def source_of(
         tuple(writer.names),
         scratch,
         writer.statements,
+        writer.work,
         2 if writer.statements <= _LONG and writer.loops <= _LOOPS else 1,
     )
 
@@ -153,6 +156,7 @@ class _Writer:
         self.names: list[str] = []
         self.called: set[str] = set()
         self.statements = 0
+        self.work = 0
         self.loops = 0
         self._table_of: dict[bytes, str] = {}
         self._single: dict[int, str] = {}
@@ -225,13 +229,15 @@ class _Writer:
                     expression.dtype,
                     [self._single[a] for a, _ in expression.arguments],
                     self._all[expression.arguments[0][0]].dtype,
+                    1,
                 )
             self._single[top] = f"s{top}"
             self._lines.append(f"  const {CTYPES[expression.dtype]} s{top} = {text};")
         return self._single[number]
 
-    def _operation(self, kind: str, dtype: str, names: Sequence[str], of: str) -> str:
+    def _operation(self, kind: str, dtype: str, names: Sequence[str], of: str, turns: int) -> str:
         self.statements += 1
+        self.work += turns * COSTLY.get(kind, 1)
         if kind in VECTORIZED or kind == "sigmoid":
             self.called.add("exp" if kind == "sigmoid" else kind)
         inner = of if dtype == "bool" else dtype
@@ -320,7 +326,7 @@ class _Turn:
                 for a, by in expression.arguments
             ]
             of = writer.expression(expression.arguments[0][0]).dtype
-            text = writer._operation(expression.kind, expression.dtype, names, of)
+            text = writer._operation(expression.kind, expression.dtype, names, of, self._size)
         name = f"v{len(self._names)}"
         self._names[key] = name
         self.lines.append(f"    const {CTYPES[expression.dtype]} {name} = {text};")
@@ -338,6 +344,7 @@ class _Turn:
         source, step, start = (kept, 1, 0) if kept else loaded(writer.expression(argument))
         name, t = f"v{len(self._names)}", CTYPES[expression.dtype]
         self._names[key] = name
+        writer.work += len(by.places)
         begin, end = writer.index(starts[lanes]), writer.index(starts[lanes + 1])
         places = by.places * step + start
         step = int(places[1] - places[0]) if len(places) > 1 else 1
