@@ -41,13 +41,16 @@ int main(void)
 """
 
 
-def ran(files: list[Path], inputs: dict[str, Tensor], outputs: dict[str, int]) -> dict[str, Tensor]:
+def ran(
+    files: list[Path], inputs: dict[str, Tensor], outputs: dict[str, int], first: str = ""
+) -> dict[str, Tensor]:
     """Compiles what was exported with a program of its own, under sanitizers, and runs it."""
     name, folder = files[0].stem, files[0].parent
     kind = {torch.float64: "double", torch.float32: "float"}
     dtype = next(iter(inputs.values())).dtype
+    numbers = {n: [*x.flatten().tolist(), 0.0] for n, x in inputs.items()}  # C has no empty arrays
     given = [
-        f"  const {kind[x.dtype]} {n}[] = {{{', '.join(map(float.hex, x.flatten().tolist()))}}};"
+        f"  const {kind[x.dtype]} {n}[] = {{{', '.join(map(float.hex, numbers[n]))}}};"
         for n, x in inputs.items()
     ]
     made = [f"  {kind[dtype]} *{n} = malloc(sizeof(*{n}) * {k});" for n, k in outputs.items()]
@@ -62,7 +65,7 @@ def ran(files: list[Path], inputs: dict[str, Tensor], outputs: dict[str, int]) -
             WORK=f"{name.upper()}_WORK",
             inputs="\n".join(given),
             outputs="\n".join(made),
-            arguments=", ".join([*inputs, *outputs]),
+            arguments=first + ", ".join([*inputs, *outputs]),
             prints="\n".join(prints),
         )
     )
@@ -70,9 +73,9 @@ def ran(files: list[Path], inputs: dict[str, Tensor], outputs: dict[str, int]) -
     command = [CC, *STRICT, *SANITIZED, str(files[0]), str(main), "-o", str(program), "-lm"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     lines = subprocess.run([program], check=True, capture_output=True, text=True, timeout=60)
-    numbers = iter([float.fromhex(x) for x in lines.stdout.split()])
+    printed = iter([float.fromhex(x) for x in lines.stdout.split()])
     return {
-        n: torch.tensor([next(numbers) for _ in range(k)], dtype=dtype) for n, k in outputs.items()
+        n: torch.tensor([next(printed) for _ in range(k)], dtype=dtype) for n, k in outputs.items()
     }
 
 

@@ -51,6 +51,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 def kernel_of(plan: Accumulated, f: Function, *args: Any) -> Accumulated:
     """The same plan, run as a kernel."""
+    if plan.emitted.samples is not None:
+        return plan  # it is one
     inputs = arguments(Call(f, 0, False, args, {}))
     plan.emitted = with_kernel(plan.programs, inputs, plan.shape[2])
     return plan

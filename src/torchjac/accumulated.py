@@ -15,7 +15,7 @@ from torchjac._torch import modes
 from torchjac._torch.pytree import flatten
 from torchjac.capture import Call, Program
 from torchjac.capture.derivative import Derivative, arguments, variables
-from torchjac.compilation import faster, kernel_seconds, with_kernel
+from torchjac.compilation import PATIENCE, faster, kernel_seconds, with_kernel
 from torchjac.engines.accumulate import Emitted, Mode
 from torchjac.engines.accumulate.check import Reference
 from torchjac.errors import PlanRefused
@@ -25,8 +25,6 @@ from torchjac.structure import Pattern
 
 # Seconds of runs before a kernel is thought of.
 _EARLIEST = 0.3
-# Seconds that the compiler may take where nobody asked for it.
-_PATIENCE = 10.0
 # Timings of either way, of which the best counts.
 _RUNS = 3
 # A plan that ran this much slower than passes do is not run again.
@@ -155,7 +153,7 @@ class Accumulated:
 
     def _improve(self, inputs: list[Tensor]) -> None:
         try:
-            made = with_kernel(self.programs, inputs, self.shape[2], _PATIENCE)
+            made = with_kernel(self.programs, inputs, self.shape[2], PATIENCE)
         except PlanRefused as refusal:
             refused = Tried(self.emitted.mode, refused=str(refusal), form="kernel")
             self.tried = (*self.tried, refused)

@@ -19,6 +19,7 @@ from torchjac.accumulated import Accumulated
 from torchjac.capture import Call, Program
 from torchjac.capture.cache import Before, CaptureCache
 from torchjac.capture.guards import Fingerprint
+from torchjac.capture.samples import MANY
 from torchjac.capture.watch import Policy
 from torchjac.elimination import Wanted, planned
 from torchjac.errors import CaptureRefused, Disagrees, PlanError, PlanRefused, RefusedHere
@@ -28,6 +29,8 @@ from torchjac.saved import Saved
 
 # Seconds that a plan takes: to trace, and for each operation of the graph.
 _PLAN, _PLAN_NODE = 25e-3, 0.8e-3
+# And more of them for a batch, whose kernel is made in the same turn.
+_KERNEL, _KERNEL_NODE = 0.3, 4e-3
 # Plans that did not hold before this function is not planned any more.
 _PATIENCE = 3
 
@@ -118,6 +121,8 @@ class Accumulation:
             return None
         nodes, predicted = self._passes(program)
         self._needed = _PLAN + _PLAN_NODE * nodes - predicted
+        if (program.batch or 0) >= MANY:
+            self._needed += _KERNEL + _KERNEL_NODE * nodes
         if not self._soon and self._spent < self._needed:
             return None
         if self._plans.lookup(call) is not None:
@@ -163,26 +168,31 @@ class Accumulation:
         """
         Saved.of(self.made(call, capture), self._wanted.layout).write(path)
 
-    def made(self, call: Call, capture: Callable[[], Program]) -> Accumulated:
+    def made(self, call: Call, capture: Callable[[], Program], whole: bool = False) -> Accumulated:
         """The plan for a call; it is made now if there is none.
 
         Args:
             call: The function and its arguments.
             capture: Gives its graph at these arguments.
+            whole: Whether its operations must be on whole tensors, not on a few samples.
 
         Raises:
             PlanError: There is none.
         """
         plan, why = self.find(call), self.refused
+        if whole and plan is not None and plan.emitted.samples is not None:
+            plan = None
         before = self._plans.before(call)
         if plan is None and _is_supported(call, program := capture()):
             _, predicted = self._passes(program)
             try:
-                plan, _ = planned(call, program, replace(self._wanted, predicted=predicted))
+                wanted = replace(self._wanted, predicted=predicted, whole=whole)
+                plan, _ = planned(call, program, wanted)
             except (CaptureRefused, PlanRefused) as refusal:
                 why = str(refusal)
             else:
-                self._plans.keep(before, call, plan)
+                if not whole:
+                    self._plans.keep(before, call, plan)
         if plan is None:
             raise PlanError(f"torchjac: there is no plan: {why or 'not supported'}.")
         return plan

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from torchjac._torch.recording import Recording
 from torchjac.engines.accumulate import Emitted, elsewhere
-from torchjac.engines.kernel import LIMIT, NAME, Kernel, Written, written
+from torchjac.engines.kernel import LIMIT, Kernel, written
 from torchjac.errors import PlanRefused
 
+# Seconds that the compiler may take where nobody asked for it.
+PATIENCE = 10.0
 # Seconds that making a kernel takes: at least, and for each number that the operations give.
 _KERNEL, _KERNEL_NUMBER = 0.5, 1e-7
 # Runs of which the best counts.
@@ -39,7 +41,7 @@ def kernel_seconds(programs: Sequence[Emitted]) -> float:
 def with_kernel(
     programs: Sequence[Emitted], inputs: Sequence[Tensor], samples: int | None, limit: float = LIMIT
 ) -> Emitted:
-    """A program as a kernel: of those that give the same Jacobian the one that gets the shortest.
+    """A program as a kernel: of those that give the same Jacobian the one that multiplies least.
 
     What is the fastest as tensor operations need not be the fastest as scalar ones.
 
@@ -52,13 +54,12 @@ def with_kernel(
     Raises:
         PlanRefused: There is no kernel of any, or it gives something else.
     """
-    texts, refusals = shortest([[jacobian_of(p)] for p in programs], samples)
+    refusals: list[str] = []
     with torch.no_grad():
         want = programs[0](inputs)
-    for which, text in texts:
-        program = programs[which]
+    for program in by_products(programs):
         try:
-            kernel = Kernel(text, limit)
+            kernel = Kernel(written([jacobian_of(program)], samples), limit)
             made = replace(program, run=program.module.forward, kernel=kernel, note=None)
             with torch.no_grad():
                 got = made([elsewhere(x) for x in inputs])
@@ -72,29 +73,9 @@ def with_kernel(
     raise PlanRefused("; ".join(dict.fromkeys(refusals)))
 
 
-def shortest(
-    ways: Sequence[Sequence[tuple[Recording, int]]],
-    samples: int | None,
-    name: str = NAME,
-    frozen: bool = False,
-) -> tuple[list[tuple[int, Written]], list[str]]:
-    """Programs in C, those first that compute the least, and why others are none.
-
-    Args:
-        ways: Recordings that give the same, and how many of their outputs are wanted.
-        samples: How many independent samples there are, if there are such.
-        name: Of the function.
-        frozen: Whether parameters stay as they are now.
-    """
-    found: list[tuple[int, Written]] = []
-    refusals: list[str] = []
-    for k, recordings in enumerate(ways):
-        try:
-            found.append((k, written(recordings, samples, name, frozen)))
-        except Exception as refusal:  # whatever it is, there are other ways
-            kind = "" if isinstance(refusal, PlanRefused) else f"{type(refusal).__name__}: "
-            refusals.append(f"{kind}{refusal}")
-    return sorted(found, key=lambda x: x[1].source.work), refusals
+def by_products(programs: Sequence[Emitted]) -> list[Emitted]:
+    """Programs, those first that multiply the fewest numbers: so do the scalar ones."""
+    return sorted(programs, key=lambda p: p.work.multiplications)
 
 
 def jacobian_of(program: Emitted) -> tuple[Recording, int]:

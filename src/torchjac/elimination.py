@@ -7,7 +7,7 @@ counted exactly on the operations that it leaves, not estimated before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -19,21 +19,17 @@ from torchjac._torch import modes
 from torchjac._torch.pytree import flatten
 from torchjac.accumulated import Accumulated, Tried
 from torchjac.capture import Call, Program
-from torchjac.capture.derivative import (
-    Derivative,
-    arguments,
-    trace_function,
-    trace_transposed,
-    variables,
-)
-from torchjac.compilation import faster, timed, with_kernel
-from torchjac.engines.accumulate import Emitted, Mode, Target, elsewhere, emit, evaluated
+from torchjac.capture.derivative import Derivative, arguments, trace_function, variables
+from torchjac.compilation import faster, with_kernel
+from torchjac.engines.accumulate import Emitted, Mode, Target, elsewhere, evaluated
 from torchjac.engines.accumulate.check import Reference
-from torchjac.errors import CaptureRefused, Disagrees, NotKnownLinear, PlanRefused, RefusedHere
+from torchjac.errors import CaptureRefused, Disagrees, PlanRefused
 from torchjac.layout.nested import finisher
+from torchjac.orders import Limits, ranked, ways
 from torchjac.plan import default_budget
-from torchjac.plan.machine import calibrated, machine
+from torchjac.plan.machine import machine
 from torchjac.report import report
+from torchjac.sampling import compiled_again, sampled
 from torchjac.saved import Saved
 from torchjac.structure import Pattern
 from torchjac.structure.detect import KEEP
@@ -48,10 +44,6 @@ _TIMES = 32
 # Seconds that it may take to plan: at least, for each second that passes would take, and for each
 # operation of the derivative.
 _LIMIT, _SECONDS, _NODE = 1.0, 4.0, 4e-3
-# Orders whose predictions differ less than this are both timed, as often as this.
-_CLOSE, _RUNS = 4.0, 3
-# The second order is tried where the first took less than this share of the time there is.
-_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +58,7 @@ class Wanted:
         differentiable: Whether the result is to keep its graph.
         saved: Plans that were loaded.
         orders: Orders of elimination to try.
+        whole: Whether operations are to be on whole tensors, not on a few samples of a batch.
     """
 
     layout: torch.layout = torch.strided
@@ -75,14 +68,7 @@ class Wanted:
     differentiable: bool = False
     saved: tuple[Saved, ...] = ()
     orders: tuple[Mode, ...] = ("reverse", "forward")
-
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    """What planning may take: numbers that intermediate values have, and a point in time."""
-
-    most: int
-    deadline: float
+    whole: bool = False
 
 
 def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, Any]:
@@ -106,49 +92,128 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
             "gradients do not go everywhere that numbers go (detach, no_grad, custom functions), "
             "so the derivative of the result is not that of its operations"
         )
-    inputs, reference = arguments(call), Reference(program)
+    reference = Reference(program)
     with modes.ordinary_tensors():
-        made = _loaded(derivative, program, wanted, reference)
-        if made is None:
-            made = _eliminated(call, derivative, program, wanted, reference, started)
-        programs, pattern, tried = made
-        ways: Sequence[Emitted] = programs
-        if wanted.compiled and not wanted.differentiable:
-            best, timings = _compiled(programs, inputs, program.batch)
-            ways = [best, *programs]
-            tried = (*(t for t in tried if t.name != timings[0].name), *timings)
-        for emitted in ways:
-            if wanted.differentiable:
-                emitted = emitted.with_graph()
-            try:
-                parts = evaluated(emitted, inputs)
-                reference.check(parts, pattern)
-                if wanted.differentiable:
-                    parts = _twice(emitted, call, reference)
-            except Disagrees as wrong:
-                wrong.report = report(call, derivative, emitted, wrong)
-                if emitted.form == ways[-1].form:
-                    raise
-                tried = tuple(
-                    replace(t, refused=str(wrong)) if t.name == emitted.form else t for t in tried
-                )
-            else:
-                break
+        try:
+            chosen = _of_one_sample(call, derivative, program, wanted, reference)
+        except (PlanRefused, CaptureRefused, Disagrees) as refusal:
+            chosen = _of_all(call, derivative, program, wanted, reference, started)
+            refused = Tried("reverse", refused=str(refusal), form="kernel of one sample")
+            if program.batch is not None:
+                chosen = replace(chosen, tried=(*chosen.tried, refused))
     nest, samples = program.nest, program.batch
-    wrong_ones = {t.name for t in tried if t.refused is not None}
+    pattern = chosen.pattern
     plan = Accumulated(
         derivative,
-        emitted,
+        chosen.emitted,
         pattern,
         finisher(pattern, wanted.layout, nest.output_spec, nest.input_spec),
         (derivative.m // (samples or 1), derivative.n // (samples or 1), samples),
         wanted.predicted,
         wanted.budget or default_budget(program.device),
-        tried,
+        chosen.tried,
         () if pattern is None else tuple(map(str, pattern.blame[:3])),
-        alternatives=tuple([p for p in programs if p.form not in {emitted.form, *wrong_ones}]),
+        alternatives=chosen.alternatives,
     )
-    return plan, plan.finish(parts)
+    return plan, plan.finish(chosen.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A program that was checked.
+
+    Attributes:
+        emitted: The program.
+        parts: What it gives at the arguments.
+        pattern: Of a sparse result.
+        tried: What else was looked at.
+        alternatives: Programs of other orders.
+    """
+
+    emitted: Emitted
+    parts: tuple[Tensor, ...]
+    pattern: Pattern | None
+    tried: tuple[Tried, ...]
+    alternatives: tuple[Emitted, ...] = ()
+
+
+def _of_one_sample(
+    call: Call, derivative: Derivative, program: Program, wanted: Wanted, reference: Reference
+) -> _Chosen:
+    """A kernel that runs for each sample of a batch.
+
+    Raises:
+        PlanRefused: There is none, or it is not to be expected to be faster.
+        Disagrees: It gives something else than autograd.
+    """
+    if program.batch is None or wanted.layout is not torch.strided or wanted.differentiable:
+        raise PlanRefused("there is no batch of dense blocks without a graph")
+    if (
+        wanted.whole
+        or wanted.saved
+        or (torch.are_deterministic_algorithms_enabled() and not wanted.compiled)
+    ):
+        raise PlanRefused("other operations are asked for")
+    few = sampled(
+        call, derivative, program.batch, wanted.orders, reference.pushes, wanted.predicted
+    )
+    return _Chosen(few[0], _right(few[0], call, None, reference), None, few[1])
+
+
+def _right(
+    emitted: Emitted, call: Call, pattern: Pattern | None, reference: Reference
+) -> tuple[Tensor, ...]:
+    """What a program gives, compared with autograd.
+
+    Raises:
+        Disagrees: It is something else.
+        RefusedHere: It is not finite.
+    """
+    parts = evaluated(emitted, arguments(call))
+    reference.check(parts, pattern)
+    return _twice(emitted, call, reference) if emitted.differentiable else parts
+
+
+def _of_all(
+    call: Call,
+    derivative: Derivative,
+    program: Program,
+    wanted: Wanted,
+    reference: Reference,
+    started: float,
+) -> _Chosen:
+    """Operations on whole tensors, or what they were compiled to.
+
+    Raises:
+        PlanRefused: There are none.
+        Disagrees: None gives what autograd gives.
+    """
+    made = _loaded(derivative, program, wanted, reference)
+    if made is None:
+        made = _eliminated(call, derivative, program, wanted, reference, started)
+    programs, pattern, tried = made
+    ways: Sequence[Emitted] = programs
+    if wanted.compiled and not wanted.differentiable:
+        best, timings = _compiled(programs, arguments(call), program.batch)
+        ways = [best, *programs]
+        tried = (*(t for t in tried if t.name != timings[0].name), *timings)
+    for emitted in ways:
+        if wanted.differentiable:
+            emitted = emitted.with_graph()
+        try:
+            parts = _right(emitted, call, pattern, reference)
+        except Disagrees as wrong:
+            wrong.report = report(call, derivative, emitted, wrong)
+            if emitted.form == ways[-1].form:
+                raise
+            tried = tuple(
+                replace(t, refused=str(wrong)) if t.name == emitted.form else t for t in tried
+            )
+        else:
+            break
+    out = {emitted.form, *(t.name for t in tried if t.refused is not None)}
+    others = tuple([p for p in programs if p.form not in out])
+    return _Chosen(emitted, parts, pattern, tried, others)
 
 
 def _compiled(
@@ -195,9 +260,15 @@ def _loaded(
     """The plan that was loaded for this program, if there is one."""
     for saved in wanted.saved:
         emitted = saved.emitted(derivative, wanted.layout, program.batch is not None)
-        if emitted is not None and (emitted.mode == "reverse" or reference.pushes):
-            tried = Tried(emitted.mode, machine().seconds(emitted.work))
-            return [emitted], saved.pattern, (tried,)
+        if emitted is None or (emitted.mode == "forward" and not reference.pushes):
+            continue
+        if emitted.samples is not None:
+            try:
+                emitted = compiled_again(emitted)
+            except PlanRefused:  # there is no compiler here
+                continue
+        tried = Tried(emitted.mode, machine().seconds(emitted.work), form=emitted.form)
+        return [emitted], saved.pattern, (tried,)
     return None
 
 
@@ -216,18 +287,11 @@ def _eliminated(
     size //= program.batch or 1
     most = max(_LEAST, _TIMES * size, wanted.predicted * _NUMBERS)
     limit = _LIMIT + _SECONDS * wanted.predicted + _NODE * len(derivative.module.graph.nodes)
-    limits = _Limits(min(int(most), budget // 16), started + limit)
+    limits = Limits(min(int(most), budget // 16), started + limit)
     target = Target(pattern, program.batch is not None)
 
-    def traced(mode: Mode) -> Derivative:
-        if mode == "reverse":
-            return derivative
-        if not reference.pushes:
-            raise PlanRefused("the derivative of its backward pass is not known to be J")
-        return trace_transposed(call, KEEP)
-
-    ways = list(_ways(call, traced, target, wanted.orders, limits))
-    programs, tried = _ranked(ways, arguments(call))
+    found = list(ways(call, derivative, reference.pushes, target, wanted.orders, limits))
+    programs, tried = ranked(found, arguments(call))
     return programs, pattern, tried
 
 
@@ -249,54 +313,3 @@ def _pattern(derivative: Derivative, program: Program, wanted: Wanted) -> Patter
     if batched and not is_batched(derivative, found):
         raise PlanRefused("samples are not proved to be independent")
     return pattern_of(derivative, found) if sparse else None
-
-
-def _ways(
-    call: Call,
-    trace: Callable[[Mode], Derivative],
-    target: Target,
-    orders: Sequence[Mode],
-    limits: _Limits,
-) -> Iterator[tuple[Mode, Emitted | str]]:
-    """A program for each order of elimination, or why there is none."""
-    started, inputs = perf_counter(), arguments(call)
-    for mode in orders:
-        now = perf_counter()
-        if mode != orders[0] and now - started > _SHARE * (limits.deadline - now):
-            yield mode, "there was no time left to try it"
-            return
-        try:
-            traced = trace(mode)
-            if any(g is None for g in traced.cotangents):
-                raise PlanRefused("a gradient does not depend on the cotangent")
-            left = limits.deadline - perf_counter()
-            yield mode, emit(traced, inputs, replace(target, mode=mode), limits.most, left)
-        except (RefusedHere, NotKnownLinear):
-            raise
-        except (PlanRefused, CaptureRefused) as refusal:
-            yield mode, str(refusal)
-        except Exception as error:  # the other order, or passes, give the result; this is noted
-            yield mode, f"{type(error).__name__}: {error}"
-
-
-def _ranked(
-    ways: Sequence[tuple[Mode, Emitted | str]], inputs: Sequence[Tensor]
-) -> tuple[list[Emitted], tuple[Tried, ...]]:
-    """Programs, the fastest first: as predicted, and as measured where that is close."""
-    refused = [Tried(mode, refused=way) for mode, way in ways if isinstance(way, str)]
-    programs = [way for _, way in ways if not isinstance(way, str)]
-    if not programs:
-        raise PlanRefused(str(refused[0].refused))
-    costs = calibrated()
-    predicted = {way.mode: costs.seconds(way.work) for way in programs}
-    best = min(predicted.values())
-    tried = {}
-    for way in programs:
-        seconds = predicted[way.mode]
-        close = len(programs) > 1 and seconds < _CLOSE * best
-        tried[way.mode] = Tried(way.mode, seconds, timed(way, inputs, _RUNS) if close else None)
-
-    def rank(way: Emitted) -> float:
-        return tried[way.mode].measured or predicted[way.mode] * _CLOSE
-
-    return sorted(programs, key=rank), (*tried.values(), *refused)

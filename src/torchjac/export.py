@@ -12,14 +12,16 @@ from torch import Tensor, fx, nn
 
 from torchjac._torch.inductor import NotCompiled, packaged
 from torchjac._torch.pytree import flatten
+from torchjac._torch.recording import Recording
 from torchjac._torch.straight import compilable
 from torchjac.accumulated import Accumulated
 from torchjac.capture import Call
 from torchjac.capture.derivative import variables
+from torchjac.capture.samples import alike, fewer
 from torchjac.capture.value import trace_value
-from torchjac.compilation import agree, jacobian_of, shortest
+from torchjac.compilation import agree, by_products, jacobian_of
 from torchjac.engines.accumulate import recording_of
-from torchjac.engines.kernel import Kernel, Written
+from torchjac.engines.kernel import Kernel, Written, written, written_for_samples
 from torchjac.engines.kernel.standalone import Array, Standalone, identifier, standalone
 from torchjac.errors import PlanError, PlanRefused, TorchjacError
 from torchjac.structure.detect import KEEP
@@ -37,7 +39,7 @@ def export(path: Path, call: Call, plan: Accumulated) -> list[Path]:
     Raises:
         PlanError: It cannot be compiled, or has no scalar form.
     """
-    if path.suffix == ".pt2":
+    if is_package(path):
         return [_package(path, call, plan)]
     name = identifier(path.stem)
     try:
@@ -50,6 +52,11 @@ def export(path: Path, call: Call, plan: Accumulated) -> list[Path]:
     for file, text in zip(files, texts.values(), strict=True):
         file.write_text(text, encoding="utf-8")
     return files
+
+
+def is_package(path: Path) -> bool:
+    """Whether a path is that of an AOTInductor package."""
+    return path.suffix == ".pt2"
 
 
 def _package(path: Path, call: Call, plan: Accumulated) -> Path:
@@ -85,14 +92,36 @@ def _program(call: Call, plan: Accumulated, name: str) -> tuple[Written, list[Te
     with torch.no_grad():
         module = trace_value(call, KEEP)
         values = list(module(*inputs))
-    value = recording_of(module, inputs)
-    ways = [[jacobian_of(p), (value, len(values))] for p in plan.programs]
-    found, refusals = shortest(ways, plan.shape[2], f"{name}_body", frozen=True)
-    if not found:
+    value = _value(call, plan, module)
+    refusals = []
+    for way in by_products(plan.programs):
+        parts = [jacobian_of(way), (value, len(values))]
+        try:
+            if way.samples is not None:
+                program = written_for_samples(parts, *way.samples, f"{name}_body", frozen=True)
+            else:
+                program = written(parts, plan.shape[2], f"{name}_body", frozen=True)
+        except PlanRefused as refusal:
+            refusals.append(str(refusal))
+        else:
+            break
+    else:
         raise PlanRefused("; ".join(dict.fromkeys(refusals)))
-    program = found[0][1]
     _check(program, plan, inputs, values)
     return program, values
+
+
+def _value(call: Call, plan: Accumulated, module: fx.GraphModule) -> Recording:
+    """The function, recorded with as many samples as the plan is."""
+    samples = plan.emitted.samples
+    if samples is not None:
+        less = fewer(call, samples[1])
+        assert less is not None, "there is a plan for fewer samples"
+        call, many = less[0], module
+        module = trace_value(call, KEEP)
+        if not alike(module, many, *samples):
+            raise PlanRefused("with fewer samples it runs other operations")
+    return recording_of(module, [x.detach().contiguous() for x in variables(call)])
 
 
 def _check(
@@ -124,12 +153,17 @@ def _described(
 ) -> Standalone:
     """The files, with names for all arguments."""
     named = _different(_names(call), name)
+    many = program.samples
+
+    def array(label: str, about: str, shape: Sequence[int], dtype: torch.dtype) -> Array:
+        each = many is not None and len(shape) > 0 and shape[0] == many
+        return Array(label, about, tuple(shape[1:] if each else shape), _name(dtype), None, each)
+
     inputs = [
-        Array(n, "an argument", tuple(s), _name(d))
-        for n, (s, d) in zip(named, program.inputs, strict=True)
+        array(n, "an argument", s, d) for n, (s, d) in zip(named, program.inputs, strict=True)
     ]
     count = len(program.outputs) - len(values)
-    shapes = [(tuple(s), _name(d)) for s, d in program.outputs]
+    shapes = program.outputs
     known: list[Array] = []
     if plan.pattern is not None:
         rows, columns = plan.pattern.shape
@@ -139,7 +173,7 @@ def _described(
             Array("columns", "the column of each entry", places.shape, "int32", places),
         ]
         about = f"entries of the {rows} x {columns} Jacobian, row by row"
-        outputs = [Array("jacobian", about, *shapes[0])]
+        outputs = [array("jacobian", about, *shapes[0])]
     else:
         across = len(flatten(call.differentiated())[0])
         outputs = []
@@ -147,10 +181,10 @@ def _described(
             i, j = divmod(k, across)
             label = "jacobian" if count == 1 else f"jacobian_{i}_{j}"
             about = f"of output {i} with respect to {named[j]}"
-            outputs.append(Array(label, about, shape, dtype))
+            outputs.append(array(label, about, shape, dtype))
     for k, (shape, dtype) in enumerate(shapes[count:]):
         label = "value" if len(values) == 1 else f"value_{k}"
-        outputs.append(Array(label, "what the function gives", shape, dtype))
+        outputs.append(array(label, "what the function gives", shape, dtype))
     return standalone(program, name, inputs, outputs, known)
 
 
@@ -178,7 +212,7 @@ def _different(names: Sequence[str], function: str) -> list[str]:
 
     Sizes are macros, in capital letters: so names may not differ by case alone.
     """
-    taken = {"jacobian", "value", "work", "in", "out", "table", function.lower()}
+    taken = {"jacobian", "value", "work", "samples", "in", "out", "table", function.lower()}
     found = []
     for base in map(identifier, names):
         name, k = base, 1

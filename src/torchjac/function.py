@@ -25,7 +25,7 @@ from torchjac.errors import (
     UnusedInputWarning,
 )
 from torchjac.explain import Record, last_run
-from torchjac.export import export
+from torchjac.export import export, is_package
 from torchjac.layout import Arranged, Layout, check_layout, converted, torch_layout
 from torchjac.plan import is_forced
 from torchjac.plan.memory import check_budget
@@ -195,8 +195,9 @@ class Jacobian:
         As *plain C* (any suffix but `.pt2`): a `.c` and a `.h` with no dependency at all, and a
         `.hpp` that calls them with tensors of libtorch. The function in them takes dense arrays of
         the shapes and dtypes of these arguments and writes J and `f(x)`; of a sparse result the
-        entries, row by row, with the pattern beside them in constant arrays. Many threads may call
-        it at once. The header says what is where.
+        entries, row by row, with the pattern beside them in constant arrays. With `batched=True`
+        and 32 samples or more it takes the number of samples, which need not be that of these
+        arguments. Many threads may call it at once. The header says what is where.
 
         As an *AOTInductor package* (`.pt2`): what `AOTIModelPackageLoader` loads in C++ and
         `torch._inductor.aoti_load_package` in Python. It gives the outputs of f, then the blocks
@@ -221,7 +222,8 @@ class Jacobian:
             >>> torchjac.jacobian(f).export("build/arm.pt2", q)
         """
         call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
-        plan = self._accumulation.made(call, lambda: self._captured(call))
+        packaged = is_package(Path(path))
+        plan = self._accumulation.made(call, lambda: self._captured(call), whole=packaged)
         return export(Path(path), call, plan)
 
     def _captured(self, call: Call) -> Program:

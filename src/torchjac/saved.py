@@ -74,6 +74,7 @@ class Saved:
                 "mode": emitted.mode,
                 "fixed": emitted.fixed,
                 "waists": emitted.waists,
+                "samples": emitted.samples,
                 "constants": constants,
                 "recording": stored(recording),
             }
@@ -153,9 +154,20 @@ class Saved:
                 "forward" if about["mode"] == "forward" else "reverse",
                 (int(fixed), int(whole)),
                 tuple(map(str, about["waists"])),
+                samples=_pair(about.get("samples")),
             )
         except (NotStorable, KeyError, TypeError, ValueError, RuntimeError) as wrong:
             raise PlanError(f"torchjac: the saved plan does not make sense ({wrong}).") from wrong
+
+
+def _pair(given: Any) -> tuple[int, int] | None:
+    """How many samples operations and kernel are for, if these are not the same."""
+    if given is None:
+        return None
+    few, many = map(int, given)
+    if not 0 < few < many:
+        raise ValueError(f"{few} samples of {many}")
+    return few, many
 
 
 def _signature(derivative: Derivative) -> str:

@@ -51,6 +51,18 @@ class Work:
             self.far + other.far,
         )
 
+    def times(self, factor: float) -> Work:
+        """The work of the same operations on tensors that are larger by a factor."""
+        large = factor * self.near / max(self.operations, 1) > _CACHED
+        near, far = int(factor * self.near), int(factor * self.far)
+        return Work(
+            self.operations,
+            int(factor * self.multiplications),
+            int(factor * self.products),
+            0 if large else near,
+            near + far if large else far,
+        )
+
 
 def work_of_call(call: Called) -> Work:
     """The work of one operation."""

@@ -43,6 +43,8 @@ class Emitted:
         note: Why it was not compiled, though that was asked for.
         differentiable: Whether its results keep their graph.
         kernel: What runs in the place of the module, if there is such.
+        samples: How many samples the operations are for, and how many the kernel, where these are
+            more: it runs for each of them.
     """
 
     recording: Recording
@@ -55,6 +57,7 @@ class Emitted:
     note: str | None = None
     differentiable: bool = False
     kernel: Callable[[Sequence[Tensor]], tuple[Tensor, ...] | None] | None = None
+    samples: tuple[int, int] | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The parts of the Jacobian at other inputs; None where they are not all finite.
@@ -84,7 +87,8 @@ class Emitted:
     @property
     def work(self) -> Work:
         """What its operations do."""
-        return work_of(self.module.graph)
+        work = work_of(self.module.graph)
+        return work if self.samples is None else work.times(self.samples[1] / self.samples[0])
 
     def compiled(self, inputs: Sequence[Tensor]) -> Emitted:
         """The same program as compiled code; as it is, with a note, where that cannot be done."""

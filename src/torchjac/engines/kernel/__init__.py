@@ -1,6 +1,6 @@
 """Programs of few operations on each element as C: lines of scalars, in loops over lanes."""
 
 from torchjac.engines.kernel.compiler import LIMIT
-from torchjac.engines.kernel.kernel import NAME, Kernel, Written, written
+from torchjac.engines.kernel.kernel import NAME, Kernel, Written, written, written_for_samples
 
-__all__ = ["LIMIT", "NAME", "Kernel", "Written", "written"]
+__all__ = ["LIMIT", "NAME", "Kernel", "Written", "written", "written_for_samples"]

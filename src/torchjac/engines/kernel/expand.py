@@ -61,20 +61,11 @@ def expand(
     Raises:
         PlanRefused: It runs an operation that is not known, or there are too many expressions.
     """
-    parts = [(recording, _needed(recording, count), count) for recording, count in recordings]
-    elements = sum(_work(call) for _, calls, _ in parts for call in calls)
-    if elements > _ELEMENTS:
-        raise PlanRefused(f"{elements} scalar operations")
+    parts = _parts(recordings)
+    elements = _counted(parts)
 
     def expanded(how: Form) -> Scalars:
-        try:
-            expansion = Expansion(how, samples or 0, frozen)
-            outputs = [x for part in parts for x in expansion.outputs(*part)]
-            return Scalars(expansion.expressions, tuple(outputs), expansion.tables, expansion.live)
-        except PlanRefused:
-            raise
-        except RuntimeError as error:  # of torch, about codes
-            raise PlanRefused(f"elements cannot be followed: {error}") from error
+        return _expanded(how, parts, samples or 0, frozen)
 
     if elements <= _SMALL:
         return expanded("single")
@@ -99,6 +90,52 @@ def expand(
     if len(found) == 2 and (sizes[1] <= _BRIEF or sizes[0] * _SHORTER >= sizes[1]):
         return found[1]
     return found[0]
+
+
+def expand_samples(
+    recordings: Sequence[tuple[Recording, int]], samples: int, frozen: bool = False
+) -> Scalars:
+    """The same, every element of a sample an expression of its own, whose lanes are the samples.
+
+    Raises:
+        PlanRefused: As `expand`.
+    """
+    parts = _parts(recordings)
+    elements = _counted(parts) // samples
+    if elements > _UNROLLED:
+        raise PlanRefused(f"{elements} scalar operations for each sample")
+    return _expanded("samples", parts, samples, frozen)
+
+
+# A recording, the calls that its first outputs need, and how many these are.
+_Part = tuple[Recording, list[Called], int]
+
+
+def _parts(recordings: Sequence[tuple[Recording, int]]) -> list[_Part]:
+    return [(recording, _needed(recording, count), count) for recording, count in recordings]
+
+
+def _counted(parts: Sequence[_Part]) -> int:
+    """Scalar operations, all together.
+
+    Raises:
+        PlanRefused: There are too many.
+    """
+    elements = sum(_work(call) for _, calls, _ in parts for call in calls)
+    if elements > _ELEMENTS:
+        raise PlanRefused(f"{elements} scalar operations")
+    return elements
+
+
+def _expanded(how: Form, parts: Sequence[_Part], samples: int, frozen: bool) -> Scalars:
+    try:
+        expansion = Expansion(how, samples, frozen)
+        outputs = [x for part in parts for x in expansion.outputs(*part)]
+        return Scalars(expansion.expressions, tuple(outputs), expansion.tables, expansion.live)
+    except PlanRefused:
+        raise
+    except RuntimeError as error:  # of torch, about codes
+        raise PlanRefused(f"elements cannot be followed: {error}") from error
 
 
 def _needed(recording: Recording, count: int) -> list[Called]:

@@ -175,11 +175,12 @@ class Expansion:
 
     def _elements(self, name: str, shape: torch.Size, dtype: str) -> Tensor:
         size = math.prod(shape)
-        if self._is_single:
+        lanes = self._samples
+        each = lanes is not None and len(shape) > 0 and shape[0] == lanes.size
+        if self._is_single or (lanes is not None and not each):
             numbers = [self.expressions.load(name, dtype, ONE, 0, k) for k in range(size)]
             return (torch.tensor(numbers, dtype=torch.int64) << BITS).view(shape)
-        lanes = self._samples
-        if lanes is not None and shape and shape[0] == lanes.size:
+        if lanes is not None:
             step = size // lanes.size
             numbers = [self.expressions.load(name, dtype, lanes, step, k) for k in range(step)]
             codes = torch.tensor(numbers, dtype=torch.int64) << BITS
@@ -283,11 +284,20 @@ class Expansion:
         made = np.empty(len(flat[0]), dtype=np.int64)
         for numbers, chosen in groups([n for n, _ in split]):
             places = [p if chosen is None else p[chosen] for _, p in split]
-            number, lanes = self.expressions.many(
-                kind, dtype, list(zip(numbers, places, strict=True))
-            )
+            number, lanes = self._many(kind, dtype, numbers, places)
             made[slice(None) if chosen is None else chosen] = (number << BITS) + lanes
         return torch.from_numpy(made).view(shape)
+
+    def _many(
+        self, kind: str, dtype: str, numbers: Sequence[int], places: Sequence[Places]
+    ) -> tuple[int, Places]:
+        """A scalar operation on lanes; what a sample has twice is computed once."""
+        again = None
+        if self._samples is not None and len(places[0]) > self._samples.size:
+            columns, again = np.unique(np.stack(places), axis=1, return_inverse=True)
+            places = list(columns)
+        number, lanes = self.expressions.many(kind, dtype, list(zip(numbers, places, strict=True)))
+        return number, lanes if again is None else lanes[again.reshape(-1)]
 
     def _singly(self, kind: str, dtype: str, flat: Sequence[Places]) -> Places:
         single, seen = self.expressions.single, {}

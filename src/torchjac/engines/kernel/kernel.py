@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.empty import empty
+from torchjac._torch.notes import Value
 from torchjac._torch.recording import Recording
 from torchjac.engines.kernel.compiler import LIMIT, compiled
-from torchjac.engines.kernel.expand import expand
-from torchjac.engines.kernel.loops import schedule
-from torchjac.engines.kernel.source import Source, source_of
+from torchjac.engines.kernel.expand import Scalars, expand, expand_samples
+from torchjac.engines.kernel.loops import Schedule, schedule
+from torchjac.engines.kernel.sampled import SampleWriter, schedule_of_samples
+from torchjac.engines.kernel.source import Source, Writer, source_of
+from torchjac.engines.kernel.threads import Divided
 from torchjac.errors import PlanRefused
 
 # What the function is called where nobody asks for another name.
@@ -36,6 +40,7 @@ class Written:
         inputs: Shape and dtype of every input; of live tensors too.
         live: Tensors from elsewhere that are read anew at every call.
         outputs: Shape and dtype of every output.
+        samples: How many samples there are, where each turn of its loop is one.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Written:
     inputs: tuple[tuple[torch.Size, torch.dtype], ...]
     live: tuple[Tensor, ...]
     outputs: tuple[tuple[torch.Size, torch.dtype], ...]
+    samples: int | None = None
 
 
 def written(
@@ -62,16 +68,77 @@ def written(
     Raises:
         PlanRefused: It runs operations that have no scalar form, or gets too long.
     """
-    results = [v for r, count in recordings for v in r.outputs[:count] if v is not None]
-    if not all(v.dtype in (torch.float64, torch.float32) for v in results):
+    scalars = expand(_of_floats(recordings), samples, frozen)
+    return _written(recordings, scalars, schedule(scalars), name)
+
+
+def written_for_samples(
+    recordings: Sequence[tuple[Recording, int]],
+    few: int,
+    many: int,
+    name: str = NAME,
+    frozen: bool = False,
+) -> Written:
+    """The same for any number of samples, from what is recorded with a few.
+
+    Args:
+        recordings: As for `written`; a leading axis of size `few` is that of samples.
+        few: How many samples they have.
+        many: How many the function is called with.
+        name: Of the function.
+        frozen: Whether parameters stay as they are now.
+
+    Raises:
+        PlanRefused: As for `written`, or samples are not computed one by one.
+    """
+    scalars = expand_samples(_of_floats(recordings), few, frozen)
+    plan = schedule_of_samples(scalars, few)
+    made = _written(recordings, scalars, plan, name, SampleWriter)
+
+    def whole(shape: torch.Size) -> torch.Size:
+        return torch.Size((many, *shape[1:])) if shape and shape[0] == few else shape
+
+    given = len(made.inputs) - len(made.live)
+    inputs = [(whole(s), d) for s, d in made.inputs[:given]]
+    source = replace(made.source, work=made.source.work // few)
+    return replace(
+        made,
+        source=source,
+        inputs=(*inputs, *made.inputs[given:]),
+        outputs=tuple((whole(s), d) for s, d in made.outputs),
+        samples=many,
+    )
+
+
+def _of_floats(recordings: Sequence[tuple[Recording, int]]) -> Sequence[tuple[Recording, int]]:
+    """The recordings.
+
+    Raises:
+        PlanRefused: They give something that is neither float64 nor float32.
+    """
+    if not all(v.dtype in (torch.float64, torch.float32) for v in _results(recordings)):
         raise PlanRefused("it is neither float64 nor float32")
-    scalars = expand(recordings, samples, frozen)
-    plan = schedule(scalars)
+    return recordings
+
+
+def _results(recordings: Sequence[tuple[Recording, int]]) -> list[Value]:
+    return [v for r, count in recordings for v in r.outputs[:count] if v is not None]
+
+
+def _written(
+    recordings: Sequence[tuple[Recording, int]],
+    scalars: Scalars,
+    plan: Schedule,
+    name: str,
+    writing: type[Writer] = Writer,
+) -> Written:
+    results = _results(recordings)
     inputs: list[tuple[str, Any]] = [(f"in{i}", v) for i, v in enumerate(recordings[0][0].inputs)]
     inputs += scalars.live.items()
     floating = [(n, _name(v.dtype)) for n, v in inputs if v.dtype.is_floating_point]
     sizes = [(_name(v.dtype), math.prod(v.shape)) for v in results]
-    source = source_of(scalars, plan, _numbered(inputs, floating), sizes, len(inputs), name)
+    numbered = _numbered(inputs, floating)
+    source = source_of(scalars, plan, numbered, sizes, len(inputs), name, writing)
     if source.statements > _MOST:
         raise PlanRefused(f"{source.statements} statements in C")
     return Written(
@@ -125,6 +192,10 @@ class Kernel:
         arrays = max(len(program.inputs), 1) + len(program.outputs)
         function.argtypes = [ctypes.c_void_p] * (arrays + 2)
         function.restype = ctypes.c_int
+        self._divided: Divided | None = None
+        if program.samples is not None:
+            function.argtypes += [ctypes.c_long, ctypes.c_long]
+            self._divided = Divided(program.samples)
         self._run = function
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
@@ -153,13 +224,15 @@ class Kernel:
             given = [*given, *[x.detach().resolve_neg().contiguous() for x in self._live]]
         made = [empty(*about) for about in self._outputs]
         scratch = torch.empty(self._scratch, dtype=torch.uint8) if self._scratch else None
-        fine = self._run(
+        arrays = (
             *([x.data_ptr() for x in given] or (0,)),
             *[x.data_ptr() for x in made],
             self._where,
             0 if scratch is None else scratch.data_ptr(),
         )
-        return tuple(made), bool(fine)
+        if self._divided is None:
+            return tuple(made), bool(self._run(*arrays))
+        return tuple(made), self._divided(functools.partial(self._run, *arrays))
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:

@@ -51,6 +51,7 @@ def source_of(
     outputs: Sequence[tuple[str, int]],
     count: int,
     name: str,
+    writing: type[Writer],
 ) -> Source:
     """Writes a program down.
 
@@ -61,8 +62,9 @@ def source_of(
         outputs: dtype and size of every output.
         count: How many inputs there are, whether they are read or not.
         name: Of the function.
+        writing: How loops are written.
     """
-    writer = _Writer(scalars, plan, [d for d, _ in outputs])
+    writer = writing(scalars, plan)
     body = [*writer.fixed(outputs), *writer.body()]
     lines = [_PROLOGUE]
     used = writer.called & VECTORIZED
@@ -75,7 +77,7 @@ def source_of(
         lines.append("#endif")
     lines.append(
         f"int {name}(const void *const *in, const void *const *table, void *const *out,"
-        " void *scratch)\n{"
+        f" void *scratch{writer.parameters})\n{{"
     )
     for i, array, dtype in inputs:
         lines.append(f"  const {CTYPES[dtype]} *const {array} = in[{i}]; (void){array};")
@@ -94,7 +96,7 @@ def source_of(
         scratch += -(-size * width // 64) * 64
     lines += ["  (void)in; (void)table; (void)out; (void)scratch;", "  double bad = 0;"]
     lines += body
-    lines += ["  return bad == 0;", "}", *_direct(name, len(outputs), count), ""]
+    lines += ["  return bad == 0;", "}", *_direct(name, len(outputs), count, writer.parameters), ""]
     return Source(
         "\n".join(lines),
         tuple(writer.tables),
@@ -106,17 +108,19 @@ def source_of(
     )
 
 
-def _direct(name: str, outputs: int, inputs: int) -> list[str]:
+def _direct(name: str, outputs: int, inputs: int, more: str) -> list[str]:
     """The same function with a parameter for each array: to call it takes half the time."""
+    also = "".join(f", {x.split()[-1]}" for x in more.split(",")[1:])
     given = [f"in{i}" for i in range(inputs)] or ["nothing"]
     made = [f"out{i}" for i in range(outputs)]
     parameters = [f"const void *{x}" for x in given] + [f"void *{x}" for x in made]
+    parameters += ["const void *const *table", f"void *scratch{more}"]
     return [
-        f"int {name}_direct({', '.join(parameters)}, const void *const *table, void *scratch)",
+        f"int {name}_direct({', '.join(parameters)})",
         "{",
         f"  const void *const in[] = {{{', '.join(given)}}};",
         f"  void *const out[] = {{{', '.join(made)}}};",
-        f"  return {name}(in, table, out, scratch);",
+        f"  return {name}(in, table, out, scratch{also});",
         "}",
     ]
 
@@ -145,10 +149,23 @@ _PROLOGUE = """\
 """
 
 
-class _Writer:
-    """Writes statements, each value once in each loop."""
+class Writer:
+    """Writes statements, each value once in each loop.
 
-    def __init__(self, scalars: Scalars, plan: Schedule, dtypes: Sequence[str]):
+    Attributes:
+        parameters: What the function takes beside arrays, each after a comma.
+        tables: Arrays that it reads beside the inputs.
+        names: What they are called.
+        called: Functions of the math library.
+        statements: Scalar operations so far.
+        work: What they come to, in scalar products.
+        loops: Loops so far.
+    """
+
+    parameters = ""
+
+    def __init__(self, scalars: Scalars, plan: Schedule):
+        """Begins with no statements."""
         self._all = scalars.expressions.all
         self._scalars = scalars
         self._plan = plan
@@ -256,7 +273,11 @@ class _Writer:
         self.loops += 1 + values.sums
         wide = loop.size >= _WIDE and not values.sums and self.statements - before <= _LONG
         vector = "  TORCHJAC_LOOP(bad)" if wide else ""
-        return [vector, f"  for (int i = 0; i < {loop.size}; i++) {{", *values.lines, *lines, "  }"]
+        return [vector, self.head(loop), *values.lines, *lines, "  }"]
+
+    def head(self, loop: Loop) -> str:
+        """Where a loop begins."""
+        return f"  for (int i = 0; i < {loop.size}; i++) {{"
 
     def index(self, places: Places) -> str:
         """A position for each turn, as C."""
@@ -291,7 +312,7 @@ class _Writer:
 class _Turn:
     """The values of one turn of a loop."""
 
-    def __init__(self, writer: _Writer, size: int):
+    def __init__(self, writer: Writer, size: int):
         self._writer = writer
         self._size = size
         self._names: dict[tuple[int, bytes], str] = {}

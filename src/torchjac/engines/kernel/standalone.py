@@ -44,6 +44,7 @@ class Array:
         shape: Its shape, in row-major order.
         dtype: Its dtype.
         values: What it holds, if that is known beforehand.
+        per_sample: Whether it has an axis of samples before those of its shape.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Array:
     shape: tuple[int, ...]
     dtype: str
     values: np.ndarray | None = None
+    per_sample: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ def standalone(
     """
     arguments = [f"const {CTYPES[a.dtype]} *{a.name}" for a in inputs]
     arguments += [f"{CTYPES[a.dtype]} *{a.name}" for a in outputs]
-    signature = f"int {name}({', '.join([*arguments, 'void *work'])})"
+    samples = ["long samples"] if program.samples is not None else []
+    signature = f"int {name}({', '.join([*samples, *arguments, 'void *work'])})"
     header = _header(name, signature, program.source.scratch, inputs, outputs, known)
     tables = [
         _table(f"{name}_{label}", values)
@@ -107,7 +110,7 @@ def standalone(
         f"  static const void *const table[] = {{{pointers}}};",
         f"  const void *const in[] = {{{taken}}};",
         f"  void *const out[] = {{{', '.join(a.name for a in outputs)}}};",
-        f"  return {name}_body(in, table, out, work);",
+        f"  return {name}_body(in, table, out, work{', 0, samples' if samples else ''});",
         "}",
         "",
     ]
@@ -135,12 +138,17 @@ def _header(
         "",
         "/* Bytes of memory to work in (aligned to 64 bytes); 0 where none is needed. */",
         f"#define {name.upper()}_WORK {scratch}",
-        *[f"#define {name.upper()}_{a.name.upper()}_SIZE {_size(a)}" for a in (*inputs, *outputs)],
+        *[
+            f"#define {name.upper()}_{a.name.upper()}_SIZE {_size(a)}"
+            + (" /* of each sample */" if a.per_sample else "")
+            for a in (*inputs, *outputs)
+        ],
         "",
         *[f"extern const int {name}_{a.name}[{max(_size(a), 1)}]; /* {a.about} */" for a in known],
         "",
         "/*",
         " * All arrays are dense, row-major, and must not overlap.",
+        *([" *   samples: how many samples there are"] if "long samples" in signature else []),
         *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (in)" for a in inputs],
         *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (out)" for a in outputs],
         f" *   work: {name.upper()}_WORK bytes, or NULL where that is 0; one for each thread",
@@ -184,16 +192,21 @@ def _for_tensors(name: str, inputs: Sequence[Array], outputs: Sequence[Array]) -
         f"/* {', '.join(a.name for a in outputs)}; throws c10::Error where they are not finite. */",
         f"inline std::tuple<{', '.join('at::Tensor' for _ in outputs)}> call({taken}) {{",
     ]
+    leading = next((a.name for a in inputs if a.per_sample), None)
+    if leading is not None:
+        lines += [
+            f'  TORCH_CHECK({leading}.dim() > 0, "{name}: {leading} has no axis of samples");',
+            f"  const int64_t samples = {leading}.size(0);",
+        ]
     for a in inputs:
-        sizes = ", ".join(map(str, a.shape))
-        kind = _KINDS[a.dtype]
+        sizes, kind = _sizes(a), _KINDS[a.dtype]
         lines.append(
             f'  const at::Tensor {a.name}_ = suited({a.name}, "{a.name}", {{{sizes}}}, {kind});'
         )
     for a in outputs:
-        sizes = ", ".join(map(str, a.shape))
-        lines.append(f"  at::Tensor {a.name}_ = at::empty({{{sizes}}}, {_KINDS[a.dtype]});")
-    pointers = [f"{a.name}_.const_data_ptr<{CTYPES[a.dtype]}>()" for a in inputs]
+        lines.append(f"  at::Tensor {a.name}_ = at::empty({{{_sizes(a)}}}, {_KINDS[a.dtype]});")
+    pointers = ["(long)samples"] if leading is not None else []
+    pointers += [f"{a.name}_.const_data_ptr<{CTYPES[a.dtype]}>()" for a in inputs]
     pointers += [f"{a.name}_.mutable_data_ptr<{CTYPES[a.dtype]}>()" for a in outputs]
     lines += [
         f"  at::Tensor work = at::empty({{{name.upper()}_WORK}}, at::kByte);",
@@ -230,8 +243,12 @@ def _size(array: Array) -> int:
     return int(np.prod(array.shape, dtype=np.int64))
 
 
+def _sizes(array: Array) -> str:
+    return ", ".join(["samples"] * array.per_sample + list(map(str, array.shape)))
+
+
 def _shape(array: Array) -> str:
-    return "(" + ", ".join(map(str, array.shape)) + ")"
+    return f"({_sizes(array)})"
 
 
 def _table(name: str, values: np.ndarray) -> str:
