@@ -1,73 +1,134 @@
-"""What is known of factors: zeros that are proved, numbers that were rounded, strides of 0."""
+"""Small factorizations in C: cases x the law that they give what LAPACK and the row loop give."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
-from mapcases import same, stored_elements
-from torchjac.structure.maps import UNKNOWN, plus, times
-from torchjac.structure.maps.factors import on_axis, on_support, stored
+from accumulating import plan_of, run
+from laws import oracle_jacobian, quiet, same, value
+from test_kernel import cache, kernel_of  # noqa: F401
+from torchjac.errors import PlanRefused
 
-LANES = 10**6
-
-DYADIC = st.sampled_from([1.0, -1.0, 0.5, -2.0, 3.0, 0.25, -1.5])
-ROUNDED = st.sampled_from([0.1, -0.1, 0.3, 1 / 3, -1 / 41, 1 / 47, 1e-8, 16777217.0, 41.0, 47.0])
-
-
-@given(st.lists(st.lists(DYADIC | ROUNDED, min_size=1, max_size=3), min_size=1, max_size=4))
-def test_a_zero_is_a_zero_in_float32_too(terms: list[list[float]]) -> None:
-    """A sum of products of constants, as a program in float32 adds them up."""
-    total, single = 0.0, np.float32(0)
-    for term in terms:
-        made, path = 1.0, np.float32(1)
-        for factor in term:
-            made = times(made, factor)
-            path = np.float32(path * np.float32(factor))
-        total = plus(total, made)
-        single = np.float32(single + path)
-    assert single == 0 or total != 0
+linalg = torch.linalg
+Function = Callable[[Tensor], Tensor]
 
 
-def test_exact_numbers_cancel_and_rounded_ones_do_not() -> None:
-    assert plus(0.75, -0.75) == 0
-    assert math.isnan(plus(0.1, -0.1))
-    assert times(1 / 41, 41.0) != 1  # it is 1 in float64 and not in float32
-    assert times(1 / 41, 41.0) == pytest.approx(1)
-    assert plus(times(1 / 41, 41.0), -1.0) != 0
-    assert times(0.0, UNKNOWN) == 0
-    assert math.isnan(times(1e-200, 1e-200))
-    assert times(math.inf, 0.0) == 0
-    grid = torch.tensor([[1.0, 0.1, UNKNOWN, 0.0]], dtype=torch.float64)
-    found = plus(grid, -grid)
-    assert isinstance(found, Tensor)
-    assert found[0, 0] == 0
-    assert found[0, 1:3].isnan().all()
-    assert found[0, 3] == 0
+def square(x: Tensor, n: int) -> Tensor:
+    """A matrix whose largest pivots are not on its diagonal."""
+    matrix = x[..., : n * n].unflatten(-1, (n, n))
+    return matrix + 4 * torch.eye(n, dtype=x.dtype).flip(0)
 
 
-@given(
-    st.lists(DYADIC | ROUNDED | st.just(0.0) | st.just(UNKNOWN), min_size=1, max_size=4),
-    DYADIC | ROUNDED,
-)
-def test_tensors_of_factors_are_numbers_side_by_side(numbers: list[float], other: float) -> None:
-    tensor = torch.tensor(numbers, dtype=torch.float64)
-    for function in (times, plus):
-        alone = torch.tensor([function(x, other) for x in numbers], dtype=torch.float64)
-        for given_ in (other, torch.full_like(tensor, other)):
-            found = torch.as_tensor(function(tensor, given_), dtype=torch.float64)
-            assert same(found.numpy(), alone.numpy())
+def positive(x: Tensor, n: int) -> Tensor:
+    """A matrix that is positive definite."""
+    matrix = x[..., : n * n].unflatten(-1, (n, n))
+    return matrix @ matrix.mT + torch.eye(n, dtype=x.dtype)
 
 
-def test_what_repeats_is_computed_once() -> None:
-    wide = torch.tensor([1.0, 2.0]).expand(LANES, 2)
-    assert stored_elements(on_support(torch.add, wide, wide)) == 2
-    assert stored_elements(on_axis(lambda t: t.flip(1), wide, 1)) == 2
-    assert on_axis(lambda t: t.narrow(1, 0, 1), wide, 1).shape == (LANES, 1)
-    assert tuple(stored(wide).shape) == (1, 2)
+def wide(x: Tensor, n: int) -> Tensor:
+    """Right sides."""
+    return x[..., : 2 * n].unflatten(-1, (n, 2)).sin()
+
+
+KNOWN = value(36, seed=5)
+CASES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "solve": lambda x, n: linalg.solve(square(x, n), x[..., :n].cos()),
+    "solve, more sides": lambda x, n: linalg.solve(square(x, n), wide(x, n)),
+    "solve, transposed": lambda x, n: linalg.solve(square(x, n).mT, wide(x, n)),
+    "solve, from the right": lambda x, n: linalg.solve(square(x, n), wide(x, n).mT, left=False),
+    "solve, known matrix": lambda x, n: linalg.solve(square(KNOWN, n), x[..., :n, None])[..., 0],
+    "solve, known sides": lambda x, n: linalg.solve(
+        square(x, n), torch.ones(*x.shape[:-1], n, dtype=x.dtype)
+    ),
+    "inv": lambda x, n: linalg.inv(square(x, n)),
+    "det": lambda x, n: linalg.det(square(x, n)),
+    "det, transposed": lambda x, n: linalg.det(square(x, n).mT),
+    "slogdet": lambda x, n: linalg.slogdet(square(x, n))[1],
+    "logdet": lambda x, n: torch.logdet(positive(x, n)),
+    "cholesky": lambda x, n: linalg.cholesky(positive(x, n)),
+    "cholesky, upper": lambda x, n: linalg.cholesky(positive(x, n), upper=True),
+    "cholesky_solve": lambda x, n: torch.cholesky_solve(
+        wide(x, n), linalg.cholesky(positive(x, n))
+    ),
+    "solve_triangular": lambda x, n: linalg.solve_triangular(
+        positive(x, n).tril(), wide(x, n), upper=False
+    ),
+    "solve_triangular, upper, unit, right": lambda x, n: linalg.solve_triangular(
+        positive(x, n), wide(x, n).mT, upper=True, left=False, unitriangular=True
+    ),
+    "lu_solve": lambda x, n: linalg.lu_solve(*linalg.lu_factor(square(x, n)), wide(x, n)),
+}
+
+
+def flat(case: str, n: int, batched: bool) -> Function:
+    """The case, with one axis for the result of each sample."""
+    f = CASES[case]
+    return lambda x: f(x, n).reshape(*x.shape[: int(batched)], -1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_one(case: str, n: int) -> None:
+    """Wherever the largest pivots are."""
+    f = flat(case, n, False)
+    plan, _ = plan_of(f, value(36))
+    plan = kernel_of(plan, f, value(36))
+    with quiet():
+        for seed in range(4):
+            x = 3 * value(36, seed=seed)
+            same(run(plan, f, x), oracle_jacobian(f)(x))
+
+
+@pytest.mark.parametrize("samples", [3, 40])
+@pytest.mark.parametrize("case", CASES)
+def test_batches(case: str, samples: int) -> None:
+    f = flat(case, 3, True)
+    x = value(samples, 9)
+    plan, _ = plan_of(f, x, batched=True)
+    plan = kernel_of(plan, f, x)
+    want = oracle_jacobian(f, 0, batched=True)
+    with quiet():
+        y = 3 * value(samples, 9, seed=4)
+        same(
+            run(
+                plan,
+                f,
+                y,
+            ),
+            want(y),
+        )
+
+
+def test_single_precision() -> None:
+    f = flat("inv", 4, False)
+    x = value(36, dtype=torch.float32)
+    plan, _ = plan_of(f, x)
+    plan = kernel_of(plan, f, x)
+    same(run(plan, f, 2 * x), oracle_jacobian(f)(2 * x))
+
+
+@pytest.mark.parametrize("case", ["inv", "cholesky", "solve"])
+def test_what_has_no_factors_is_left_to_passes(case: str) -> None:
+    """Singular, or not positive definite: torch says what that is."""
+    f = {
+        "inv": lambda x: linalg.inv(x.view(2, 2)),
+        "cholesky": lambda x: linalg.cholesky(x.view(2, 2) + x.view(2, 2).mT),
+        "solve": lambda x: linalg.solve(x.view(2, 2), x[:2]),
+    }[case]
+    good = torch.tensor([4.0, 1, 1, 5], dtype=torch.float64)
+    plan, _ = plan_of(f, good)
+    plan = kernel_of(plan, f, good)
+    same(run(plan, f, 2 * good), oracle_jacobian(f)(2 * good))
+    bad = torch.tensor([-1.0, -2, -2, -4], dtype=torch.float64)
+    assert run(plan, f, bad) is None
+
+
+def test_large_ones_are_left_to_lapack() -> None:
+    f = flat("inv", 9, False)
+    plan, _ = plan_of(f, value(81))
+    with pytest.raises(PlanRefused, match="larger than 8"):
+        kernel_of(plan, f, value(81))

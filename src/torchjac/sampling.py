@@ -31,7 +31,7 @@ from torchjac.structure.lanes import is_batched
 
 aten = torch.ops.aten
 # Seconds that a scalar product takes in a kernel, at best.
-_PRODUCT = 0.1e-9
+_PRODUCT = 0.05e-9
 # Products of a sample with matrices that all share, from which on these are left to torch.
 _SHARED = 1500
 # Numbers that intermediate values may have, for a few samples.

@@ -19,6 +19,7 @@ from torchjac._torch.recording import Recording, values_in
 from torchjac.engines.kernel.contract import CONTRACTIONS
 from torchjac.engines.kernel.expansion import INPLACE, Expansion, Form
 from torchjac.engines.kernel.expressions import Expressions, Places
+from torchjac.engines.kernel.factor import FACTORS
 from torchjac.engines.kernel.pointwise import POINTWISE
 from torchjac.errors import PlanRefused
 
@@ -160,6 +161,8 @@ def _work(call: Called) -> int:
         return int(size * call.args[0].shape[-1])
     if call.operation in POINTWISE or call.operation in INPLACE:
         return size
+    if call.operation in FACTORS:
+        return max([math.prod(v.shape) * v.shape[-1] for v in values_in(call.args)], default=0)
     if call.operation in CONTRACTIONS:
         return max([math.prod(v.shape) for v in values_in(call.args)], default=0)
     return 0

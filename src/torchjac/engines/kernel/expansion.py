@@ -16,6 +16,7 @@ from torchjac._torch.straight import folded
 from torchjac.engines.kernel.codes import BITS, apart, dtype_of, groups
 from torchjac.engines.kernel.contract import CONTRACTIONS
 from torchjac.engines.kernel.expressions import ONE, Expressions, Lanes, Places
+from torchjac.engines.kernel.factor import FACTORS
 from torchjac.engines.kernel.moves import FILLS, MOVES
 from torchjac.engines.kernel.pointwise import POINTWISE
 from torchjac.engines.kernel.scalars import CTYPES, TRUTHS
@@ -86,8 +87,9 @@ class Expansion:
             made = self._pointwise(POINTWISE[INPLACE[operation]], call, dtype_of(target))
             self.code(target).copy_(made)
             self._set(call, self.code(target))
-        elif operation in CONTRACTIONS:
-            self._set(call, CONTRACTIONS[operation](self, *call.args, **call.kwargs))
+        elif operation in CONTRACTIONS or operation in FACTORS:
+            build = CONTRACTIONS.get(operation) or FACTORS[operation]
+            self._set(call, build(self, *call.args, **call.kwargs))
         elif operation in MOVES:
             self._move(call)
         else:
@@ -122,7 +124,7 @@ class Expansion:
             return
         for result, part in zip(call.results, made, strict=True):
             if result is not None:
-                self._codes[id(result)] = part
+                self._codes[id(result)] = _laid_out(part, result)
 
     def _move(self, call: Called) -> None:
         """Runs an operation that moves elements on codes."""

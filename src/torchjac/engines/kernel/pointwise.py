@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from torchjac.errors import PlanRefused
+
 aten = torch.ops.aten
 # Operands are codes of elements (`expand`) or numbers of Python.
 Operand = Any
@@ -136,6 +138,14 @@ def _addcdiv(do: Builder, x: Operand, y: Operand, z: Operand, value: float = 1) 
     return _add(do, x, do("div", y, z), value)
 
 
+def _polygamma(do: Builder, order: int, x: Operand) -> Operand:
+    if order == 0:
+        return do("digamma", x)
+    if order == 1:
+        return do("trigamma", x)
+    raise PlanRefused(f"polygamma of order {order}")
+
+
 def _both(name: str) -> list[Any]:
     """The overloads of a binary operation that take a tensor and a number, or two tensors."""
     found = []
@@ -148,7 +158,7 @@ def _both(name: str) -> list[Any]:
 
 _NAMES = (
     "sqrt rsqrt reciprocal neg abs exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan"
-    " sinh cosh tanh asinh acosh atanh erf erfc lgamma floor ceil round trunc frac sigmoid"
+    " sinh cosh tanh asinh acosh atanh erf erfc lgamma digamma floor ceil round trunc frac sigmoid"
     " mul atan2 hypot copysign fmod fmax fmin maximum minimum lt le gt ge eq ne isnan isinf"
 )
 _SAME = _NAMES.split()
@@ -193,6 +203,7 @@ POINTWISE: Mapping[Any, Callable[..., Operand]] = MappingProxyType(
         aten.lerp.Scalar: _lerp,
         aten.softplus.default: _softplus,
         aten.silu.default: _silu,
+        aten.polygamma.default: _polygamma,
         aten.addcmul.default: _addcmul,
         aten.addcdiv.default: _addcdiv,
         aten.masked_fill.Scalar: lambda do, x, mask, value: do("where", mask, value, x),

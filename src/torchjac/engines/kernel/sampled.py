@@ -10,7 +10,8 @@ from torchjac.engines.kernel.expand import Scalars
 from torchjac.engines.kernel.expressions import ONE
 from torchjac.engines.kernel.loops import Loop, Schedule, Store
 from torchjac.engines.kernel.scalars import CTYPES, literal
-from torchjac.engines.kernel.source import Writer, loaded
+from torchjac.engines.kernel.source import Writer
+from torchjac.engines.kernel.turns import loaded
 from torchjac.errors import PlanRefused
 
 

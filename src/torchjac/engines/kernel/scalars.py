@@ -45,6 +45,8 @@ C: Mapping[str, str] = MappingProxyType(
         "erf": "erf{f}({0})",
         "erfc": "erfc{f}({0})",
         "lgamma": "lgamma{f}({0})",
+        "digamma": "({t})torchjac_digamma({0})",
+        "trigamma": "({t})torchjac_trigamma({0})",
         "floor": "floor{f}({0})",
         "ceil": "ceil{f}({0})",
         "round": "rint{f}({0})",
@@ -86,9 +88,53 @@ _VECTORIZED = (
     " atanh erf erfc pow atan2 hypot"
 )
 VECTORIZED = frozenset(_VECTORIZED.split())
+# Functions that no C library has, by their name in C.
+OWN: Mapping[str, str] = MappingProxyType(
+    {
+        "torchjac_digamma": """\
+/* psi(x): reflected to where x > 0, raised to x >= 10, and the asymptotic series there
+ * (Abramowitz and Stegun, 6.3.7, 6.3.5, 6.3.18). */
+static double torchjac_digamma(double x)
+{
+  static const double b[] = {1. / 12, -1. / 120, 1. / 252, -1. / 240, 1. / 132, -691. / 32760,
+                             1. / 12};
+  double sum = 0, power = 1, series = 0, whole;
+  if (x == 0) return copysign(INFINITY, -x);
+  if (x < 0) {
+    if (x == trunc(x)) return NAN;
+    sum = -3.14159265358979323846 / tan(3.14159265358979323846 * modf(x, &whole));
+    x = 1 - x;
+  }
+  for (; x < 10; x++) sum -= 1 / x;
+  for (int k = 0; k < 7; k++) series += b[k] * (power /= x * x);
+  return sum + log(x) - 0.5 / x - series;
+}
+""",
+        "torchjac_trigamma": """\
+/* psi'(x): reflected to where x >= 1/2, raised to x >= 10, and the asymptotic series there
+ * (Abramowitz and Stegun, 6.4.7, 6.4.6, 6.4.12). */
+static double torchjac_trigamma(double x)
+{
+  static const double b[] = {1. / 6, -1. / 30, 1. / 42, -1. / 30, 5. / 66, -691. / 2730, 7. / 6};
+  const double pi = 3.14159265358979323846;
+  double sum = 0, sign = 1, power, series = 0, whole, s;
+  if (x < 0.5) {
+    s = sin(pi * modf(x, &whole));
+    sum = -pi * pi / (s * s);
+    sign = -1;
+    x = 1 - x;
+  }
+  for (; x < 10; x++) sum += 1 / (x * x);
+  power = 1 / x;
+  for (int k = 0; k < 7; k++) series += b[k] * (power /= x * x);
+  return sign * (sum + 1 / x + 0.5 / (x * x) + series);
+}
+""",
+    }
+)
 # What they cost, in products; others cost one.
 COSTLY: Mapping[str, int] = MappingProxyType(
-    dict.fromkeys([*VECTORIZED, "lgamma", "sigmoid", "fmod"], 20)
+    dict.fromkeys([*VECTORIZED, "lgamma", "digamma", "trigamma", "sigmoid", "fmod"], 20)
     | dict.fromkeys(["div", "sqrt", "rsqrt", "reciprocal"], 4)
 )
 CTYPES: Mapping[str, str] = MappingProxyType(

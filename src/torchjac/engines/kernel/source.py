@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchjac.engines.kernel.expand import Scalars
-from torchjac.engines.kernel.expressions import ONE, Expression, Places
+from torchjac.engines.kernel.expressions import Expression, Places
 from torchjac.engines.kernel.loops import Loop, Schedule
-from torchjac.engines.kernel.scalars import COSTLY, CTYPES, VECTORIZED, C, literal
+from torchjac.engines.kernel.scalars import COSTLY, CTYPES, OWN, VECTORIZED, C, literal
+from torchjac.engines.kernel.turns import Turn, loaded
 
 # Statements, and loops, from which on a function is not optimized as much, and statements of a loop
 # from which on it is not vectorized: compilers are not linear in them.
@@ -75,6 +76,7 @@ def source_of(
                 two = f", {t}" if function in ("pow", "atan2", "hypot") else ""
                 lines.append(f"TORCHJAC_SIMD {t} {function}{f}({t}{two});")
         lines.append("#endif")
+    lines += [text for own, text in OWN.items() if any(own in line for line in body)]
     lines.append(
         f"int {name}(const void *const *in, const void *const *table, void *const *out,"
         f" void *scratch{writer.parameters})\n{{"
@@ -211,13 +213,13 @@ class Writer:
             inner += self._loop(loop)
         before, self._lines = self._lines, []
         for number, array, positions in self._plan.single:
-            name = self._alone(number)
+            name = self.alone(number)
             self._lines.append(f"  bad += {name} - {name};")
             for position in positions.tolist():
                 self._lines.append(f"  {array}[{position}] = {name};")
         return before + self._lines + inner
 
-    def _alone(self, number: int) -> str:
+    def alone(self, number: int) -> str:
         """The name of an expression of one lane, which is computed before all loops."""
         found = self._single.get(number)
         if found is not None:
@@ -241,7 +243,7 @@ class Writer:
                 array, _, start = loaded(expression)
                 text = f"{array}[{start}]"
             else:
-                text = self._operation(
+                text = self.operation(
                     expression.kind,
                     expression.dtype,
                     [self._single[a] for a, _ in expression.arguments],
@@ -252,7 +254,8 @@ class Writer:
             self._lines.append(f"  const {CTYPES[expression.dtype]} s{top} = {text};")
         return self._single[number]
 
-    def _operation(self, kind: str, dtype: str, names: Sequence[str], of: str, turns: int) -> str:
+    def operation(self, kind: str, dtype: str, names: Sequence[str], of: str, turns: int) -> str:
+        """A scalar operation, as C."""
         self.statements += 1
         self.work += turns * COSTLY.get(kind, 1)
         if kind in VECTORIZED or kind == "sigmoid":
@@ -262,7 +265,7 @@ class Writer:
 
     def _loop(self, loop: Loop) -> list[str]:
         """One loop; of one turn it is none."""
-        values, before = _Turn(self, loop.size), self.statements
+        values, before = Turn(self, loop.size), self.statements
         lines: list[str] = []
         for store in loop.stores:
             name = values.of(store.expression, store.lanes)
@@ -307,82 +310,3 @@ class Writer:
         """The array that an expression is kept in."""
         found = self._plan.kept.get(number)
         return None if found is None else found[0]
-
-
-class _Turn:
-    """The values of one turn of a loop."""
-
-    def __init__(self, writer: Writer, size: int):
-        self._writer = writer
-        self._size = size
-        self._names: dict[tuple[int, bytes], str] = {}
-        self._stored: set[tuple[int, bytes]] = set()
-        self.lines: list[str] = []
-        self.sums = 0  # loops in it
-
-    def of(self, number: int, lanes: Places) -> str:
-        """The name of a value that is to be written: it is computed here."""
-        return self._value(number, lanes, first=True)
-
-    def _value(self, number: int, lanes: Places, first: bool = False) -> str:
-        writer = self._writer
-        expression = writer.expression(number)
-        if expression.lanes is ONE:
-            return writer._alone(number)
-        key = (number, lanes.tobytes())
-        found = self._names.get(key)
-        if found is not None:
-            return found
-        kept = writer.kept(number)
-        if expression.kind == "load":
-            array, step, start = loaded(expression)
-            text = f"{array}[{writer.index(lanes * step + start)}]"
-        elif kept is not None and not first:
-            text = f"{kept}[{writer.index(lanes)}]"
-        elif expression.kind == "segments":
-            return self._segments(number, lanes, key)
-        else:
-            names = [
-                self._value(a, lanes if by is None else by.places[lanes])
-                for a, by in expression.arguments
-            ]
-            of = writer.expression(expression.arguments[0][0]).dtype
-            text = writer._operation(expression.kind, expression.dtype, names, of, self._size)
-        name = f"v{len(self._names)}"
-        self._names[key] = name
-        self.lines.append(f"    const {CTYPES[expression.dtype]} {name} = {text};")
-        return name
-
-    def _segments(self, number: int, lanes: Places, key: tuple[int, bytes]) -> str:
-        """A sum, by a loop of its own."""
-        self.sums += 1
-        writer = self._writer
-        expression = writer.expression(number)
-        ((argument, by),), starts = expression.arguments, expression.about
-        assert by is not None
-        assert isinstance(starts, np.ndarray)
-        kept = writer.kept(argument)
-        source, step, start = (kept, 1, 0) if kept else loaded(writer.expression(argument))
-        name, t = f"v{len(self._names)}", CTYPES[expression.dtype]
-        self._names[key] = name
-        writer.work += len(by.places)
-        begin, end = writer.index(starts[lanes]), writer.index(starts[lanes + 1])
-        places = by.places * step + start
-        step = int(places[1] - places[0]) if len(places) > 1 else 1
-        if (np.diff(places) == step).all():
-            where = f"{step} * k + {int(places[0])}"
-        else:
-            where = f"{writer.table(places)}[k]"
-        self.lines.append(f"    {t} {name} = 0;")
-        if len(places) >= _WIDE * len(starts):
-            self.lines.append(f"    TORCHJAC_LOOP({name})")
-        self.lines += [
-            f"    for (int k = {begin}; k < {end}; k++) {name} += {source}[{where}];",
-        ]
-        return name
-
-
-def loaded(expression: Expression) -> tuple[str, int, int]:
-    """The array that a load reads, the step from lane to lane, and where the first one is."""
-    found: tuple[str, int, int] = expression.about  # type: ignore[assignment]
-    return found
