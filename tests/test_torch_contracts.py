@@ -6,6 +6,8 @@ A failure here after an upgrade of torch says which corner of `torchjac._torch` 
 from __future__ import annotations
 
 import inspect
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch.autograd import Variable
 
 from torchjac._torch import autograd, modes, pytree, vmap
 from torchjac._torch.lazy import copied_when_written
+from torchjac._torch.look import look
 
 
 def graph() -> tuple[Tensor, Tensor]:
@@ -228,3 +231,46 @@ def test_use_count_of_memory() -> None:
     assert uses() == alone + 2
     del view, array
     assert uses() == alone
+
+
+class TestLook:
+    """Whether a tensor is like another one, in one call."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda t: t.t(),
+            lambda t: t.reshape(2, 8),
+            lambda t: t.clone().requires_grad_(),
+            lambda t: t.float(),
+            lambda t: t.view(torch.int64),
+            lambda t: torch._neg_view(t),
+            lambda t: t.to("meta"),
+            lambda t: torch.nn.Parameter(t),
+            lambda t: t.to_sparse(),
+            lambda t: t.tolist(),
+        ],
+    )
+    def test_sees_what_is_not(self, change: Any) -> None:
+        tensor = torch.randn(4, 4, dtype=torch.float64)
+        like = look(tensor)
+        assert like is not None
+        assert like(torch.zeros(4, 4, dtype=torch.float64))
+        try:
+            assert not like(change(tensor))
+        except (TypeError, RuntimeError):  # what is no tensor is an error
+            assert not isinstance(change(tensor), Tensor)
+
+    def test_sees_what_was_done_to_it(self) -> None:
+        tensor = torch.randn(4, 4)
+        like = look(tensor)
+        assert like is not None
+        tensor.data = tensor.data.t()
+        assert not like(tensor)
+
+    def test_keeps_nothing_alive(self) -> None:
+        tensor = torch.randn(4, 4)
+        like, gone = look(tensor), weakref.ref(tensor)
+        del tensor
+        assert like is not None
+        assert gone() is None

@@ -60,7 +60,9 @@ class Shortcut:
         """The shortcut for calls like this one, if there is one."""
         if latest is None or latest[1] is not plan or call.kwargs or call.has_aux:
             return None
-        plain = all(type(x) is Tensor and x.is_floating_point() for x in call.args)
+        plain = all(
+            type(x) is Tensor and x.is_floating_point() and x.is_contiguous() for x in call.args
+        )
         if not plain or not isinstance(plan.emitted.kernel, Kernel) or not plan.settled():
             return None
         return Shortcut(call, latest[0], plan, entry, layout)
@@ -76,8 +78,8 @@ class Shortcut:
         if self._mismatch(call) is not None:
             return None
         inputs: Sequence[Tensor] = [args[k] for k in self._order]
-        for x in inputs:
-            if not x.is_contiguous() or x.is_neg():
+        for x in inputs:  # their strides are those of a tensor that is contiguous
+            if x.is_neg():
                 return None
         parts, fine = self._on(inputs)
         if not fine:

@@ -118,7 +118,10 @@ class CodeWatcher(ModuleWatcher):
 
         def check(new: Any, seen: Seen) -> Mismatch | None:
             for name, cell, test in zip(names, new.__closure__ or (), inner, strict=True):
-                held = _held(cell)
+                try:
+                    held = cell.cell_contents
+                except ValueError:
+                    held = _UNSET
                 if test is None or held is _UNSET:
                     if (test is None) is not (held is _UNSET):
                         return Mismatch(f"closure variable {name}{of} was set or deleted")
@@ -152,6 +155,8 @@ class CodeWatcher(ModuleWatcher):
 
         def check(new: Any, seen: Seen) -> Mismatch | None:
             given, keyed = new.__defaults__ or (), new.__kwdefaults__ or {}
+            if not (given or keyed or checks or named):
+                return None
             if len(given) != len(checks) or len(keyed) != len(named):
                 return Mismatch(f"the number of default arguments{of} changed")
             for value, inner in zip(given, checks, strict=True):

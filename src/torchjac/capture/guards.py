@@ -44,11 +44,12 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.pytree import LEAF, TreeSpec, flatten, leaf_names
-from torchjac._torch.state import AMBIENT, PLAIN_TENSORS, ambient, foreign_mode, is_wrapped
+from torchjac._torch.state import AMBIENT, PLAIN_TENSORS, ambient, foreign_mode, is_wrapped, usual
 from torchjac.capture.code import ROOT
 from torchjac.capture.exact import NotUnderstood, shown
 from torchjac.capture.function import Call
 from torchjac.capture.objects import ObjectWatcher
+from torchjac.capture.quick import alike
 from torchjac.capture.watch import Check, Mismatch, Policy, Seen
 
 CallCheck = Callable[[Call, Seen], Mismatch | None]
@@ -142,9 +143,11 @@ def _checks(call: Call, watcher: ObjectWatcher) -> tuple[CallCheck, ...]:
 
 
 def _settings() -> CallCheck:
-    expected = ambient()
+    expected, mostly = ambient(), usual()
 
     def check(call: Call, seen: Seen) -> Mismatch | None:
+        if mostly is not None and usual() == mostly:
+            return None
         now = ambient()
         if now == expected:
             return None
@@ -203,6 +206,9 @@ def _argument(
     if leaf.layout is not torch.strided:
         return watcher.tensor(leaf, name, "values")
     shape = watcher.beside(leaf, name, _geometry(leaf, name, differentiated, located))
+    like = None if located else watcher.look(leaf)
+    if like is not None:
+        shape = alike(like, shape)
     if leaf.is_floating_point() or leaf.is_complex():
         return shape
     return _content(leaf, name, shape)

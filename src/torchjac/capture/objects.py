@@ -17,6 +17,7 @@ from torchjac._torch.state import GLOBAL_HOOKS, SAVING_HOOKS, tree_functions
 from torchjac.capture.code import CodeWatcher
 from torchjac.capture.exact import NotUnderstood, shown
 from torchjac.capture.modules import identical
+from torchjac.capture.quick import looked_at, the_same
 from torchjac.capture.reads import computed, is_trusted, is_volatile
 from torchjac.capture.watch import Check, Mismatch, Policy, Seen, What
 
@@ -74,10 +75,23 @@ class ObjectWatcher(CodeWatcher):
         self.kinds += [(type, self._class), (nn.Module, self._network), (object, self._object)]
 
     def tensor(self, value: torch.Tensor, path: str, what: What) -> Check:
-        """As for any tensor; the policy says what matters of a buffer."""
-        buffer = id(value) in self._buffers
-        inner = super().tensor(value, path, self.policy.buffers if buffer else what)
-        return self.beside(value, path, inner)
+        """As for any tensor, and that code reads nothing else of it."""
+        return self.beside(value, path, super().tensor(value, path, what))
+
+    def matters(self, value: torch.Tensor) -> What:
+        """What of a tensor matters: the policy says it of parameters and of buffers."""
+        return self.policy.buffers if id(value) in self._buffers else super().matters(value)
+
+    def noted(self, number: int, value: Any, inner: Check) -> Check:
+        """A check that also notes under a number what it was given; quick for a tensor."""
+        like = self.look(value) if isinstance(value, torch.Tensor) else None
+        if like is None or (what := self.matters(value)) == "shapes":
+            return super().noted(number, value, inner)
+        return the_same(value, like, number, what == "values", inner)
+
+    def look(self, value: Any) -> Callable[[Any], bool] | None:
+        """A test in one look for what a tensor is; None where code reads more of it."""
+        return None if "grad" in self.names else looked_at(value)
 
     def beside(self, value: torch.Tensor, path: str, inner: Check) -> Check:
         """A check of a tensor, and that it has no attributes of a user's that code reads."""

@@ -110,7 +110,10 @@ class Watcher:
         number = len(self._met)
         self._met[id(value)] = number, path
         self.alive.append(value)  # or its id could be given to another object
-        inner = make(value, path)
+        return self.noted(number, value, make(value, path))
+
+    def noted(self, number: int, value: Any, inner: Check) -> Check:
+        """A check that also notes under a number what it was given."""
 
         def check(new: Any, seen: Seen) -> Mismatch | None:
             seen[number] = new
@@ -287,8 +290,11 @@ class Watcher:
         return check
 
     def _tensor(self, value: Tensor, path: str) -> Check:
-        what = self.policy.parameters if isinstance(value, nn.Parameter) else "values"
-        return self.tensor(value, path, what)
+        return self.tensor(value, path, self.matters(value))
+
+    def matters(self, value: Tensor) -> What:
+        """What of a tensor matters; a subclass may know more."""
+        return self.policy.parameters if isinstance(value, nn.Parameter) else "values"
 
     def tensor(self, value: Tensor, path: str, what: What) -> Check:
         """A check of a tensor: of its shape, and where `values` are asked for, of them."""
