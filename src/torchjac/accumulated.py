@@ -25,6 +25,8 @@ from torchjac.structure import Pattern
 
 # Seconds of runs before a kernel is thought of.
 _EARLIEST = 0.3
+# Seconds of one call that may go into a kernel that nobody asked for.
+_LATEST = 30.0
 # Timings of either way, of which the best counts.
 _RUNS = 3
 # A plan that ran this much slower than passes do is not run again.
@@ -142,9 +144,13 @@ class Accumulated:
         if math.isinf(self.spent):
             return
         self.spent += seconds
-        if self.spent < _EARLIEST or self.spent < kernel_seconds(self.programs):
+        if self.spent < _EARLIEST or self.spent < (needed := kernel_seconds(self.programs)):
             return
         self.spent = math.inf
+        if needed > _LATEST:
+            why = f"it should take {needed:.0f} s to write; compile=True has it done"
+            self.tried = (*self.tried, Tried(self.emitted.mode, refused=why, form="kernel"))
+            return
         if self.emitted.differentiable or self.emitted.is_compiled:
             return
         if not torch.are_deterministic_algorithms_enabled():

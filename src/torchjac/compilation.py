@@ -18,7 +18,7 @@ from torchjac.errors import PlanRefused
 # Seconds that the compiler may take where nobody asked for it.
 PATIENCE = 10.0
 # Seconds that making a kernel takes: at least, and for each number that the operations give.
-_KERNEL, _KERNEL_NUMBER = 0.5, 1e-7
+_KERNEL, _KERNEL_NUMBER = 0.5, 2e-7
 # Runs of which the best counts.
 _RUNS = 5
 # Disagreement put down to rounding, by dtype: of an element, and beside the largest one. Sine and
@@ -28,12 +28,9 @@ _ROUNDING = {torch.float64: (1e-7, 2e-11), torch.float32: (1e-2, 1e-5)}
 
 def kernel_seconds(programs: Sequence[Emitted]) -> float:
     """Seconds that it should take to make a kernel of one of some programs."""
+    first = by_products(programs)[0]
     numbers = sum(
-        math.prod(v.shape)
-        for program in programs
-        for call in program.recording.calls
-        for v in call.results
-        if v is not None
+        math.prod(v.shape) for c in first.recording.calls for v in c.results if v is not None
     )
     return _KERNEL + _KERNEL_NUMBER * numbers
 

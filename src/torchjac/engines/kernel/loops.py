@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -199,13 +198,19 @@ class _Scheduling:
         start, end = self._starts[id(edge.start)], self._starts[id(edge.end)]
         one = self._cells[start : start + edge.start.size]
         other = self._cells[end : end + edge.end.size][edge.by.places]
+        if np.array_equal(one, other):
+            self._tied.append(edge)
+            return
         count = int(self._cells.max()) + 1
         links = coo_array((np.ones(len(one), dtype=np.int8), (one, other)), shape=(count, count))
         found, merged = connected_components(links, directed=False)
+        # Cells that were merged: only these have got larger.
+        larger = np.bincount(merged, minlength=found)[merged] > 1
         cells = merged[self._cells]
         for kind, lanes in self._kinds.items():
-            of = cells[self._starts[kind] : self._starts[kind] + lanes.size]
-            if np.bincount(of, minlength=found).max() > _LARGEST:
+            begin, stop = self._starts[kind], self._starts[kind] + lanes.size
+            of = cells[begin:stop][larger[self._cells[begin:stop]]]
+            if len(of) and np.bincount(of).max() > _LARGEST:
                 self._part(edge)
                 return
         self._cells = cells
@@ -283,24 +288,25 @@ class _Scheduling:
         first = np.flatnonzero(np.append(True, np.diff(rows)))
         counts = np.diff(np.append(first, len(rows)))
         looks = self._looks(rows[first])
-        kinds: dict[tuple[bytes, bytes], list[int]] = {}
-        for k, (start, count) in enumerate(zip(first.tolist(), counts.tolist(), strict=True)):
-            look = np.stack([which[start : start + count], slot[start : start + count]])
-            kinds.setdefault((look.tobytes(), looks[k]), []).append(k)
-        if len(kinds) > _KINDS and self._shared:
+        stored = _identified(np.stack([which, slot], axis=1), np.append(first, len(rows)))
+        _, kinds = np.unique(np.stack([stored, looks]), axis=1, return_inverse=True)
+        kinds = kinds.reshape(-1)
+        found = int(kinds.max()) + 1
+        if found > _KINDS and self._shared:
             raise _TooManyKinds
-        for members in kinds.values():
+        order = np.argsort(kinds, kind="stable")
+        for members in np.split(order, np.cumsum(np.bincount(kinds, minlength=found))[:-1]):
             begin = first[members]
-            found = []
+            stores_of = []
             for k in range(int(counts[members[0]])):
                 store = computed[int(which[begin[0] + k])]
                 chosen = item[begin + k]
-                found.append(
+                stores_of.append(
                     Store(
                         store.expression, store.lanes[chosen], store.array, store.positions[chosen]
                     )
                 )
-            yield Loop(len(members), tuple(found))
+            yield Loop(len(members), tuple(stores_of))
 
     def _slots(self) -> Places:
         """For each lane its number among those of its kind in its cell."""
@@ -315,8 +321,8 @@ class _Scheduling:
             slots[begin + order] = np.arange(len(sorted_)) - np.repeat(starts, sizes)
         return slots
 
-    def _looks(self, cells: Places) -> list[bytes]:
-        """For each cell which of its lanes take the values of which."""
+    def _looks(self, cells: Places) -> Places:
+        """For each cell a number that says which of its lanes take the values of which."""
         slots = self._slots()
         position = np.full(int(self._cells.max()) + 1, -1)
         position[cells] = np.arange(len(cells))
@@ -332,12 +338,31 @@ class _Scheduling:
             facts.append(np.stack([np.full(kept.sum(), k), slots[here][kept], there[kept]], axis=1))
             owners.append(owner[kept])
         if not facts:
-            return [b""] * len(cells)
+            return np.zeros(len(cells), dtype=np.int64)
         every, owner = np.concatenate(facts), np.concatenate(owners)
         order = np.lexsort((every[:, 1], every[:, 0], owner))
-        every, owner = every[order], owner[order]
-        starts = np.searchsorted(owner, np.arange(len(cells) + 1))
-        return [every[a:b].tobytes() for a, b in pairwise(starts.tolist())]
+        starts = np.searchsorted(owner[order], np.arange(len(cells) + 1))
+        return _identified(every[order], starts)
+
+
+def _identified(facts: Places, starts: Places) -> Places:
+    """A number for each part of an array, the same for parts that hold the same.
+
+    Args:
+        facts: Rows.
+        starts: Where each part begins, and the end.
+    """
+    sizes = np.diff(starts)
+    numbers = np.zeros(len(sizes), dtype=np.int64)
+    for size in np.unique(sizes).tolist():
+        members = np.flatnonzero(sizes == size)
+        rows = facts[starts[members][:, None] + np.arange(size)].reshape(len(members), -1)
+        if not rows.shape[1]:
+            continue
+        whole = np.ascontiguousarray(rows).view(np.dtype((np.void, rows.itemsize * rows.shape[1])))
+        _, which = np.unique(whole, return_inverse=True)
+        numbers[members] = numbers.max() + 1 + which.reshape(-1)
+    return numbers
 
 
 def _ranked(number: int, lanes: Places, array: str, positions: Places) -> Iterator[Store]:

@@ -282,25 +282,23 @@ class Writer:
         """Where a loop begins."""
         return f"  for (int i = 0; i < {loop.size}; i++) {{"
 
-    def index(self, places: Places) -> str:
+    def index(self, places: Places, turn: str = "i") -> str:
         """A position for each turn, as C."""
-        if len(places) == 1 or (places == places[0]).all():
-            return str(int(places[0]))
-        step = int(places[1] - places[0])
-        if (np.diff(places) == step).all():
-            start = int(places[0])
-            text = "i" if step == 1 else f"{step} * i"
-            return text if start == 0 else f"{text} + {start}"
-        return f"{self.table(places)}[i]"
-
-    def table(self, places: Places) -> str:
-        """The name of a table of positions."""
-        key = places.tobytes()
-        if key not in self._table_of:
-            self._table_of[key] = f"p{len(self.tables)}"
-            self.names.append(self._table_of[key])
-            self.tables.append(places.astype(np.int32))
-        return self._table_of[key]
+        start = int(places[0])
+        steps = np.diff(places)
+        if not steps.any():
+            return str(start)
+        if (steps == steps[0]).all():
+            return _linear(int(steps[0]), turn, start)
+        # Tables that differ by where they begin and by a factor are one: blocks of a matrix.
+        apart = places - start
+        factor = int(np.gcd.reduce(apart))
+        key = (apart // factor).astype(np.int32)
+        name = self._table_of.setdefault(key.tobytes(), f"p{len(self.tables)}")
+        if name == f"p{len(self.tables)}":
+            self.names.append(name)
+            self.tables.append(key)
+        return _linear(factor, f"{name}[{turn}]", start)
 
     def expression(self, number: int) -> Expression:
         """An expression."""
@@ -310,3 +308,9 @@ class Writer:
         """The array that an expression is kept in."""
         found = self._plan.kept.get(number)
         return None if found is None else found[0]
+
+
+def _linear(factor: int, of: str, start: int) -> str:
+    """A factor times something, and where it begins, as C."""
+    text = of if factor == 1 else f"{factor} * {of}"
+    return f"{text} + {start}" if start > 0 else f"{text} - {-start}" if start else text

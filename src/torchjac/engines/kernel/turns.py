@@ -96,11 +96,7 @@ class Turn:
         writer.work += len(by.places)
         begin, end = writer.index(starts[lanes]), writer.index(starts[lanes + 1])
         places = by.places * step + start
-        step = int(places[1] - places[0]) if len(places) > 1 else 1
-        if (np.diff(places) == step).all():
-            where = f"{step} * k + {int(places[0])}"
-        else:
-            where = f"{writer.table(places)}[k]"
+        where = writer.index(places, "k")
         self.lines.append(f"    {t} {name} = 0;")
         if len(places) >= _WIDE * len(starts):
             self.lines.append(f"    TORCHJAC_LOOP({name})")
