@@ -145,8 +145,8 @@ def test_jacobians_of_bundle_adjustment(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_stiff_chemistry(tmp_path: Path) -> None:
     printed = run_example("stiff_chemistry.py", "--boxes", "2", cwd=tmp_path)
-    counts = {line.split()[0]: int(line.split()[2]) for line in printed.splitlines()[1:5]}
-    assert counts["torchjac"] == counts["jacrev"] == counts["jacfwd"] > 20
+    counts = {line.split()[0]: int(line.split()[2]) for line in printed.splitlines()[1:4]}
+    assert counts["torchjac"] == counts["jacrev"] > 20
     assert number_behind("differ by ", printed) < 1e-6
     assert number_behind("ends within ", printed) < 1e-5
 

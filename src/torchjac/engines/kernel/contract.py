@@ -292,6 +292,8 @@ CONTRACTIONS: Mapping[Any, Callable[..., Any]] = MappingProxyType(
         aten.index_add.default: _index_add,
         aten.index_add_.default: _index_add_,
         aten.amax.default: _amax,
+        aten.max.default: _amax,
+        aten.min.default: _amin,
         aten.amin.default: _amin,
         aten.prod.default: _prod,
         aten.prod.dim_int: _prod,

@@ -270,6 +270,10 @@ def _cholesky_ex(
     return _matrix(_transposed(rows) if upper else rows), _fine(s, matrix)
 
 
+def _cholesky(do: Expanding, a: Value, upper: bool = False) -> Tensor:
+    return _cholesky_ex(do, a, upper=upper)[0]
+
+
 def _triangular(
     do: Expanding,
     a: Value,
@@ -305,6 +309,7 @@ FACTORS: Mapping[Any, Callable[..., Any]] = MappingProxyType(
         aten._linalg_det.default: _det,
         aten._linalg_slogdet.default: _slogdet,
         aten.linalg_cholesky_ex.default: _cholesky_ex,
+        aten.cholesky.default: _cholesky,
         aten.linalg_solve_triangular.default: _triangular,
         aten.cholesky_solve.default: _cholesky_solve,
     }

@@ -92,6 +92,12 @@ def _threshold(do: Builder, g: Operand, x: Operand, threshold: float) -> Operand
     return do("where", do("le", x, threshold), 0.0, g)
 
 
+def _shrunk(do: Builder, g: Operand, x: Operand, around: float) -> Operand:
+    """The derivative of what is nothing around zero."""
+    inside = do("and", do("ge", x, -around), do("le", x, around))
+    return do("where", inside, 0.0, g)
+
+
 def _tanh_backward(do: Builder, g: Operand, y: Operand) -> Operand:
     return do("mul", g, do("sub", 1.0, do("mul", y, y)))
 
@@ -195,6 +201,8 @@ POINTWISE: Mapping[Any, Callable[..., Operand]] = MappingProxyType(
         aten.relu.default: lambda do, x: do("maximum", x, 0.0),
         aten.where.self: _plain("where"),
         aten.threshold_backward.default: _threshold,
+        aten.hardshrink_backward.default: _shrunk,
+        aten.softshrink_backward.default: _shrunk,
         aten.tanh_backward.default: _tanh_backward,
         aten.sigmoid_backward.default: _sigmoid_backward,
         aten.xlogy.Tensor: _xlogy,

@@ -1,0 +1,81 @@
+"""Every differentiable op PyTorch describes, as a kernel: right, or refused as the board says.
+
+The board (`data/kernel_scoreboard.json`) holds, for each op of which a plan has no kernel, why;
+`python tests/test_kernel_opinfo.py` writes it anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accumulating import plan_of, run
+from laws import oracle_jacobian, quiet
+from opinfo_exceptions import TORCH_DISAGREES
+from test_accumulate import OPS, agrees, cases, elsewhere, realized
+from test_kernel import cache  # noqa: F401
+from torchjac.accumulated import Accumulated
+from torchjac.capture import Call
+from torchjac.capture.derivative import arguments
+from torchjac.compilation import with_kernel
+from torchjac.errors import CaptureRefused, PlanRefused
+
+SCOREBOARD = Path(__file__).parent / "data" / "kernel_scoreboard.json"
+
+
+def plan(f: Any, *args: Any, argnums: Any) -> Accumulated | None:
+    """Its plan; None if the accumulate engine has none."""
+    try:
+        return plan_of(f, *args, argnums=argnums)[0]
+    except (CaptureRefused, PlanRefused, RuntimeError):
+        return None
+
+
+def refusal(n: str) -> str | None:
+    """Checks the smallest sample of an op, in both precisions; gives why there is no kernel."""
+    why = None
+    for case in sorted(cases(n), key=lambda c: c.size)[-1:]:
+        f, tensors = realized(case), case.tensors
+        argnums = tuple(range(len(tensors)))
+        for dtype in (torch.float64, torch.float32):
+            torch.manual_seed(0)
+            points = [tensors, *(elsewhere(tensors, k) for k in range(2))]
+            given = [tuple(x.detach().to(dtype) for x in point) for point in points]
+            made = plan(f, *given[0], argnums=argnums) if all(map(_filled, given[0])) else None
+            if made is None:
+                continue
+            call = Call(f, argnums, False, given[0], {})
+            try:
+                made.emitted = with_kernel(made.programs, arguments(call), None, 20.0)
+            except PlanRefused as refused:
+                why = why or re.sub(r"\d+", "n", str(refused).split("; ")[0])
+                continue
+            for point in () if n in TORCH_DISAGREES else given:
+                try:
+                    want = oracle_jacobian(f, argnums)(*point)
+                except RuntimeError:  # not defined there
+                    continue
+                agrees(run(made, f, *point, argnums=argnums), want)
+    return why
+
+
+def _filled(x: torch.Tensor) -> bool:
+    return bool(x.numel())
+
+
+@pytest.mark.parametrize("n", OPS)
+def test_operations(n: str) -> None:
+    """Its largest small sample, in double and single precision, here and elsewhere."""
+    with quiet():
+        assert refusal(n) == json.loads(SCOREBOARD.read_text()).get(n)
+
+
+if __name__ == "__main__":
+    with quiet():
+        board = {n: why for n in OPS if (why := refusal(n)) is not None}
+    SCOREBOARD.write_text(json.dumps(board, indent=1, sort_keys=True) + "\n")
