@@ -579,6 +579,18 @@ class TestJacobian:
         J(y).square().sum().backward()
         assert y.grad is not None
 
+    def test_random_numbers_that_do_not_matter_are_drawn(self) -> None:
+        """Or what is drawn after it is something else."""
+        J = torchjac.jacobian(lambda x: (x * x).sin() + 0 * torch.rand(1, dtype=x.dtype))
+        x = value(50)
+        states = set()
+        for _ in range(60):
+            J(x)
+            states.add(bytes(torch.get_rng_state().numpy()))
+        assert len(states) == 60
+        with pytest.raises(PlanRefused, match="random"):
+            plan_of(lambda x: x * x + 0 * torch.rand(1), value(3))
+
     def test_random_functions_are_for_passes(self) -> None:
         J = torchjac.jacobian(lambda x: F.dropout(pairs(x)))
         assert not self.ran(J, value(24), calls=30)

@@ -298,6 +298,8 @@ def _eliminated(
 def _refuse_beforehand(derivative: Derivative) -> None:
     if derivative.writes:
         raise PlanRefused("it writes to tensors that others may read")
+    if derivative.draws:
+        raise PlanRefused("it draws random numbers")
     if any(g is None for g in derivative.gradients):
         raise PlanRefused("an input is not used")
     if not derivative.m or not all(s.numel() for s in derivative.column_shapes):

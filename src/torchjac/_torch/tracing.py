@@ -117,6 +117,7 @@ def _recorded(
     module = graph_of(replace(found, constants=constants))
     module.meta[WRITES] = first.recorder.wrote_elsewhere
     module.meta[STOPS] = first.recorder.stops_gradients
+    module.meta[DRAWS] = any(c.drawn_from is not None for c in first.recorder.calls)
     return module, first.observer
 
 
@@ -124,6 +125,8 @@ def _recorded(
 WRITES = "writes"
 # Whether it takes numbers that vary without a gradient (`detach`, `no_grad`, custom functions).
 STOPS = "stops"
+# Whether it draws random numbers, be they needed or not.
+DRAWS = "draws"
 
 
 def _another(run: Callable[[Sequence[Tensor]], _Run], tensors: Sequence[Tensor]) -> _Run | None:
@@ -262,6 +265,7 @@ def is_random(op: Any) -> bool:
 
 __all__ = [
     "DATA_DEPENDENT",
+    "DRAWS",
     "STOPS",
     "UNSUPPORTED",
     "WRITES",

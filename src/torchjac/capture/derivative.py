@@ -64,6 +64,11 @@ class Derivative:
         return bool(self.module.meta.get(tracing.STOPS, True))
 
     @property
+    def draws(self) -> bool:
+        """Whether the function draws random numbers, which others after it then do not get."""
+        return bool(self.module.meta.get(tracing.DRAWS, False))
+
+    @property
     def m(self) -> int:
         """Number of rows."""
         return sum(s.numel() for s in self.row_shapes)
