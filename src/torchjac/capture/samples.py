@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.pytree import flatten, unflatten
+from torchjac._torch.tracing import OpOverload
 from torchjac.capture.function import Call
 
 aten = torch.ops.aten
@@ -16,8 +18,51 @@ aten = torch.ops.aten
 _FEW = (7, 11, 13, 17, 19, 23)
 # A batch of fewer is not worth it.
 MANY = 32
-# Operations that take a position along an axis which may be the size of the batch.
-_UP_TO = frozenset((aten.slice.Tensor, aten.slice_backward.default))
+# Operations that give the same number everywhere, whatever the size.
+_UNIFORM = frozenset(
+    {
+        *(aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default),
+        *(aten.new_full.default, aten.new_zeros.default, aten.new_ones.default),
+    }
+)
+# Operations whose sizes say what shape the result has.
+_SIZED = _UNIFORM | {
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default),
+    *(aten._reshape_alias.default, aten.slice_backward.default, aten.select_backward.default),
+}
+# Operations that do to each sample what they do to the others, wherever it stands, if their `dim`
+# is not the axis of samples. (Not among them: what looks at positions, as `triu` and `roll`.)
+_NATURAL = _SIZED | {
+    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default),
+    *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int),
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unfold.default),
+    *(aten.cat.default, aten.stack.default, aten.movedim.int),
+    *(aten.detach.default, aten.clone.default, aten.alias.default, aten._to_copy.default),
+    *(aten.contiguous.default, aten.lift_fresh_copy.default),
+    *(aten.ones_like.default, aten.zeros_like.default, aten.full_like.default),
+    *(aten.sum.dim_IntList, aten.mean.dim, aten.prod.dim_int, aten.amax.default, aten.amin.default),
+    *(aten.max.dim, aten.min.dim, aten.linalg_vector_norm.default, aten.linalg_cross.default),
+    *(
+        aten.cumsum.default,
+        aten.cumprod.default,
+        aten.flip.default,
+        aten.index_select.default,
+        aten.gather.default,
+    ),
+    *(aten.scatter_add.default, aten.scatter.src, aten.index_add.default),
+    *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),
+    *(aten._softmax.default, aten._log_softmax.default),
+    *(aten._softmax_backward_data.default, aten._log_softmax_backward_data.default),
+    *(aten._linalg_solve_ex.default, aten.linalg_lu_solve.default, aten.linalg_inv_ex.default),
+    *(aten._linalg_det.default, aten._linalg_slogdet.default, aten.linalg_cholesky_ex.default),
+    *(aten.linalg_solve_triangular.default, aten.linalg_lu_factor_ex.default),
+    *(aten.cholesky_solve.default, aten.lu_unpack.default),
+    *(aten.slice.Tensor, aten.index.Tensor, aten.index_put.default, aten.tril.default),
+    *(aten.triu.default, aten.diagonal.default, aten.diag_embed.default),
+    operator.getitem,
+}
+# What axes are called among their arguments.
+_AXES = ["dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis", "source", "destination"]
 
 
 def fewer(call: Call, batch: int) -> tuple[Call, int] | None:
@@ -55,6 +100,9 @@ def alike(less: fx.GraphModule, more: fx.GraphModule, few: int, many: int) -> bo
 class _Comparison:
     """Node by node.
 
+    Samples are along the first axis, and along no other; a number that is the size of the batch may
+    only be that size; what is done to one sample is done to all, wherever they stand.
+
     Attributes:
         less: The graph for few samples.
         more: That for many.
@@ -67,6 +115,7 @@ class _Comparison:
     few: int
     many: int
     _same: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    _sampled: dict[fx.Node, bool] = field(default_factory=dict)
 
     def holds(self) -> bool:
         """Whether they are."""
@@ -75,8 +124,14 @@ class _Comparison:
 
     def _node(self, one: fx.Node, other: fx.Node) -> bool:
         self._same[one] = other
-        if one.op != other.op or not self._value(one.meta.get("val"), other.meta.get("val")):
+        if one.op != other.op:
             return False
+        if one.op == "output":
+            return self._argument(one.args, other.args, False)
+        sampled = self._samples(one.meta.get("val"), other.meta.get("val"))
+        if sampled is None:
+            return False
+        self._sampled[one] = sampled
         if one.op == "get_attr":
             return self._constant(
                 getattr(self.less, str(one.target)), getattr(self.more, str(other.target))
@@ -85,44 +140,104 @@ class _Comparison:
             return True
         if one.target != other.target or list(one.kwargs) != list(other.kwargs):
             return False
-        spans = one.target in _UP_TO
+        sized = sampled and one.target in _SIZED
         args = zip(one.args, other.args, strict=False)
         return (
-            len(one.args) == len(other.args)
-            and all(self._argument(a, b, spans) for a, b in args)
-            and all(self._argument(one.kwargs[k], other.kwargs[k], False) for k in one.kwargs)
+            self._is_natural(one, sampled)
+            and len(one.args) == len(other.args)
+            and all(self._argument(a, b, sized) for a, b in args)
+            and all(self._argument(one.kwargs[k], other.kwargs[k], sized) for k in one.kwargs)
         )
 
+    def _is_natural(self, node: fx.Node, sampled: bool) -> bool:
+        """Whether an operation does the same to every sample, and to nothing but one sample."""
+        taken = [n for n in node.all_input_nodes if self._sampled[n]]
+        if not taken:
+            return not sampled or node.target in _UNIFORM or node.target is aten.expand.default
+        if not sampled:
+            return False
+        if isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
+            # With as many axes: or samples would be along another one of the result.
+            dims = [n.meta["val"].ndim for n in taken]
+            return all(d == node.meta["val"].ndim for d in dims)
+        if node.target is operator.getitem:
+            return True
+        return node.target in _NATURAL and self._keeps_samples(node, taken)
+
+    def _keeps_samples(self, node: fx.Node, taken: list[fx.Node]) -> bool:
+        """Whether the axis of samples is not what is operated on."""
+        target: Any = node.target
+        schema = target._schema.arguments
+        given: dict[str, Any] = {a.name: a.default_value for a in schema if a.has_default_value()}
+        given |= dict(zip([a.name for a in schema], node.args, strict=False)) | node.kwargs
+        first = taken[0].meta["val"]
+        ndim = (first[0] if isinstance(first, (list, tuple)) else first).ndim
+        if node.target in (aten.unsqueeze.default, aten.stack.default):
+            ndim += 1  # of the result
+        if node.target in (aten.slice_backward.default, aten.select_backward.default):
+            ndim = node.meta["val"].ndim
+        for name in (
+            "dim",
+            "dims",
+            "dim0",
+            "dim1",
+            "dim2",
+            "dimension",
+            "axis",
+            "source",
+            "destination",
+        ):
+            value = given.get(name)
+            if node.target is aten.permute.default:
+                if value is not None and value[0] not in (0, -ndim):
+                    return False
+                continue
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(v, int) and v in (0, -ndim) for v in values):
+                return False
+        if node.target in (aten.index.Tensor, aten.index_put.default):
+            return bool(given["indices"][0] is None)
+        if node.target in (aten.tril.default, aten.triu.default):
+            return bool(ndim > 2)
+        if node.target in (aten.mm.default, aten.addmm.default):
+            left, right = (self._sampled[n] for n in node.args[-2:])  # type: ignore[index]
+            return left and not right
+        if node.target in (aten.bmm.default, aten.baddbmm.default):
+            return all(self._sampled[n] for n in node.args[-2:])  # type: ignore[index]
+        return node.target is not aten.t.default
+
     def _argument(self, one: Any, other: Any, sizes: bool) -> bool:
-        """Whether arguments are the same; in lists of numbers, and of some operations, as sizes."""
+        """Whether arguments are the same; in lists of sizes the first may be that of the batch."""
         if isinstance(one, fx.Node):
             return self._same.get(one) is other
         if isinstance(one, (list, tuple)):
-            return (
-                isinstance(other, (list, tuple))
-                and len(one) == len(other)
-                and all(self._argument(a, b, True) for a, b in zip(one, other, strict=True))
+            if not isinstance(other, (list, tuple)) or len(one) != len(other):
+                return False
+            pairs = zip(one, other, strict=True)
+            return all(
+                self._argument(a, b, False) or (sizes and not k and self._scaled(a, b))
+                for k, (a, b) in enumerate(pairs)
             )
-        if type(one) is not type(other):
+        return type(one) is type(other) and bool(one == other)
+
+    def _scaled(self, one: Any, other: Any) -> bool:
+        if type(one) is not int or type(other) is not int or one % self.few:
             return False
-        if isinstance(one, int) and not isinstance(one, bool) and sizes:
-            return self._size(one, other)
-        return bool(one == other)
+        return one != other and one * self.many == other * self.few
 
-    def _size(self, one: int, other: int) -> bool:
-        return one == other or (one * self.many == other * self.few and one % self.few == 0)
-
-    def _value(self, one: Any, other: Any) -> bool:
-        """Whether results are alike."""
+    def _samples(self, one: Any, other: Any) -> bool | None:
+        """Whether a value has samples, along its first axis; None if it is not alike."""
         if isinstance(one, (list, tuple)):
-            return len(one) == len(other) and all(map(self._value, one, other))
-        if not isinstance(one, Tensor):
-            return one is None and other is None
-        return (
-            one.dtype == other.dtype
-            and one.ndim == other.ndim
-            and all(map(self._size, one.shape, other.shape))
-        )
+            if not isinstance(other, (list, tuple)) or len(one) != len(other):
+                return None
+            parts = {self._samples(a, b) for a, b in zip(one, other, strict=True) if a is not None}
+            return parts.pop() if len(parts) == 1 else None
+        if not (isinstance(one, Tensor) and isinstance(other, Tensor)) or one.dtype != other.dtype:
+            return None
+        if one.shape == other.shape:
+            return False
+        alike = one.ndim == other.ndim and one.shape[1:] == other.shape[1:]
+        return True if alike and self._scaled(one.shape[0], other.shape[0]) else None
 
     def _constant(self, one: Any, other: Any) -> bool:
         """Whether what is read is the same: the same tensor, or equal numbers that do not vary."""
@@ -136,8 +251,6 @@ class _Comparison:
             return False
         if one.shape == other.shape:
             return _equal(one, other)
-        if not one.ndim or one.shape[0] != self.few or other.shape != (self.many, *one.shape[1:]):
-            return False
         first = one[:1]  # the same for every sample
         return _equal(one, first.expand_as(one)) and _equal(other, first.expand_as(other))
 

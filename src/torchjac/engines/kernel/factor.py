@@ -267,6 +267,11 @@ def _cholesky_ex(
             for k in range(j):
                 value = s.less(value, rows[i][k], rows[j][k])
             rows[i][j] = s("sqrt", value) if i == j else s("div", value, rows[j][j])
+    # Where there is no factor its last element is not a number; then no element is one.
+    nothing = s("sub", rows[-1][-1], rows[-1][-1])
+    for i in range(size):
+        for j in range(i + 1):
+            rows[i][j] = s("add", rows[i][j], nothing)
     return _matrix(_transposed(rows) if upper else rows), _fine(s, matrix)
 
 

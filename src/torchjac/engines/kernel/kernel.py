@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -232,7 +231,12 @@ class Kernel:
         )
         if self._divided is None:
             return tuple(made), bool(self._run(*arrays))
-        return tuple(made), self._divided(functools.partial(self._run, *arrays))
+        run, kept = self._run, (given, made, scratch)  # alive as long as a thread may run
+
+        def part(first: int, last: int, _kept: Any = kept) -> int:
+            return int(run(*arrays, first, last))
+
+        return tuple(made), self._divided(part)
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:

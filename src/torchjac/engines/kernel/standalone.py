@@ -148,7 +148,13 @@ def _header(
         "",
         "/*",
         " * All arrays are dense, row-major, and must not overlap.",
-        *([" *   samples: how many samples there are"] if "long samples" in signature else []),
+        *(
+            [
+                " *   samples: how many there are (a function that does something else for as many: not here)"
+            ]
+            if "long samples" in signature
+            else []
+        ),
         *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (in)" for a in inputs],
         *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (out)" for a in outputs],
         f" *   work: {name.upper()}_WORK bytes, or NULL where that is 0; one for each thread",

@@ -46,7 +46,10 @@ class Divided:
         if parts < 2:
             return bool(run(0, self._count))
         cuts = [self._count * k // parts for k in range(parts + 1)]
-        others = [_pool().submit(run, a, b) for a, b in pairwise(cuts[1:])]
+        try:
+            others = [_pool().submit(run, a, b) for a, b in pairwise(cuts[1:])]
+        except RuntimeError:  # the interpreter ends: no more threads; what was begun may run twice
+            return bool(run(0, self._count))
         fine = run(0, cuts[1])
         return all([bool(fine), *[bool(other.result()) for other in others]])
 
