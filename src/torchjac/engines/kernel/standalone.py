@@ -148,13 +148,7 @@ def _header(
         "",
         "/*",
         " * All arrays are dense, row-major, and must not overlap.",
-        *(
-            [
-                " *   samples: how many there are (a function that does something else for as many: not here)"
-            ]
-            if "long samples" in signature
-            else []
-        ),
+        *_OF_SAMPLES[: 2 * ("long samples" in signature)],
         *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (in)" for a in inputs],
         *[f" *   {a.name}: {a.about}, shape {_shape(a)}, {CTYPES[a.dtype]} (out)" for a in outputs],
         f" *   work: {name.upper()}_WORK bytes, or NULL where that is 0; one for each thread",
@@ -227,6 +221,10 @@ def _for_tensors(name: str, inputs: Sequence[Array], outputs: Sequence[Array]) -
     return "\n".join(lines)
 
 
+_OF_SAMPLES = [
+    " *   samples: how many there are, each of which is computed as here (what a function does only",
+    " *     from some number of samples on is not in it)",
+]
 _KINDS = {"float64": "at::kDouble", "float32": "at::kFloat"}
 
 
