@@ -222,8 +222,8 @@ def _for_tensors(name: str, inputs: Sequence[Array], outputs: Sequence[Array]) -
 
 
 _OF_SAMPLES = [
-    " *   samples: how many there are, each computed as here (what the function does only from some",
-    " *     number of samples on is not in it)",
+    " *   samples: how many there are, each computed as here (what the function does only from",
+    " *     some number of samples on is not in it)",
 ]
 _KINDS = {"float64": "at::kDouble", "float32": "at::kFloat"}
 
