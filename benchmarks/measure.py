@@ -37,8 +37,9 @@ WARM_CALLS = 30
 WARM_SECONDS = 0.2
 """Calls before the first sample, or time that they take (at most 1000 calls): compilers, caches and
 torchjac's choice of a plan settle."""
-SETTLE_SECONDS = 2.5
-"""The same for torchjac, whose compiler runs after the first calls, not in the first one."""
+SETTLE_SECONDS = 12.0
+"""Calls of torchjac go on so long, or until there is a kernel: it makes one when calls have taken
+as long as that takes."""
 SAMPLE_SECONDS = 0.004
 """A sample repeats the call until it takes about this long."""
 
@@ -204,9 +205,12 @@ def _warm(
         reply = worker.ask(order, limit + 4 * least)
         if "failure" in reply:
             return None
-        once = worker.ask({"do": "time", "method": method.key, "number": 1}, limit)["seconds"]
+        number = 1
+        for _ in range(3):  # the first call after others is slow: one alone says little
+            reply = worker.ask({"do": "time", "method": method.key, "number": number}, limit)
+            once = reply["seconds"]
+            number = max(number, min(1000, math.ceil(SAMPLE_SECONDS / max(once, 1e-7))))
     except (WorkerDied, WorkerTimeout, KeyError):
         return None
-    number = max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(once, 1e-7))))
     turns = int(settings.method_seconds / (number * max(once, 1e-7)))
     return number, min(settings.rounds, max(LEAST_ROUNDS, turns))

@@ -30,6 +30,9 @@ class Backend(Protocol):
     def prepare(self, method: str) -> Callable[[], Any]:
         """The call to be timed."""
 
+    def settled(self) -> bool:
+        """Whether more calls would not change how the last one was answered."""
+
     def matrix(self, result: Any) -> Any:
         """A result as one dense NumPy array."""
 
@@ -68,12 +71,7 @@ def serve(channel: Channel, backend: Backend) -> None:
                 reply = _probe(channel, backend, order)
             elif order["do"] == "warm":
                 call = calls[order["method"]] = backend.prepare(order["method"])
-                started, done = time.perf_counter(), 0
-                while done < order["calls"] or time.perf_counter() - started < order.get(
-                    "seconds", 0.0
-                ):
-                    call()
-                    done += 1
+                _warm(call, order["calls"], order.get("seconds", 0.0), backend.settled)
                 gc.collect()
                 gc.freeze()
                 reply = {}
@@ -84,10 +82,10 @@ def serve(channel: Channel, backend: Backend) -> None:
         channel.send(reply)
 
 
-def _warm(call: Callable[[], Any], calls: int, seconds: float) -> None:
-    """Calls at least so often, and at least so long."""
+def _warm(call: Callable[[], Any], calls: int, seconds: float, settled: Callable[[], bool]) -> None:
+    """Calls at least so often, and so long; or until it is settled, if that comes before."""
     started, done = time.perf_counter(), 0
-    while done < calls or time.perf_counter() - started < seconds:
+    while done < calls or (time.perf_counter() - started < seconds and not settled()):
         call()
         done += 1
 

@@ -163,6 +163,45 @@ def closure_namedtuple() -> Case:
     return lambda x: x.sin() * c.v[0], lambda: c.v.append(1.0) or c.v.reverse()
 
 
+def closure_key_of_another_type() -> Case:
+    class Text(str):
+        pass
+
+    held = {"a": 2.0}
+
+    def change() -> None:
+        held.clear()
+        held[Text("a")] = 2.0
+
+    return lambda x: x.sin() * (2 if type(next(iter(held))) is str else 7), change
+
+
+class Disguised:
+    """Says of itself that it is a number, as proxies do."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return int
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __rmul__(self, other: Any) -> Any:
+        return 7 * other
+
+
+def closure_disguised() -> Case:
+    held: list[Any] = [3]
+
+    def change() -> None:
+        held[0] = Disguised()
+
+    return lambda x: x.sin() * held[0], change
+
+
 def closure_enum() -> Case:
     c = Color.RED
 
@@ -318,6 +357,8 @@ MATTERS = [
     closure_deque,
     closure_defaultdict,
     closure_namedtuple,
+    closure_key_of_another_type,
+    closure_disguised,
     closure_enum,
     closure_function,
     code_replaced,

@@ -12,7 +12,7 @@ from torchjac.capture import Call
 from torchjac.capture.cache import CaptureCache
 from torchjac.capture.derivative import Derivative, trace_function
 from torchjac.capture.guards import Fingerprint, Unguardable, fingerprint
-from torchjac.capture.watch import Policy
+from torchjac.capture.watch import Mismatch, Policy
 
 D = torch.float64
 X = torch.tensor([0.3, -0.7, 1.1], dtype=D)
@@ -22,10 +22,33 @@ def call(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
     return Call(f, 0, False, args or (X,), kwargs)
 
 
-def guarded(c: Call, policy: Policy | None = None) -> Fingerprint:
-    found = fingerprint(c, policy) if policy is not None else fingerprint(c)
+class Guard:
+    """A fingerprint and its glance: whatever is asked, the glance passes no more."""
+
+    def __init__(self, found: Fingerprint, c: Call):
+        self._found, self._call = found, c
+        self.size = found.size
+        self.glance = found.glance(c)
+
+    def mismatch(self, c: Call) -> Mismatch | None:
+        found, mine = self._found.mismatch(c), self._call
+        alike = (c.function, c.argnums, c.has_aux) == (mine.function, mine.argnums, mine.has_aux)
+        if self.glance is not None and alike and not c.kwargs:
+            assert found is None or not self.glance(c.args), f"passed, but {found.reason}"
+        return found
+
+    def has_grown(self) -> bool:
+        return self._found.has_grown()
+
+
+def bare(c: Call, policy: Policy = Policy()) -> Fingerprint:  # noqa: B008
+    found = fingerprint(c, policy)
     assert isinstance(found, Fingerprint), found
     return found
+
+
+def guarded(c: Call, policy: Policy = Policy()) -> Guard:  # noqa: B008
+    return Guard(bare(c, policy), c)
 
 
 def reason(f: Callable[..., Any], *args: Any) -> str:

@@ -37,7 +37,7 @@ ABOVE: dict[str, set[str]] = {
     "sampling": {"accumulated", "compilation", "orders"},
     "elimination": {"accumulated", "compilation", "orders", "report", "sampling", "saved"},
     "accumulation": {"accumulated", "elimination", "report", "saved"},
-    "shortcut": {"accumulated", "explain"},
+    "shortcut": {"accumulated", "accumulation", "explain"},
     "export": {"accumulated", "compilation"},
     "function": {
         "accumulated",

@@ -204,6 +204,9 @@ class TestServing:
                 self.replies.append(reply)
 
         class Broken:
+            def settled(self):
+                return True
+
             def prepare(self, method):
                 raise {"huge": MemoryError(), "bad": RuntimeError("boom\nmore")}[method]
 

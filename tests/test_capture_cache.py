@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import changes
 import changes_objects as objects
 import torchjac
-from guarding import X, call, guarded
+from guarding import X, bare, call, guarded
 from torchjac.capture.cache import CaptureCache
 from torchjac.capture.guards import Fingerprint
 
@@ -58,7 +58,7 @@ class TestMemory:
                     return x * 2
 
             f = Model().f
-            return guarded(call(f)), weakref.ref(Model), weakref.ref(f.__self__)
+            return bare(call(f)), weakref.ref(Model), weakref.ref(f.__self__)
 
         guard, cls, instance = build()
         gc.collect()
@@ -68,7 +68,7 @@ class TestMemory:
 
     def test_arguments_are_not_kept_alive(self) -> None:
         x, i = torch.rand(3), torch.tensor([1])
-        guard = guarded(call(lambda x, i: x[i], x, i))
+        guard = bare(call(lambda x, i: x[i], x, i))
         refs = weakref.ref(x), weakref.ref(i)
         del x, i
         gc.collect()

@@ -103,7 +103,8 @@ def test_cpp(tmp_path: Path) -> None:
         pytest.skip("cmake is not installed")
     printed = run_example("cpp/run.py", str(tmp_path / "made"), cwd=tmp_path)
     assert "us a call" in printed
-    assert printed.rstrip().endswith("right")
+    assert "package" in printed
+    assert printed.split().count("right") == 2
 
 
 def test_inverse_kinematics(tmp_path: Path) -> None:

@@ -46,6 +46,14 @@ class TestWhatMatters:
         assert len(found.reason) > 10
         assert "cannot be compared" not in found.reason
 
+    def test_a_glance_sees_that_nothing_changed(self, case: Callable[[], Case]) -> None:
+        f, change = fresh(case)
+        glance = guarded(call(f)).glance
+        assert glance is not None
+        assert all(glance((X.clone(),)) for _ in range(3))
+        change()
+        assert not glance((X,))
+
     def test_the_answer_is_that_of_the_function_as_it_is(self, case: Callable[[], Case]) -> None:
         f, change = fresh(case)
         jacobian = Cached(f)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,22 @@ class TestThreads:
         for _ in range(6):
             with pytest.raises(ValueError, match="no"):
                 divided(fails)
+
+    def test_back_to_one_where_that_is_faster(self) -> None:
+        """As beside another program that keeps the other cores busy."""
+        seen: list[tuple[int, int]] = []
+
+        def turns(first: int, last: int) -> bool:
+            seen.append((first, last))
+            if last - first < 100:
+                time.sleep(0.02)
+            return True
+
+        divided = threads.Divided(100)
+        for _ in range(20):
+            assert divided(turns)
+        assert any(last - first < 100 for first, last in seen)
+        assert seen[-5:] == [(0, 100)] * 5
 
     def test_results(self) -> None:
         f, x = ONE["matrices"], value(500, 4)

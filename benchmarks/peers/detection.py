@@ -67,6 +67,10 @@ class DetectionBackend:
         args = [jax.numpy.asarray(a) for a in problem.args]
         return lambda: asdex.jacobian_sparsity(f, *args, argnums=problem.argnums)
 
+    def settled(self) -> bool:
+        """Nothing changes from call to call."""
+        return True
+
     def matrix(self, result: Any) -> np.ndarray[Any, Any]:
         """Row and column of every entry."""
         return np.stack([np.asarray(result.rows), np.asarray(result.cols)]).astype(np.int64)

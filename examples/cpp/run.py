@@ -1,4 +1,5 @@
-"""Exports a 7-joint arm as C, builds the programs beside this file, runs them, and compares.
+"""Exports a 7-joint arm as C, and a small function as C and as a package; builds the programs
+beside this file, runs them, and compares.
 
 Run: python examples/cpp/run.py [folder]   (needs cmake and a C++ compiler)
 """
@@ -49,10 +50,17 @@ def arm(q: Tensor) -> Tensor:
     return torch.cat([position, rotation.flatten()])
 
 
+def question(q: Tensor) -> Tensor:
+    """What torchjac began with."""
+    return torch.cat([2 * q, 4 * q * q], -1)
+
+
 def build(folder: Path) -> None:
     """Exports, configures and compiles."""
     q = torch.zeros(len(AXES), dtype=torch.float64)
     files = torchjac.jacobian(arm).export(folder / "arm", q)
+    J, two = torchjac.jacobian(question), torch.zeros(2, dtype=torch.float64)
+    files += J.export(folder / "question", two) + J.export(folder / "question.pt2", two)
     print("exported", *[file.name for file in files])
     made = folder / "build"
     settings = [
@@ -80,6 +88,7 @@ def main(folder: Path) -> None:
     print(f"largest difference from Python: {float(apart):.1e}")
     assert apart < 1e-14, "C and Python disagree"
     subprocess.run([folder / "build" / "tensors"], check=True)
+    subprocess.run([folder / "build" / "packaged", folder / "question.pt2"], check=True)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,10 @@
 #include <torch/torch.h>
 #include <torchjac/jacobian.h>
 
-#include <chrono>
 #include <cstdio>
 
 #include "arm.hpp"
-
-template <typename F>
-static double microseconds(F f, int turns) {
-  f();
-  const auto begin = std::chrono::steady_clock::now();
-  for (int k = 0; k < turns; k++) f();
-  return 1e6 * std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / turns;
-}
+#include "timing.h"
 
 // The row loop as it stands everywhere: what the header is compared with.
 static at::Tensor row_loop(const at::Tensor &output, const at::Tensor &input) {

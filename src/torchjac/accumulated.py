@@ -128,7 +128,7 @@ class Accumulated:
         """Blocks, or the values of the pattern, at the arguments of a call; None if not finite."""
         keeps = self.emitted.differentiable
         with torch.set_grad_enabled(keeps), modes.ordinary_tensors():
-            return self.emitted(_with_graph(call) if keeps else arguments(call))
+            return self.emitted(to_differentiate(call) if keeps else arguments(call))
 
     def ran(self, seconds: float, call: Call) -> None:
         """Notes how long a run took; makes a kernel where that is due.
@@ -191,8 +191,8 @@ class Accumulated:
         return self.finish(parts)
 
 
-def _with_graph(call: Call) -> list[Tensor]:
-    """The tensors of a call; the result can be differentiated even where none requires that."""
+def to_differentiate(call: Call) -> list[Tensor]:
+    """The tensors of a call, so that what they give can be differentiated in any case."""
     given = variables(call)
     count = len(flatten(call.differentiated())[0])
     return [

@@ -35,12 +35,15 @@ _KERNEL, _KERNEL_NODE = 0.3, 4e-3
 _PATIENCE = 3
 
 
+# Calls that miss a shortcut for each that makes another one, at most: that takes as long as some
+# hundred of them, and a shortcut that is never taken is to be replaced.
+_SELDOM = 256
+
 _checking: ContextVar[bool] = ContextVar("torchjac_checking", default=False)
 
 
-def is_checking() -> bool:
-    """Whether every result of a plan is compared with passes."""
-    return _checking.get()
+# Whether every result of a plan is compared with passes.
+is_checking: Callable[[], bool] = _checking.get
 
 
 @contextmanager
@@ -78,6 +81,7 @@ class Accumulation:
         self.refused: str | None = None
         self.report: str | None = None
         self.shortcut: Callable[[tuple[Any, ...]], Any] | None = None
+        self._missed, self._until = 0, 1
 
     def find(self, call: Call) -> Accumulated | None:
         """The plan for a call, if there is one."""
@@ -92,6 +96,16 @@ class Accumulation:
     def latest(self) -> tuple[Fingerprint, Any] | None:
         """The plan that was used last, and the fingerprint of its calls."""
         return self._plans.latest()
+
+    def missed(self, make: Callable[[], Callable[[tuple[Any, ...]], Any] | None]) -> None:
+        """Notes a call that a shortcut could have answered; now and then makes one for its like.
+
+        It is done ever more seldom.
+        """
+        self._missed += 1
+        if self._missed == self._until:
+            self._missed, self._until = 0, min(2 * self._until, _SELDOM)
+            self.shortcut = make()
 
     def spent(self, seconds: float) -> None:
         """Notes how long a call took that was answered by passes."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchjac._torch import modes
 from torchjac._torch.pytree import flatten
-from torchjac.accumulated import Accumulated, Tried
+from torchjac.accumulated import Accumulated, Tried, to_differentiate
 from torchjac.capture import Call, Program
 from torchjac.capture.derivative import Derivative, arguments, trace_function, variables
 from torchjac.compilation import faster, with_kernel
@@ -245,7 +245,7 @@ def _twice(emitted: Emitted, call: Call, reference: Reference) -> tuple[Tensor, 
         found = emitted([*leaves, *given[count:]])
         assert found is not None, "it was finite before"
         reference.check_graph(found, leaves, beside)
-        found = emitted(given)
+        found = emitted(to_differentiate(call))
     assert found is not None, "it was finite before"
     return found
 

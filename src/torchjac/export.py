@@ -19,8 +19,8 @@ from torchjac.capture import Call
 from torchjac.capture.derivative import variables
 from torchjac.capture.samples import alike, fewer
 from torchjac.capture.value import trace_value
-from torchjac.compilation import agree, by_products, jacobian_of
-from torchjac.engines.accumulate import recording_of
+from torchjac.compilation import agree, first_written, jacobian_of
+from torchjac.engines.accumulate import Emitted, recording_of
 from torchjac.engines.kernel import Kernel, Written, written, written_for_samples
 from torchjac.engines.kernel.standalone import Array, Standalone, identifier, standalone
 from torchjac.errors import PlanError, PlanRefused, TorchjacError
@@ -93,20 +93,15 @@ def _program(call: Call, plan: Accumulated, name: str) -> tuple[Written, list[Te
         module = trace_value(call, KEEP)
         values = list(module(*inputs))
     value = _value(call, plan, module)
-    refusals = []
-    for way in by_products(plan.programs):
+
+    def write(way: Emitted) -> Written:
         parts = [jacobian_of(way), (value, len(values))]
-        try:
-            if way.samples is not None:
-                program = written_for_samples(parts, *way.samples, f"{name}_body", frozen=True)
-            else:
-                program = written(parts, plan.shape[2], f"{name}_body", frozen=True)
-        except PlanRefused as refusal:
-            refusals.append(str(refusal))
-        else:
-            break
-    else:
-        raise PlanRefused("; ".join(dict.fromkeys(refusals)))
+        if way.samples is not None:
+            few, many = way.samples
+            return written_for_samples(parts, few, many, f"{name}_body", frozen=True)
+        return written(parts, plan.shape[2], f"{name}_body", frozen=True)
+
+    _, program = first_written(plan.programs, write)
     _check(program, plan, inputs, values)
     return program, values
 

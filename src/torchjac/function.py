@@ -30,7 +30,7 @@ from torchjac.layout import Arranged, Layout, check_layout, converted, torch_lay
 from torchjac.plan import is_forced
 from torchjac.plan.memory import check_budget
 from torchjac.remembered import Remembered
-from torchjac.shortcut import Shortcut
+from torchjac.shortcut import is_for_a_kernel, shortcut
 from torchjac.solve import Request, solve
 from torchjac.sparsity import with_pattern
 from torchjac.structure.detect import pattern_of_function
@@ -100,11 +100,10 @@ class Jacobian:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The Jacobian at these arguments; `(J, aux)` with `has_aux=True`."""
         shortcut = self._accumulation.shortcut
-        if shortcut is not None and not kwargs and not is_checking():
+        if shortcut is not None and not kwargs:
             found = shortcut(args)
             if found is not None:
                 return found
-            self._accumulation.shortcut = None
         value, jacobian = self._evaluate(
             args, kwargs, replayable=not self._has_aux, beside=self._has_aux
         )
@@ -267,10 +266,10 @@ class Jacobian:
         if plan is not None and plan.wins() and not is_checking():
             value = accumulate(plan, call, self._entry, layout)
             if value is not None:
-                if layout is self._layout and not create_graph:
+                if layout is self._layout and not create_graph and is_for_a_kernel(plan):
                     latest = self._accumulation.latest()
-                    found = Shortcut.of(call, latest, plan, self._entry, layout)
-                    self._accumulation.shortcut = found
+                    make = functools.partial(shortcut, call, latest, plan, self._entry, layout)
+                    self._accumulation.missed(make)
                 return self._returned(call, beside, create_graph), converted(value, self._layout)
         # A module in training mode keeps statistics and counters: it must run once a call.
         stateful = isinstance(self._function, torch.nn.Module) and self._function.training

@@ -19,7 +19,7 @@ from torchjac.accumulated import Tried
 from torchjac.capture import Call
 from torchjac.capture.derivative import Derivative, trace_function
 from torchjac.capture.samples import alike, fewer
-from torchjac.compilation import PATIENCE, by_products, jacobian_of
+from torchjac.compilation import PATIENCE, first_written, jacobian_of
 from torchjac.engines.accumulate import Emitted, Mode, Target
 from torchjac.engines.kernel import Kernel, Written, written_for_samples
 from torchjac.errors import PlanRefused
@@ -77,16 +77,9 @@ def sampled(
     programs = list(ways(less, own, pushes, Target(None, True), orders, limits))
     tried = [Tried(mode, refused=way) for mode, way in programs if isinstance(way, str)]
     made = [replace(way, samples=(few, batch)) for _, way in programs if not isinstance(way, str)]
-    for emitted in by_products(made):
-        _refuse_matrices(emitted, few)
-        try:
-            text = _written(emitted)
-        except PlanRefused as refusal:
-            tried.append(Tried(emitted.mode, refused=str(refusal), form=f"{emitted.mode}, kernel"))
-        else:
-            break
-    else:
+    if not made:
         raise PlanRefused("; ".join(dict.fromkeys([str(t.refused) for t in tried])))
+    emitted, text = first_written(made, _written)
     least = text.source.work * batch * _PRODUCT
     operations = machine().seconds(emitted.work)
     if least > min(predicted, operations):
@@ -131,4 +124,5 @@ def compiled_again(emitted: Emitted) -> Emitted:
 
 def _written(emitted: Emitted) -> Written:
     assert emitted.samples is not None, "it is for a few samples"
+    _refuse_matrices(emitted, emitted.samples[0])
     return written_for_samples([jacobian_of(emitted)], *emitted.samples)

@@ -1,4 +1,4 @@
-"""What a call comes to once a kernel gives its result: checks that nothing changed, and the kernel.
+"""What a call comes to once a kernel gives its result: a glance that nothing changed, and it.
 
 The same guards decide as on the way around it (`capture.guards`); what is left out is what leads to
 them. Wherever anything is not as it mostly is, the call goes the long way.
@@ -6,99 +6,83 @@ them. Wherever anything is not as it mostly is, the call goes the long way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchjac._torch.vmap import inside_transform
-from torchjac.accumulated import Accumulated, note
-from torchjac.capture import Call, differentiating
+from torchjac._torch.vmap import transform
+from torchjac.accumulated import Accumulated, record
+from torchjac.accumulation import is_checking
+from torchjac.capture import Call
 from torchjac.capture.guards import Fingerprint
+from torchjac.capture.nesting import depth
 from torchjac.engines.kernel import Kernel
-from torchjac.plan import is_forced
+from torchjac.explain import remember
+from torchjac.plan import forced
+
+Shortcut = Callable[[tuple[Any, ...]], Any]
 
 
-class Shortcut:
-    """A plan whose kernel is called directly.
+def is_for_a_kernel(plan: Accumulated) -> bool:
+    """Whether a plan stays as it is, and a kernel of ours gives its result."""
+    return isinstance(plan.emitted.kernel, Kernel) and plan.settled()
+
+
+def shortcut(
+    call: Call,
+    latest: tuple[Fingerprint, Any] | None,
+    plan: Accumulated,
+    entry: str,
+    layout: torch.layout,
+) -> Shortcut | None:
+    """A function that gives the Jacobian at arguments like those of a call; None if there is none.
+
+    It gives None where that is for others to say.
 
     Args:
-        call: A call that the plan is for; its arguments are tensors.
-        fingerprint: What such calls read.
-        plan: The plan.
+        call: A call that the plan is for.
+        latest: The plan that was used last, and what its calls read.
+        plan: The plan; it is for a kernel.
         entry: What the user calls it.
         layout: Of the result.
     """
+    if latest is None or latest[1] is not plan or call.kwargs or call.has_aux:
+        return None
+    kernel = plan.emitted.kernel
+    assert isinstance(kernel, Kernel)
+    plain = all(
+        type(x) is Tensor and x.is_floating_point() and x.is_contiguous() and not x.is_neg()
+        for x in call.args
+    )
+    glance = latest[0].glance(call, (transform, depth, forced, is_checking)) if plain else None
+    if glance is None:
+        return None
+    unchanged, finish, compiling = glance, plan.finish, torch.compiler.is_compiling
+    evaluate, order = kernel.launcher(), _order(call)
 
-    def __init__(
-        self,
-        call: Call,
-        fingerprint: Fingerprint,
-        plan: Accumulated,
-        entry: str,
-        layout: torch.layout,
-    ):
-        """Takes what stays the same out of every call."""
-        kernel = plan.emitted.kernel
-        assert isinstance(kernel, Kernel)
-        self._given = (call.function, call.argnums, call.has_aux)
-        self._mismatch = fingerprint.mismatch
-        self._order = _order(call)
-        self._on, self._finish = kernel.on, plan.finish
-        self._note: Callable[[float], None] = lambda s: note(plan, entry, layout, s)
-
-    @staticmethod
-    def of(
-        call: Call,
-        latest: tuple[Fingerprint, Any] | None,
-        plan: Accumulated,
-        entry: str,
-        layout: torch.layout,
-    ) -> Shortcut | None:
-        """The shortcut for calls like this one, if there is one."""
-        if latest is None or latest[1] is not plan or call.kwargs or call.has_aux:
-            return None
-        plain = all(
-            type(x) is Tensor and x.is_floating_point() and x.is_contiguous() for x in call.args
-        )
-        if not plain or not isinstance(plan.emitted.kernel, Kernel) or not plan.settled():
-            return None
-        return Shortcut(call, latest[0], plan, entry, layout)
-
-    def __call__(self, args: tuple[Any, ...]) -> Any:
-        """The Jacobian at these arguments; None where that is for others to say."""
+    def jacobian(args: tuple[Any, ...]) -> Any:
         started = perf_counter()
-        if inside_transform() or differentiating() or is_forced() or torch.compiler.is_compiling():
+        if compiling() or not unchanged(args):
             return None
-        call: Any = _Call()
-        call.function, call.argnums, call.has_aux = self._given
-        call.args, call.kwargs = args, _NOTHING
-        if self._mismatch(call) is not None:
-            return None
-        inputs: Sequence[Tensor] = [args[k] for k in self._order]
-        for x in inputs:  # their strides are those of a tensor that is contiguous
-            if x.is_neg():
-                return None
-        parts, fine = self._on(inputs)
+        parts, fine = evaluate([args[k] for k in order] if order else args)
         if not fine:
             return None
-        value = self._finish(parts)
-        self._note(perf_counter() - started)
+        value, took = finish(parts), perf_counter() - started
+        remember(partial(record, plan, entry, layout, took))
         return value
 
-
-class _Call:
-    """What guards read of a call: a frozen one takes a microsecond to make."""
-
-    __slots__ = ("argnums", "args", "function", "has_aux", "kwargs")
-
-
-_NOTHING: dict[str, Any] = {}
+    return jacobian
 
 
 def _order(call: Call) -> list[int]:
-    """Which argument each input of the kernel is: the differentiated ones, then the others."""
+    """Which argument each input of the kernel is: the differentiated ones, then the others.
+
+    Empty where they stand in this order.
+    """
     taken = list(call.positions())
-    return taken + [k for k in range(len(call.args)) if k not in taken]
+    order = taken + [k for k in range(len(call.args)) if k not in taken]
+    return [] if order == sorted(order) else order

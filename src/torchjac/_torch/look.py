@@ -13,16 +13,16 @@ from torch import Tensor
 _guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 
-def look(tensor: Tensor) -> Callable[[Any], bool] | None:
-    """A test whether another tensor is like one that is strided; None where there is no such test.
+def look(*tensors: Tensor) -> Callable[..., bool] | None:
+    """A test whether others are like these, that are strided; None where there is no such test.
 
     What it does not pass may still be alike: under another mode it passes nothing.
     """
-    sizes, strides = [list(tensor.shape)], [list(tensor.stride())]
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     try:
-        test: Callable[[Any], bool] = _guards(
-            tensor, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+        test: Callable[..., bool] = _guards(
+            *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
         ).check
-        return test if test(tensor) else None
+        return test if test(*tensors) else None
     except Exception:  # another version of torch: whatever it says, there are other ways
         return None

@@ -85,6 +85,12 @@ def usual() -> list[Any] | None:
     return None if found[0] or found[1] else found
 
 
+def usual_one_by_one() -> list[tuple[Any, Any]] | None:
+    """What gives each of them, and what it gives now; None as above."""
+    found = usual()
+    return None if found is None else list(zip(_USUAL, found, strict=True))
+
+
 def _saved_tensor_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 

@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,4 +138,8 @@ def missing_rule(error: BaseException) -> str | None:
 
 def inside_transform() -> bool:
     """Whether the caller runs inside `torch.vmap` or a `torch.func` transform."""
-    return _functorch.peek_interpreter_stack() is not None
+    return transform() is not None
+
+
+# The transform that the caller runs inside of, if there is one.
+transform: Callable[[], Any] = _functorch.peek_interpreter_stack

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from torchjac.capture.exact import NotUnderstood, shown
+from torchjac.capture.glance import Lines, inlined
 from torchjac.capture.memory import remembered
 from torchjac.capture.modules import ModuleWatcher, identical
 from torchjac.capture.reads import (
@@ -104,7 +105,13 @@ class CodeWatcher(ModuleWatcher):
                     return mismatch
             return None
 
-        return check
+        def form(lines: Lines, place: str) -> None:
+            f, kind = lines.let(place), lines.hold(types.FunctionType)
+            lines.need(f"type({f}) is {kind}", f"{f}.__code__ is {lines.hold(code)}")
+            for inner in checks:
+                lines.need_check(inner, f)
+
+        return inlined(check, form)
 
     def _space(self, function: types.FunctionType, path: str) -> Check:
         """Attributes of a function."""
@@ -131,7 +138,13 @@ class CodeWatcher(ModuleWatcher):
                     return mismatch
             return None
 
-        return check
+        def form(lines: Lines, f: str) -> None:
+            held = lines.let(f"{f}.__closure__") if inner else ""
+            for k, test in enumerate(inner):
+                assert test is not None
+                lines.need_check(test, f"{held}[{k}].cell_contents")
+
+        return check if None in inner else inlined(check, form)
 
     def _cell(self, name: str, held: Any, of: str) -> Check | None:
         if held is _UNSET:
@@ -169,7 +182,15 @@ class CodeWatcher(ModuleWatcher):
                     return mismatch
             return None
 
-        return check
+        def form(lines: Lines, f: str) -> None:
+            given: list[tuple[int | str, Check]] = list(enumerate(checks))
+            for kind, kept in (("__defaults__", given), ("__kwdefaults__", [*named])):
+                found = lines.let(f"{f}.{kind}")
+                lines.need(f"len({found}) == {len(kept)}" if kept else f"not {found}")
+                for key, inner in kept:
+                    lines.need_check(inner, f"{found}[{key!r}]")
+
+        return inlined(check, form)
 
     def _globals(self, function: types.FunctionType, by: str) -> Check:
         space, found = function.__globals__, reads(function.__code__)
@@ -206,7 +227,18 @@ class CodeWatcher(ModuleWatcher):
                     return mismatch
             return None
 
-        return check
+        def form(lines: Lines, f: str) -> None:
+            found = lines.let(f"{f}.__globals__")
+            for name, inner in here:
+                lines.need_check(inner, f"{found}[{name!r}]")
+            kept = lines.let(f"{lines.hold(_builtins_of)}({found})") if absent else ""
+            for name, inner in absent:
+                lines.need(f"{name!r} not in {found}")
+                lines.need_check(inner, f"{kept}.get({name!r}, {lines.hold(_UNSET)})")
+            for name, inner in imports:
+                lines.need_check(inner, f"{lines.hold(sys.modules)}.get({name!r})")
+
+        return inlined(check, form)
 
     def _builtin(self, known: dict[str, Any], name: str, by: str) -> Check:
         """A name that is not global: a builtin, or an error when it is read."""
@@ -282,7 +314,7 @@ class CodeWatcher(ModuleWatcher):
 
     def _parts(self, value: Any, path: str, names: tuple[str, ...]) -> Check:
         """A check of an object that is no more than these attributes."""
-        same = self.same_class(value, path)
+        same, cls = self.same_class(value, path), type(value)
         kept = {"__func__": path, "__wrapped__": path, "func": path, "__self__": f"{path}.__self__"}
         parts = [(n, self.value(getattr(value, n), kept.get(n, f"{path}.{n}"))) for n in names]
 
@@ -296,7 +328,13 @@ class CodeWatcher(ModuleWatcher):
                     return mismatch
             return None
 
-        return check
+        def form(lines: Lines, place: str) -> None:
+            x = lines.let(place)
+            lines.need(f"type({x}) is {lines.hold(cls)}")
+            for name, inner in parts:
+                lines.need_check(inner, f"{x}.{name}")
+
+        return inlined(check, form)
 
 
 _OF_MEMBERS = frozenset({"__objclass__", "_sort_order_"})

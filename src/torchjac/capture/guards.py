@@ -36,7 +36,7 @@ computation.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,10 +44,19 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.pytree import LEAF, TreeSpec, flatten, leaf_names
-from torchjac._torch.state import AMBIENT, PLAIN_TENSORS, ambient, foreign_mode, is_wrapped, usual
+from torchjac._torch.state import (
+    AMBIENT,
+    PLAIN_TENSORS,
+    ambient,
+    foreign_mode,
+    is_wrapped,
+    usual,
+    usual_one_by_one,
+)
 from torchjac.capture.code import ROOT
 from torchjac.capture.exact import NotUnderstood, shown
 from torchjac.capture.function import Call
+from torchjac.capture.glance import Glance, Lines, inlined
 from torchjac.capture.objects import ObjectWatcher
 from torchjac.capture.quick import alike
 from torchjac.capture.watch import Check, Mismatch, Policy, Seen
@@ -89,6 +98,25 @@ class Fingerprint:
         except Exception as error:  # an object of another kind than it was
             return Mismatch(f"what it reads cannot be compared ({type(error).__name__}: {error})")
         return None
+
+    def glance(self, call: Call, states: Sequence[Callable[[], Any]] = ()) -> Glance | None:
+        """One function that passes arguments like those of a call, of which nothing differs.
+
+        What it does not pass may still match. It is for the function of this call alone; None
+        where nothing is won.
+
+        Args:
+            call: The call.
+            states: Functions that must give what they give now as well.
+        """
+        if call.kwargs or self.mismatch(call) is not None:
+            return None
+        lines = Lines(call.args)
+        for state in states:
+            lines.need_value(f"{lines.hold(state)}()", state())
+        function = lines.hold(call.function)
+        known = [lines.need_form(check, function) for check in self._checks]
+        return lines.function() if all(known) else None
 
     def has_grown(self) -> bool:
         """Whether functions that remember their results have computed others since."""
@@ -133,12 +161,23 @@ def _checks(call: Call, watcher: ObjectWatcher) -> tuple[CallCheck, ...]:
     checks: list[CallCheck] = [
         _settings(),
         _arguments(call, watcher),
-        lambda new, seen: argnums(new.argnums, seen) or aux(new.has_aux, seen),
-        lambda new, seen: function(new.function, seen),
+        inlined(
+            lambda new, seen: argnums(new.argnums, seen) or aux(new.has_aux, seen),
+            lambda lines, _: None,  # a glance is for the same ones
+        ),
+        inlined(
+            lambda new, seen: function(new.function, seen),
+            lambda lines, place: lines.need_check(function, place),
+        ),
     ]
     if watcher.modules:
         hooks = watcher.global_hooks()
-        checks.append(lambda new, seen: hooks(None, seen))
+        checks.append(
+            inlined(
+                lambda new, seen: hooks(None, seen),
+                lambda lines, _: lines.need_check(hooks, "None"),
+            )
+        )
     return tuple(checks)
 
 
@@ -155,7 +194,14 @@ def _settings() -> CallCheck:
         name, old, new = next(c for c in changes if c[1] != c[2])
         return Mismatch(f"{name} changed from {old} to {new}")
 
-    return check
+    def form(lines: Lines, _: str) -> None:
+        found = usual_one_by_one()
+        for read, now in found or ():
+            lines.need_value(f"{lines.hold(read)}()", now)
+        if found is None:
+            lines.need("False")  # there are modes: the long way looks at them
+
+    return inlined(check, form)
 
 
 def _arguments(call: Call, watcher: ObjectWatcher) -> CallCheck:
@@ -192,7 +238,11 @@ def _arguments(call: Call, watcher: ObjectWatcher) -> CallCheck:
                 return mismatch
         return None
 
-    return check
+    def form(lines: Lines, _: str) -> None:
+        for place, inner in zip(lines.arguments, checks, strict=True):
+            lines.need_check(inner, place)
+
+    return inlined(check, form) if bare else check
 
 
 def _argument(

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 
 from torchjac._torch.state import registered_namespaces
+from torchjac.capture.containers import ContainerWatcher
 from torchjac.capture.exact import TRUSTED_OPERATORS, NotUnderstood, shown
+from torchjac.capture.glance import inlined
 from torchjac.capture.reads import READS_FILES, computed, is_trusted, is_volatile, volatile_in
-from torchjac.capture.watch import Check, Mismatch, Policy, Seen, Watcher
+from torchjac.capture.watch import Check, Mismatch, Policy, Seen
 
 _OUTSIDE = "reads what lies outside of the program, or gives another value on every call"
 _NAMED = (types.BuiltinFunctionType, types.FunctionType, type)
 
 
-class ModuleWatcher(Watcher):
+class ModuleWatcher(ContainerWatcher):
     """Builds checks of modules.
 
     Which attributes of objects and modules are read is known by their names: the names in all code
@@ -166,4 +168,4 @@ def identical(value: Any, path: str) -> Check:
     def check(new: Any, seen: Seen) -> Mismatch | None:
         return None if new is value else Mismatch(f"{path} was replaced: {shown(new)}")
 
-    return check
+    return inlined(check, lambda lines, place: lines.need(f"{place} is {lines.hold(value)}"))

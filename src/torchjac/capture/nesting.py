@@ -7,16 +7,20 @@ memory in loops).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 
 import torch
 
 _depth: ContextVar[int] = ContextVar("torchjac_depth", default=0)
 
+# How many calls of torchjac are around.
+depth: Callable[[], int] = _depth.get
+
 
 def differentiating() -> bool:
     """Whether an enclosing torchjac call differentiates what happens now."""
-    return _depth.get() > 0 and torch.is_grad_enabled()
+    return depth() > 0 and torch.is_grad_enabled()
 
 
 class nested:

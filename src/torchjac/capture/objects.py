@@ -16,6 +16,7 @@ from torch import nn
 from torchjac._torch.state import GLOBAL_HOOKS, SAVING_HOOKS, tree_functions
 from torchjac.capture.code import CodeWatcher
 from torchjac.capture.exact import NotUnderstood, shown
+from torchjac.capture.glance import Lines, inlined
 from torchjac.capture.modules import identical
 from torchjac.capture.quick import looked_at, the_same
 from torchjac.capture.reads import computed, is_trusted, is_volatile
@@ -155,7 +156,17 @@ class ObjectWatcher(CodeWatcher):
                     return mismatch
             return None
 
-        return check
+        def form(lines: Lines, place: str) -> None:
+            x, cls = lines.let(place), expected()
+            lines.need(f"{x} is {lines.hold(expected)}()")
+            bases = lines.let(f"{x}.__mro__")
+            # By number: the classes themselves would be kept alive.
+            lines.need(f"list(map(id, {bases})) == {lines.hold([id(c) for c in cls.__mro__])}")
+            mine = [k for k, c in enumerate(cls.__mro__) if not is_trusted(c.__module__)]
+            for k, inner in zip(mine, spaces, strict=True):
+                lines.need_check(inner, f"{bases}[{k}].__dict__")
+
+        return check if asked else inlined(check, form)
 
     def instance(self, value: Any, path: str) -> Check:
         """Class, attributes and slots of an object."""
@@ -181,7 +192,15 @@ class ObjectWatcher(CodeWatcher):
                     return mismatch
             return space(vars(new), seen) if space is not None else None
 
-        return check
+        def form(lines: Lines, place: str) -> None:
+            x = lines.let(place)
+            cls = lines.let(f"type({x})")
+            lines.need_check(kind, cls)
+            lines.need_check(tree, f"{lines.hold(tree_functions)}({cls})")
+            if space is not None:
+                lines.need_check(space, f"{x}.__dict__")
+
+        return check if slots else inlined(check, form)
 
     def _object(self, value: Any, path: str) -> Check:
         cls = type(value)
@@ -234,6 +253,7 @@ class ObjectWatcher(CodeWatcher):
         )
         self.alive += [vars(value)[name] for name in _MEMBERS]
         members = [self.attributes(vars(value)[name], path) for name in _MEMBERS]
+        named = list(zip(_MEMBERS, members, strict=True))
 
         def check(new: Any, seen: Seen) -> Mismatch | None:
             mismatch = kind(type(new), seen)
@@ -243,13 +263,20 @@ class ObjectWatcher(CodeWatcher):
             mismatch = space(now, seen)
             if mismatch is not None:
                 return mismatch
-            for name, inner in zip(_MEMBERS, members, strict=True):
+            for name, inner in named:
                 mismatch = inner(now[name], seen)
                 if mismatch is not None:
                     return mismatch
             return None
 
-        return check
+        def form(lines: Lines, place: str) -> None:
+            x = lines.let(place)
+            lines.need_check(kind, f"type({x})")
+            now = lines.let(f"{x}.__dict__")
+            for inner, held in [(space, now), *((m, f"{now}[{n!r}]") for n, m in named)]:
+                lines.need_check(inner, held)
+
+        return inlined(check, form)
 
 
 _CONSTANT_MODULES = frozenset({"torch._ops", "typing"})

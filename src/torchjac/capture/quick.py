@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchjac._torch.look import look
 from torchjac._torch.state import PLAIN_TENSORS
+from torchjac.capture.glance import Lines, inlined
 from torchjac.capture.watch import Check, Mismatch, Seen
 
 
@@ -56,11 +57,18 @@ def the_same(
             return None
         return inner(new, seen)
 
-    return check
+    def form(lines: Lines, given: str) -> None:
+        x, known = lines.let(given), lines.hold(expected)
+        lines.note(number, x)
+        same = f"{x} is {known}()", f"{x}.data_ptr() == {place}", f"not {x}.__dict__"
+        lines.need(*same, *([f"{x}._version == {version}"] if versioned else []))
+        lines.need_like(x, expected())
+
+    return inlined(check, form)
 
 
 def alike(like: Callable[[Any], bool], inner: Check) -> Check:
-    """A check that there is a tensor like another one.
+    """A check that an argument is a tensor like another one.
 
     Args:
         like: A test for that.
@@ -72,4 +80,8 @@ def alike(like: Callable[[Any], bool], inner: Check) -> Check:
             return None
         return inner(new, seen)
 
-    return check
+    def form(lines: Lines, given: str) -> None:
+        lines.need(f"not {given}.__dict__")
+        lines.need_like(given, lines.arguments[given])
+
+    return inlined(check, form)

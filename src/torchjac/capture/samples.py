@@ -31,7 +31,7 @@ _SIZED = _UNIFORM | {
     *(aten._reshape_alias.default, aten.slice_backward.default, aten.select_backward.default),
 }
 # Operations that do to each sample what they do to the others, wherever it stands, if their `dim`
-# is not the axis of samples. (Not among them: what looks at positions, as `triu` and `roll`.)
+# is not the axis of samples. (Not among them: what looks at places along all axes, as `roll`.)
 _NATURAL = _SIZED | {
     *(aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default),
     *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int),
@@ -42,13 +42,8 @@ _NATURAL = _SIZED | {
     *(aten.ones_like.default, aten.zeros_like.default, aten.full_like.default),
     *(aten.sum.dim_IntList, aten.mean.dim, aten.prod.dim_int, aten.amax.default, aten.amin.default),
     *(aten.max.dim, aten.min.dim, aten.linalg_vector_norm.default, aten.linalg_cross.default),
-    *(
-        aten.cumsum.default,
-        aten.cumprod.default,
-        aten.flip.default,
-        aten.index_select.default,
-        aten.gather.default,
-    ),
+    *(aten.cumsum.default, aten.cumprod.default, aten.flip.default),
+    *(aten.index_select.default, aten.gather.default),
     *(aten.scatter_add.default, aten.scatter.src, aten.index_add.default),
     *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),
     *(aten._softmax.default, aten._log_softmax.default),
@@ -62,7 +57,7 @@ _NATURAL = _SIZED | {
     operator.getitem,
 }
 # What axes are called among their arguments.
-_AXES = ["dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis", "source", "destination"]
+_AXES = ("dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis", "source", "destination")
 
 
 def fewer(call: Call, batch: int) -> tuple[Call, int] | None:
@@ -176,29 +171,17 @@ class _Comparison:
             ndim += 1  # of the result
         if node.target in (aten.slice_backward.default, aten.select_backward.default):
             ndim = node.meta["val"].ndim
-        for name in (
-            "dim",
-            "dims",
-            "dim0",
-            "dim1",
-            "dim2",
-            "dimension",
-            "axis",
-            "source",
-            "destination",
-        ):
+        if node.target is aten.permute.default:
+            return given["dims"][0] in (0, -ndim)
+        for name in _AXES:
             value = given.get(name)
-            if node.target is aten.permute.default:
-                if value is not None and value[0] not in (0, -ndim):
-                    return False
-                continue
             values = value if isinstance(value, (list, tuple)) else [value]
             if any(isinstance(v, int) and v in (0, -ndim) for v in values):
                 return False
         if node.target in (aten.index.Tensor, aten.index_put.default):
             return bool(given["indices"][0] is None)
         if node.target in (aten.tril.default, aten.triu.default):
-            return bool(ndim > 2)
+            return bool(ndim > 2)  # of each matrix in a stack
         if node.target in (aten.mm.default, aten.addmm.default):
             left, right = (self._sampled[n] for n in node.args[-2:])  # type: ignore[index]
             return left and not right

@@ -7,10 +7,7 @@ containers and objects by what is in them.
 
 from __future__ import annotations
 
-import functools
-import types
 import weakref
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 
 from torchjac._torch.state import PLAIN_TENSORS, is_wrapped
 from torchjac.capture.exact import NotUnderstood, exact, is_flat, shown
+from torchjac.capture.glance import Lines, inlined
 
 What = Literal["values", "objects", "shapes"]
 Seen = dict[int, Any]
@@ -81,9 +79,6 @@ class Watcher:
         self.kinds: list[tuple[type | tuple[type, ...], Callable[[Any, str], Check]]] = [
             (Tensor, self._tensor),
             (np.ndarray, self._array),
-            ((dict, types.MappingProxyType), self._dict),
-            ((list, tuple, deque), self._sequence),
-            ((functools.partial, functools.partialmethod), self._partial),
         ]
         self._met: dict[int, tuple[int, str]] = {}
         self.alive: list[Any] = []
@@ -100,7 +95,7 @@ class Watcher:
         except NotUnderstood as reason:
             raise NotUnderstood(f"{path}: {reason}") from None
         if same is not None:
-            return _exactly(same, path, shown(value))
+            return _exactly(value, same, path)
         return self.remember(value, path, self._of)
 
     def remember(self, value: Any, path: str, make: Callable[[Any, str], Check]) -> Check:
@@ -119,7 +114,12 @@ class Watcher:
             seen[number] = new
             return inner(new, seen)
 
-        return check
+        def form(lines: Lines, place: str) -> None:
+            x = lines.let(place)
+            lines.note(number, x)
+            lines.need_check(inner, x)
+
+        return inlined(check, form)
 
     def counted(self, path: str) -> None:
         """Counts one check.
@@ -143,7 +143,7 @@ class Watcher:
 
         def check(new: dict[str, Any], seen: Seen) -> Mismatch | None:
             if list(new) != keys and list(_named(new, only)) != named:
-                return _other_names(path, named, list(_named(new, only)))
+                return other_names(path, named, list(_named(new, only)))
             got = tuple([new[name] for name in names])
             if tuple(map(type, got)) != kinds or got != values:
                 return _first_change(path, names, values, got)
@@ -153,7 +153,15 @@ class Watcher:
                     return mismatch
             return None
 
-        return check
+        def form(lines: Lines, place: str) -> None:
+            x = lines.let(place)
+            lines.need(f"list({x}) == {lines.hold(keys)}")
+            for name, held in flat.items():
+                lines.need_value(f"{x}[{name!r}]", held)
+            for name, inner in others:
+                lines.need_check(inner, f"{x}[{name!r}]")
+
+        return inlined(check, form)
 
     def same_class(self, value: Any, path: str) -> Callable[[Any], Mismatch | None]:
         """A check that a value is still of the same class."""
@@ -183,92 +191,7 @@ class Watcher:
                 return None
             return Mismatch(f"{path} and {first} are no longer the same object")
 
-        return check
-
-    def _sequence(self, value: Any, path: str) -> Check:
-        same = self.same_class(value, path)
-        parts = [self.value(part, f"{path}[{i}]") for i, part in enumerate(value)]
-        size = len(parts)
-        space = self._own_space(value, path)
-
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            mismatch = same(new)
-            if mismatch is not None:
-                return mismatch
-            if len(new) != size:
-                return Mismatch(f"the length of {path} changed from {size} to {len(new)}")
-            for part, inner in zip(new, parts, strict=True):
-                mismatch = inner(part, seen)
-                if mismatch is not None:
-                    return mismatch
-            return space(new, seen) if space is not None else None
-
-        return check
-
-    def _dict(self, value: Any, path: str) -> Check:
-        same = self.same_class(value, path)
-        if type(value) in (dict, OrderedDict) and not value:
-            return lambda new, seen: (
-                same(new) or (Mismatch(f"{path} is no longer empty") if new else None)
-            )
-        try:
-            keys = [exact(key) for key in value]
-        except NotUnderstood as reason:
-            raise NotUnderstood(f"{path}: {reason}") from None
-        if any(key is None for key in keys):
-            raise NotUnderstood(f"a key of {path} is neither a number nor a string")
-        shown_keys = [shown(key) for key in value]
-        inner = [self.value(v, f"{path}[{k!r}]") for k, v in value.items()]
-        pairs = [(k, c) for k, c in zip(keys, inner, strict=True) if k is not None]
-        space = self._own_space(value, path)
-        factory = isinstance(value, defaultdict)
-        default = self.value(value.default_factory, f"{path}.default_factory") if factory else None
-
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            mismatch = same(new)
-            if mismatch is not None:
-                return mismatch
-            if len(new) != len(pairs) or not all(
-                test(key) for key, (test, _) in zip(new, pairs, strict=True)
-            ):
-                return _other_names(f"{path}", shown_keys, [shown(key) for key in new], "keys")
-            for part, (_, inside) in zip(new.values(), pairs, strict=True):
-                mismatch = inside(part, seen)
-                if mismatch is not None:
-                    return mismatch
-            if default is not None:
-                mismatch = default(new.default_factory, seen)
-            return mismatch or (space(new, seen) if space is not None else None)
-
-        return check
-
-    def _own_space(self, value: Any, path: str) -> Check | None:
-        """Attributes of an instance of a subclass of a container."""
-        if type(value) in _CONTAINERS:
-            return None
-        return self.instance(value, path)
-
-    def instance(self, value: Any, path: str) -> Check:
-        """What an object of a user's class has beside what is built in; a subclass may know."""
-        raise NotUnderstood(f"{path} is an object of type {type(value).__name__}")
-
-    def _partial(self, value: Any, path: str) -> Check:
-        same = self.same_class(value, path)
-        if type(value) not in (functools.partial, functools.partialmethod):
-            raise NotUnderstood(f"{path} is of type {type(value).__name__}, a kind of partial")
-        function = self.value(value.func, path)
-        args = self.value(list(value.args), f"{path}.args")
-        keywords = self.value(dict(value.keywords), f"{path}.keywords")
-
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            return (
-                same(new)
-                or function(new.func, seen)
-                or args(list(new.args), seen)
-                or keywords(dict(new.keywords), seen)
-            )
-
-        return check
+        return inlined(check, lambda lines, place: lines.need(f"{place} is seen[{number}]"))
 
     def _array(self, value: Any, path: str) -> Check:
         if type(value) is not np.ndarray or value.dtype.hasobject:
@@ -323,18 +246,25 @@ class Watcher:
 
 
 Only = Callable[[str], bool] | None
-_CONTAINERS = (dict, list, tuple, deque, OrderedDict, defaultdict, types.MappingProxyType)
 
 
 def _named(value: dict[str, Any], only: Only) -> dict[str, Any]:
     return value if only is None else {k: v for k, v in value.items() if only(k)}
 
 
-def _exactly(same: Callable[[Any], bool], path: str, old: str) -> Check:
+def _exactly(value: Any, same: Callable[[Any], bool], path: str) -> Check:
+    old = shown(value)
+
     def check(new: Any, seen: Seen) -> Mismatch | None:
         return None if same(new) else Mismatch(f"{path} changed from {old} to {shown(new)}")
 
-    return check
+    def form(lines: Lines, place: str) -> None:
+        if is_flat(value):
+            lines.need_value(place, value)
+        else:
+            lines.need(f"{lines.hold(same)}({place})")
+
+    return inlined(check, form)
 
 
 def _state(value: Tensor, dense: bool) -> tuple[Any, ...]:
@@ -390,7 +320,8 @@ def _first_change(
     raise AssertionError("called where something differs")
 
 
-def _other_names(path: str, old: list[str], new: list[str], what: str = "attributes") -> Mismatch:
+def other_names(path: str, old: list[str], new: list[str], what: str = "attributes") -> Mismatch:
+    """Says how the names of something changed."""
     gone, come = [n for n in old if n not in new], [n for n in new if n not in old]
     parts = [f"lost {', '.join(gone[:3])}"] * bool(gone) + [f"gained {', '.join(come[:3])}"] * bool(
         come

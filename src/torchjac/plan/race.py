@@ -40,6 +40,10 @@ _REMEMBERED = 256
 _forced: ContextVar[Plan | None] = ContextVar("torchjac_forced_plan", default=None)
 
 
+# The plan that is forced, if there is one.
+forced: Callable[[], Plan | None] = _forced.get
+
+
 @contextmanager
 def forced_plan(plan: Plan) -> Iterator[None]:
     """Makes every Jacobian in the context use one plan, or raise `PlanRefused`."""
@@ -52,7 +56,7 @@ def forced_plan(plan: Plan) -> Iterator[None]:
 
 def is_forced() -> bool:
     """Whether a plan is forced."""
-    return _forced.get() is not None
+    return forced() is not None
 
 
 class Race:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,11 @@ _FLAGS = (
 _DIGEST = hashlib.sha256().digest_size
 
 
-def compiled(text: str, name: str, level: int, limit: float = LIMIT) -> Callable[..., int]:
-    """A function in C, compiled for this machine; what was compiled before is loaded.
+def compiled(text: str, level: int, limit: float = LIMIT) -> Any:
+    """Functions in C, compiled for this machine; what was compiled before is loaded.
 
     Args:
         text: The source.
-        name: Of the function.
         level: How much to optimize.
         limit: Seconds that this may take.
 
@@ -53,8 +52,7 @@ def compiled(text: str, name: str, level: int, limit: float = LIMIT) -> Callable
         made = _made(command, flags, text, limit)
         disk.write(file, made + hashlib.sha256(made).digest())
         found = _kept(file) or _loaded_from_memory(made)
-    function: Callable[..., int] = getattr(found, name)
-    return function
+    return found
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torchjac._torch.empty import empty
 from torchjac._torch.notes import Value
 from torchjac._torch.recording import Recording
 from torchjac.engines.kernel.compiler import LIMIT, compiled
+from torchjac.engines.kernel.entry import entered, entry
 from torchjac.engines.kernel.expand import Scalars, expand, expand_samples
 from torchjac.engines.kernel.loops import Schedule, schedule
 from torchjac.engines.kernel.sampled import SampleWriter, schedule_of_samples
@@ -27,6 +28,8 @@ from torchjac.errors import PlanRefused
 NAME = "torchjac_kernel"
 # Statements that a compiler is given.
 _MOST = 20_000
+# Bytes of memory to work in that are kept from call to call, but for that of one call.
+_SPARE = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ def _written(
     floating = [(n, _name(v.dtype)) for n, v in inputs if v.dtype.is_floating_point]
     sizes = [(_name(v.dtype), math.prod(v.shape)) for v in results]
     numbered = _numbered(inputs, floating)
-    source = source_of(scalars, plan, numbered, sizes, len(inputs), name, writing)
+    source = source_of(scalars, plan, numbered, sizes, name, writing)
     if source.statements > _MOST:
         raise PlanRefused(f"{source.statements} statements in C")
     return Written(
@@ -177,25 +180,23 @@ class Kernel:
         """Compiles it."""
         source = program.source
         self.source = source
-        function: Any = compiled(source.text, f"{program.name}_direct", source.level, limit)
+        numbers = 0 if program.samples is None else 2
+        inputs, outputs = max(len(program.inputs), 1), len(program.outputs)
+        text = source.text + entry(program.name, inputs, outputs, numbers)
+        library = compiled(text, source.level, limit)
+        self._run = entered(library, program.name, inputs + outputs, numbers)
         self._live = program.live
         self._inputs = program.inputs[: len(program.inputs) - len(program.live)]
         self._outputs = tuple((tuple(s), _strides(s), d) for s, d in program.outputs)
         self._scratch = source.scratch
+        self._spare: list[Tensor] = []  # memory of earlier calls: new pages cost more than sums
         # Kept: their addresses are in `_table`, whose address is given at every call.
         self._tables = [np.ascontiguousarray(t) for t in source.tables]
         self._table = (ctypes.c_void_p * max(len(self._tables), 1))(
             *[t.ctypes.data for t in self._tables]
         )
         self._where = ctypes.addressof(self._table)
-        arrays = max(len(program.inputs), 1) + len(program.outputs)
-        function.argtypes = [ctypes.c_void_p] * (arrays + 2)
-        function.restype = ctypes.c_int
-        self._divided: Divided | None = None
-        if program.samples is not None:
-            function.argtypes += [ctypes.c_long, ctypes.c_long]
-            self._divided = Divided(program.samples)
-        self._run = function
+        self._divided = None if program.samples is None else Divided(program.samples)
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The outputs at these inputs; None where they are not all finite.
@@ -215,14 +216,26 @@ class Kernel:
         given = [
             _suited(x, shape, dtype) for x, (shape, dtype) in zip(inputs, self._inputs, strict=True)
         ]
-        return self.on(given)
+        return self._on(given)
 
-    def on(self, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
-        """The same for inputs that are known to be as the program reads them."""
+    def launcher(self) -> Callable[[Sequence[Tensor]], tuple[tuple[Tensor, ...], bool]]:
+        """What `run` does for inputs that are known to be as the program reads them."""
+        bare = self._inputs and not (self._live or self._scratch or self._divided)
+        if not bare or len(self._outputs) != 1:
+            return self._on
+        run, where, (about,), address = self._run, self._where, self._outputs, Tensor.data_ptr
+
+        def launched(given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
+            made = empty(*about)
+            return (made,), run(*map(address, given), address(made), where, 0)
+
+        return launched
+
+    def _on(self, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
         if self._live:
-            given = [*given, *[x.detach().resolve_neg().contiguous() for x in self._live]]
+            given = [*given, *[_dense(x.detach()) for x in self._live]]
         made = [empty(*about) for about in self._outputs]
-        scratch = torch.empty(self._scratch, dtype=torch.uint8) if self._scratch else None
+        scratch = self._workspace() if self._scratch else None
         arrays = (
             *([x.data_ptr() for x in given] or (0,)),
             *[x.data_ptr() for x in made],
@@ -230,18 +243,35 @@ class Kernel:
             0 if scratch is None else scratch.data_ptr(),
         )
         if self._divided is None:
-            return tuple(made), bool(self._run(*arrays))
-        run, kept = self._run, (given, made, scratch)  # alive as long as a thread may run
+            fine = self._run(*arrays)
+        else:
+            run, kept = self._run, (given, made, scratch)  # alive as long as a thread may run
 
-        def part(first: int, last: int, _kept: Any = kept) -> int:
-            return int(run(*arrays, first, last))
+            def part(first: int, last: int, _kept: Any = kept) -> bool:
+                return run(*arrays, first, last)
 
-        return tuple(made), self._divided(part)
+            fine = self._divided(part)
+        if scratch is not None and len(self._spare) * self._scratch < _SPARE:
+            self._spare.append(scratch)
+        return tuple(made), fine
+
+    def _workspace(self) -> Tensor:
+        """Memory to work in, for one call at a time."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return torch.empty(self._scratch, dtype=torch.uint8)
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:
     """Of a dense tensor."""
     return tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The same numbers in memory, in order: not negated, nor zeros that are nowhere."""
+    x = x.resolve_neg().contiguous()
+    return torch.zeros(x.shape, dtype=x.dtype) if x._is_zerotensor() else x
 
 
 def _suited(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -251,4 +281,4 @@ def _suited(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
             f"torchjac: a kernel for {tuple(shape)}, {dtype} was given {tuple(x.shape)}, "
             f"{x.dtype} on {x.device}."
         )
-    return x.resolve_neg().contiguous()
+    return _dense(x)

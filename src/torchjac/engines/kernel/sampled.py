@@ -80,6 +80,7 @@ class SampleWriter(Writer):
     """Writes the loop over samples: those from `first` up to `last`."""
 
     parameters = ", long first, long last"
+    joins = False
 
     def head(self, loop: Loop) -> str:
         """Where the loop begins."""

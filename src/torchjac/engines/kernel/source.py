@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from torchjac.engines.kernel.turns import Turn, loaded
 _LONG, _LOOPS = 6000, 100
 # Numbers that do not vary up to which they are in the text.
 _BRIEF = 64
+# Products that it takes to look up a byte of a table: measured on meshes, pairs, and cameras.
+_LOOKED_UP = 0.6
 # Turns from which on a loop over few statements is worth vectorizing.
 _WIDE = 8
 
@@ -44,13 +47,17 @@ class Source:
     work: int
     level: int
 
+    @property
+    def cost(self) -> float:
+        """What it runs and what it looks up, in scalar products."""
+        return self.work + _LOOKED_UP * sum(t.nbytes for t in self.tables)
+
 
 def source_of(
     scalars: Scalars,
     plan: Schedule,
     inputs: Sequence[tuple[int, str, str]],
     outputs: Sequence[tuple[str, int]],
-    count: int,
     name: str,
     writing: type[Writer],
 ) -> Source:
@@ -61,7 +68,6 @@ def source_of(
         plan: Its loops.
         inputs: Position, name and dtype of every input that is read.
         outputs: dtype and size of every output.
-        count: How many inputs there are, whether they are read or not.
         name: Of the function.
         writing: How loops are written.
     """
@@ -88,43 +94,19 @@ def source_of(
         lines.append(f"  const {t} *const {writer.names[i]} = table[{i}];")
     for i, (dtype, _) in enumerate(outputs):
         lines.append(f"  {CTYPES[dtype]} *restrict const out{i} = out[{i}]; (void)out{i};")
-    scratch = 0
-    for number, (array, size) in plan.kept.items():
-        dtype = scalars.expressions.all[number].dtype
-        width = 4 if dtype in ("float32", "bool") else 8
-        lines.append(
-            f"  {CTYPES[dtype]} *restrict const {array} = (void *)((char *)scratch + {scratch});"
-        )
-        scratch += -(-size * width // 64) * 64
+    lines += writer.memory()
     lines += ["  (void)in; (void)table; (void)out; (void)scratch;", "  double bad = 0;"]
     lines += body
-    lines += ["  return bad == 0;", "}", *_direct(name, len(outputs), count, writer.parameters), ""]
+    lines += ["  return bad == 0;", "}", ""]
     return Source(
         "\n".join(lines),
         tuple(writer.tables),
         tuple(writer.names),
-        scratch,
+        writer.scratch,
         writer.statements,
         writer.work,
         2 if writer.statements <= _LONG and writer.loops <= _LOOPS else 1,
     )
-
-
-def _direct(name: str, outputs: int, inputs: int, more: str) -> list[str]:
-    """The same function with a parameter for each array: to call it takes half the time."""
-    also = "".join(f", {x.split()[-1]}" for x in more.split(",")[1:])
-    given = [f"in{i}" for i in range(inputs)] or ["nothing"]
-    made = [f"out{i}" for i in range(outputs)]
-    parameters = [f"const void *{x}" for x in given] + [f"void *{x}" for x in made]
-    parameters += ["const void *const *table", f"void *scratch{more}"]
-    return [
-        f"int {name}_direct({', '.join(parameters)})",
-        "{",
-        f"  const void *const in[] = {{{', '.join(given)}}};",
-        f"  void *const out[] = {{{', '.join(made)}}};",
-        f"  return {name}(in, table, out, scratch{also});",
-        "}",
-    ]
 
 
 _TABLE_TYPES = {"int32": "int", "int64": "long long", "float64": "double", "float32": "float"}
@@ -162,9 +144,13 @@ class Writer:
         statements: Scalar operations so far.
         work: What they come to, in scalar products.
         loops: Loops so far.
+        joins: Whether sums over several arrays are made one.
+        uses: How many expressions and stores take each expression.
+        scratch: Bytes of memory for kept values.
     """
 
     parameters = ""
+    joins = True
 
     def __init__(self, scalars: Scalars, plan: Schedule):
         """Begins with no statements."""
@@ -180,6 +166,13 @@ class Writer:
         self._table_of: dict[bytes, str] = {}
         self._single: dict[int, str] = {}
         self._lines: list[str] = []
+        self.uses = self._counted()
+        self.scratch = 0
+        self._offsets: dict[str, int] = {}
+        for number, (array, size) in plan.kept.items():
+            self._offsets[array] = self.scratch
+            self.scratch += -(-size * _width(self._all[number].dtype) // 64) * 64
+        self._joined: set[str] = set()
         for name, tensor in scalars.tables.items():
             flat = tensor.reshape(-1).numpy()
             self.tables.append(flat.astype(np.int32) if flat.dtype == bool else flat)
@@ -304,10 +297,53 @@ class Writer:
         """An expression."""
         return self._all[number]
 
+    def _counted(self) -> Counter[int]:
+        """How many expressions and stores take each expression."""
+        stores = [s.expression for loop in self._plan.loops for s in loop.stores]
+        stack = stores + [number for number, _, _ in self._plan.single]
+        found, seen = Counter(stack), set()
+        while stack:
+            number = stack.pop()
+            if number not in seen:
+                seen.add(number)
+                taken = [a for a, _ in self._all[number].arguments]
+                found.update(taken)
+                stack += taken
+        return found
+
+    def memory(self) -> list[str]:
+        """What says where kept values are."""
+        lines = [
+            f"  {CTYPES[dtype]} *const {self.base_of(dtype)} = scratch;"
+            for dtype in sorted(
+                {self._all[n].dtype for n, (a, _) in self._plan.kept.items() if a in self._joined}
+            )
+        ]
+        for number, (array, _) in self._plan.kept.items():
+            t, alone = CTYPES[self._all[number].dtype], "" if array in self._joined else "restrict "
+            where = f"(void *)((char *)scratch + {self._offsets[array]})"
+            lines.append(f"  {t} *{alone}const {array} = {where};")
+        return lines
+
+    def base_of(self, dtype: str) -> str:
+        """The name of all memory for kept values, as an array of a dtype."""
+        return f"kept_{dtype}"
+
+    def offset(self, array: str) -> int:
+        """Where in that array kept values begin; it is read through it from now on."""
+        self._joined.add(array)
+        number = next(n for n, (a, _) in self._plan.kept.items() if a == array)
+        return self._offsets[array] // _width(self._all[number].dtype)
+
     def kept(self, number: int) -> str | None:
         """The array that an expression is kept in."""
         found = self._plan.kept.get(number)
         return None if found is None else found[0]
+
+
+def _width(dtype: str) -> int:
+    """Bytes of a number."""
+    return 4 if dtype in ("float32", "bool") else 8
 
 
 def _linear(factor: int, of: str, start: int) -> str:

@@ -238,9 +238,8 @@ def identifier(text: str) -> str:
 
 
 def _private(text: str, name: str) -> str:
-    """The function and its other entry: only the first is kept, seen in its file alone."""
-    kept = text[: text.index(f"int {name}_body_direct(")]
-    return kept.replace(f"int {name}_body(", f"static int {name}_body(", 1)
+    """The function, seen in its file alone."""
+    return text.replace(f"int {name}_body(", f"static int {name}_body(", 1)
 
 
 def _size(array: Array) -> int:

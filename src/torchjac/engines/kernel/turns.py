@@ -13,6 +13,7 @@ from torchjac.engines.kernel.scalars import CTYPES
 if TYPE_CHECKING:
     from torchjac.engines.kernel.source import Writer
 
+_Value = tuple[int, Places]
 # Numbers for each sum from which on its loop is worth vectorizing.
 _WIDE = 8
 
@@ -41,17 +42,55 @@ class Turn:
             if loaded_here is not None:
                 self._name(top, at, loaded_here)
                 continue
-            taken = [
-                (a, places if by is None else by.places[places])
-                for a, by in self._writer.expression(top).arguments
-            ]
+            sums = self._sums(top, places)
+            taken = self._taken(top, places) if sums is None else sums[1]
             given = [(a, x, x.tobytes()) for a, x in taken]
             missing = [x for x in given if self._known(x[0], x[2]) is None]
             if missing:
                 stack += reversed(missing)
                 continue
-            self._name(top, at, self._computed(top, [str(self._known(a, x)) for a, _, x in given]))
+            names = [str(self._known(a, x)) for a, _, x in given]
+            if sums is None:
+                self._name(top, at, self._computed(top, names))
+            else:
+                self._name(top, at, " + ".join([self._joined(sums[0]), *names]))
         return str(self._known(*wanted))
+
+    def _taken(self, number: int, lanes: Places) -> list[_Value]:
+        """The arguments of an expression, and which lanes of them."""
+        return [
+            (a, lanes if by is None else by.places[lanes])
+            for a, by in self._writer.expression(number).arguments
+        ]
+
+    def _sums(self, number: int, lanes: Places) -> tuple[list[_Value], list[_Value]] | None:
+        """Sums over kept values that are added up, and what else is; None of fewer than two."""
+        writer = self._writer
+        if writer.expression(number).kind != "add" or not writer.joins:
+            return None
+        sums: list[_Value] = []
+        others: list[_Value] = []
+        stack = [(number, lanes)]
+        while stack:
+            top, places = stack.pop()
+            expression = writer.expression(top)
+            alone = writer.uses[top] == 1 and writer.kept(top) is None
+            if expression.kind == "add" and (alone or top == number):
+                stack += reversed(self._taken(top, places))
+            elif expression.kind == "segments" and alone and self._is_kept_like(top, number):
+                sums.append((top, places))
+            else:
+                others.append((top, places))
+        return (sums, others) if len(sums) > 1 else None
+
+    def _is_kept_like(self, number: int, other: int) -> bool:
+        """Whether a sum is one of values in memory, which are of the dtype of another value."""
+        writer = self._writer
+        source = writer.expression(number).arguments[0][0]
+        return (
+            writer.kept(source) is not None
+            and writer.expression(source).dtype == writer.expression(other).dtype
+        )
 
     def _known(self, number: int, lanes: bytes) -> str | None:
         """The name of a value that was computed already."""
@@ -84,26 +123,64 @@ class Turn:
 
     def _segments(self, number: int, lanes: Places) -> str:
         """A sum, by a loop of its own."""
-        self.sums += 1
         writer = self._writer
-        expression = writer.expression(number)
-        ((argument, by),), starts = expression.arguments, expression.about
-        assert by is not None
-        assert isinstance(starts, np.ndarray)
+        argument, places, starts = summed(writer.expression(number))
         kept = writer.kept(argument)
         source, step, start = (kept, 1, 0) if kept else loaded(writer.expression(argument))
-        name, t = f"sum{len(self._names)}", CTYPES[expression.dtype]
-        writer.work += len(by.places)
-        begin, end = writer.index(starts[lanes]), writer.index(starts[lanes + 1])
-        places = by.places * step + start
-        where = writer.index(places, "k")
+        dtype = writer.expression(number).dtype
+        return self._sum(source, dtype, places * step + start, starts[lanes], starts[lanes + 1])
+
+    def _joined(self, sums: list[_Value]) -> str:
+        """Several sums as one: of a matrix that is assembled most of them have no summands."""
+        writer = self._writer
+        found = [(*summed(writer.expression(n)), lanes) for n, lanes in sums]
+        counts = np.stack([np.diff(starts)[lanes] for _, _, starts, lanes in found])
+        ends = np.cumsum(counts.sum(0))
+        # Where in the new order the summands of each turn begin, sum by sum.
+        begins = ends - counts.sum(0) + np.cumsum(counts, 0) - counts
+        where = np.empty(counts.sum(), dtype=np.int64)
+        for (argument, places, starts, lanes), count, begin in zip(
+            found, counts, begins, strict=True
+        ):
+            array = writer.kept(argument)
+            assert array is not None
+            taken = places[_ranges(starts[lanes], count)]
+            where[_ranges(begin, count)] = taken + writer.offset(array)
+        dtype = writer.expression(sums[0][0]).dtype
+        writer.statements += len(sums)
+        return self._sum(writer.base_of(dtype), dtype, where, ends - counts.sum(0), ends)
+
+    def _sum(self, source: str, dtype: str, places: Places, begins: Places, ends: Places) -> str:
+        """Of each turn a sum over part of these places of an array."""
+        self.sums += 1
+        writer = self._writer
+        name, t = f"sum{len(self._names)}", CTYPES[dtype]
+        writer.work += len(places)
+        if (begins[1:] == ends[:-1]).all():  # one table for both
+            every = np.append(begins, ends[-1])
+            begin, end = writer.index(every), writer.index(every, "(i + 1)")
+        else:
+            begin, end = writer.index(begins), writer.index(ends)
         self.lines.append(f"    {t} {name} = 0;")
-        if len(places) >= _WIDE * len(starts):
+        if len(places) >= _WIDE * len(begins):
             self.lines.append(f"    TORCHJAC_LOOP({name})")
-        self.lines += [
-            f"    for (int k = {begin}; k < {end}; k++) {name} += {source}[{where}];",
-        ]
+        where = writer.index(places, "k")
+        self.lines.append(f"    for (int k = {begin}; k < {end}; k++) {name} += {source}[{where}];")
         return name
+
+
+def summed(expression: Expression) -> tuple[int, Places, Places]:
+    """What a sum of segments adds up, which lanes of it, and where each segment begins."""
+    ((argument, by),), starts = expression.arguments, expression.about
+    assert by is not None
+    assert isinstance(starts, np.ndarray)
+    return argument, by.places, starts
+
+
+def _ranges(begins: Places, counts: Places) -> Places:
+    """The numbers from each begin on, as many as its count says, one after the other."""
+    ends = np.cumsum(counts)
+    return np.repeat(begins - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def loaded(expression: Expression) -> tuple[str, int, int]:
