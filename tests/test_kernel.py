@@ -297,6 +297,36 @@ def test_what_is_not_finite_is_left_to_passes() -> None:
     assert kernel([torch.zeros(3, dtype=torch.float64)]) is None
 
 
+@pytest.mark.parametrize(("shape", "samples"), [((8,), None), ((65, 3), 65)])
+def test_large_numbers_are_finite(shape: tuple[int, ...], samples: int | None) -> None:
+    """Though their sum is not."""
+    x = torch.ones(shape, dtype=torch.float64)
+    kernel, want = of_operation(lambda x: x * 1e308, [x], samples=samples)
+    (got,) = kernel([x]) or ()
+    assert torch.equal(got, want)
+    assert kernel([x * float("inf")]) is None
+
+
+def test_signs_are_exact() -> None:
+    """Changes of sign move through products and into sums: not a bit changes, nor a zero's sign."""
+
+    def f(x: Tensor) -> Tensor:
+        a, b, c = x
+        signs = [(-a) * b, (-a) * (-b), a / -c, (-(a * c)).neg(), (-a) * b + c, a - (-b) * c]
+        signs += [(-a) + (-b), (-a) - b, c - (-a) * (-b), -(a - a), -2 * (-a)]
+        return torch.stack([s / (2 + c * c) for s in signs])
+
+    x = value(3, 5)
+    x[1, 2] = 0
+    x[0, 3] = -0.0
+    for shape in ((3, 5), (3, 200)):  # element by element, and lanes
+        y = torch.cat([x, value(3, shape[1] - 5)], 1)
+        kernel, want = of_operation(f, [y])
+        (got,) = kernel([y]) or ()
+        assert torch.equal(got, want)
+        assert torch.equal(got.signbit(), want.signbit())
+
+
 def test_threads(cache: Path) -> None:
     """One kernel, many threads at once: each call has memory of its own."""
     f, shape = PROBLEMS["pairs"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from torchjac.engines.kernel.scalars import COSTLY
 from torchjac.errors import PlanRefused
 
 Places = NDArray[np.int64]
+_P = TypeVar("_P")
 
 
 class Lanes:
@@ -107,6 +109,12 @@ class Expressions:
 
     def single(self, kind: str, dtype: str, arguments: Sequence[int]) -> int:
         """An operation on expressions of one lane."""
+        kind, given, negative = self._signed(kind, [(a, None) for a in arguments], 1)
+        arguments = [a for a, _ in given]
+        if kind == "neg" and (twice := self._negated(arguments[0])) is not None:
+            return twice
+        if negative:
+            return self.single("neg", dtype, [self.single(kind, dtype, arguments)])
         simple = self._simplified(kind, dtype, arguments)
         if isinstance(simple, int):
             return arguments[simple] if simple >= 0 else self.constant(0.0, dtype)
@@ -122,8 +130,13 @@ class Expressions:
         self, kind: str, dtype: str, arguments: Sequence[tuple[int, Places]]
     ) -> tuple[int, Places]:
         """An operation on lanes of expressions: the result, and which lanes of it."""
-        numbers = [a for a, _ in arguments]
         size = len(arguments[0][1])
+        kind, arguments, negative = self._signed(kind, arguments, size)
+        if kind == "neg" and (twice := self._negated(arguments[0][0])) is not None:
+            return twice, arguments[0][1]
+        if negative:
+            return self.many("neg", dtype, [self.many(kind, dtype, arguments)])
+        numbers = [a for a, _ in arguments]
         simple = self._simplified(kind, dtype, numbers)
         if isinstance(simple, int):
             if simple >= 0:
@@ -178,6 +191,38 @@ class Expressions:
             if lanes is not ONE and found is not None:
                 lanes.children.setdefault(id(found), []).append((found, child))
         return child, maps
+
+    def _signed(
+        self, kind: str, arguments: Sequence[tuple[int, _P]], size: int
+    ) -> tuple[str, Sequence[tuple[int, _P]], bool]:
+        """The same without changes of sign that cost; whether the result is to change its sign.
+
+        A sum takes them in, a product passes them on: bit by bit the same, as rounding is
+        symmetric.
+        """
+        if kind not in ("add", "sub", "mul", "div"):
+            return kind, arguments, False
+        (a, at), (b, to) = arguments
+        first, second = self._negated(a), self._negated(b)
+        if kind in ("mul", "div"):
+            if first is not None and second is not None:
+                return kind, [(first, at), (second, to)], False
+            if first is not None and self.all[a].lanes.size == size:
+                return kind, [(first, at), (b, to)], True
+            if second is not None and self.all[b].lanes.size == size:
+                return kind, [(a, at), (second, to)], True
+        elif second is not None:
+            return "sub" if kind == "add" else "add", [(a, at), (second, to)], False
+        elif first is not None and kind == "add":
+            return "sub", [(b, to), (first, at)], False
+        return kind, arguments, False
+
+    def _negated(self, number: int) -> int | None:
+        """What an expression is the negative of."""
+        found = self.all[number]
+        if found.kind != "neg" or found.arguments[0][1] is not None:
+            return None
+        return found.arguments[0][0]
 
     def _simplified(
         self, kind: str, dtype: str, arguments: Sequence[int]

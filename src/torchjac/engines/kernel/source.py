@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from torchjac.engines.kernel.expand import Scalars
 from torchjac.engines.kernel.expressions import Expression, Places
 from torchjac.engines.kernel.loops import Loop, Schedule
 from torchjac.engines.kernel.scalars import COSTLY, CTYPES, OWN, VECTORIZED, C, literal
+from torchjac.engines.kernel.singles import Group, grouped, needed
 from torchjac.engines.kernel.turns import Turn, loaded
 
 # Statements, and loops, from which on a function is not optimized as much, and statements of a loop
@@ -97,7 +98,11 @@ def source_of(
     lines += writer.memory()
     lines += ["  (void)in; (void)table; (void)out; (void)scratch;", "  double bad = 0;"]
     lines += body
-    lines += ["  return bad == 0;", "}", ""]
+    lines += ["  if (bad - bad == 0) return 1;", "  /* The sum of what is finite may not be. */"]
+    for i, (_, size) in enumerate(outputs):
+        lines.append(f"  for (long k = {writer.part(size)}; k++)")
+        lines.append(f"    if (!(out{i}[k] - out{i}[k] == 0)) return 0;")
+    lines += ["  return 1;", "}", ""]
     return Source(
         "\n".join(lines),
         tuple(writer.tables),
@@ -127,8 +132,10 @@ _PROLOGUE = """\
 #define TORCHJAC_TEXT(x) #x
 #if defined(_OPENMP) || defined(TORCHJAC_LOOPS)
 #define TORCHJAC_LOOP(sum) _Pragma(TORCHJAC_TEXT(omp simd reduction(+ : sum)))
+#define TORCHJAC_SPAN _Pragma("omp simd")
 #else
 #define TORCHJAC_LOOP(sum)
+#define TORCHJAC_SPAN
 #endif
 """
 
@@ -166,6 +173,8 @@ class Writer:
         self._table_of: dict[bytes, str] = {}
         self._single: dict[int, str] = {}
         self._lines: list[str] = []
+        self._wanted = [s.expression for loop in plan.loops for s in loop.stores]
+        self._wanted += [number for number, _, _ in plan.single]
         self.uses = self._counted()
         self.scratch = 0
         self._offsets: dict[str, int] = {}
@@ -201,51 +210,68 @@ class Writer:
 
     def body(self) -> list[str]:
         """The statements."""
-        inner: list[str] = []
-        for loop in self._plan.loops:
-            inner += self._loop(loop)
-        before, self._lines = self._lines, []
+        stores: defaultdict[int, list[str]] = defaultdict(list)
         for number, array, positions in self._plan.single:
-            name = self.alone(number)
-            self._lines.append(f"  bad += {name} - {name};")
-            for position in positions.tolist():
-                self._lines.append(f"  {array}[{position}] = {name};")
-        return before + self._lines + inner
+            stores[number] += [f"{array}[{p}]" for p in positions.tolist()]
+        for group in grouped(self._all, needed(self._all, self._wanted)):
+            if len(group) > 1:
+                self._together(group)
+            for number in group:
+                if number not in self._single:
+                    self._alone(number)
+                name = self._single[number]
+                if number in stores:
+                    self._lines.append(f"  bad += {name};")
+                self._lines += [f"  {place} = {name};" for place in stores[number]]
+        for loop in self._plan.loops:
+            self._lines += self._loop(loop)
+        return self._lines
 
     def alone(self, number: int) -> str:
         """The name of an expression of one lane, which is computed before all loops."""
-        found = self._single.get(number)
-        if found is not None:
-            return found
-        stack = [number]
-        while stack:  # no recursion: programs may be deep
-            top = stack[-1]
-            if top in self._single:
-                stack.pop()
-                continue
-            expression = self._all[top]
-            missing = [a for a, _ in expression.arguments if a not in self._single]
-            if missing:
-                stack += missing
-                continue
-            stack.pop()
-            if expression.kind == "constant":
-                self._single[top] = literal(expression.about, expression.dtype)  # type: ignore[arg-type]
-                continue
-            if expression.kind == "load":
-                array, _, start = loaded(expression)
-                text = f"{array}[{start}]"
-            else:
-                text = self.operation(
-                    expression.kind,
-                    expression.dtype,
-                    [self._single[a] for a, _ in expression.arguments],
-                    self._all[expression.arguments[0][0]].dtype,
-                    1,
-                )
-            self._single[top] = f"s{top}"
-            self._lines.append(f"  const {CTYPES[expression.dtype]} s{top} = {text};")
         return self._single[number]
+
+    def _alone(self, number: int) -> None:
+        """Writes down an expression of one lane, whose arguments were."""
+        expression = self._all[number]
+        if expression.kind == "constant":
+            self._single[number] = literal(expression.about, expression.dtype)  # type: ignore[arg-type]
+            return
+        if expression.kind == "load":
+            array, _, start = loaded(expression)
+            text = f"{array}[{start}]"
+        else:
+            text = self._operation(expression)
+        self._single[number] = f"s{number}"
+        self._lines.append(f"  const {CTYPES[expression.dtype]} s{number} = {text};")
+
+    def _operation(self, expression: Expression) -> str:
+        names = [self._single[a] for a, _ in expression.arguments]
+        of = self._all[expression.arguments[0][0]].dtype
+        return self.operation(expression.kind, expression.dtype, names, of, 1)
+
+    def _together(self, group: Group) -> None:
+        """The same function of several numbers: one call, where there is such a function."""
+        first = self._all[group[0]]
+        t, size, name = CTYPES[first.dtype], len(group), f"g{group[0]}"
+        arguments = [[self._single[a] for a, _ in self._all[n].arguments] for n in group]
+        taken = [f"{name}_{k}" for k in range(len(first.arguments))]
+        text = C[first.kind].format(
+            *[f"{x}[i]" for x in taken], f="f" if first.dtype == "float32" else "", t=t
+        )
+        self._lines.append("#ifdef TORCHJAC_SIMD")
+        for x, values in zip(taken, zip(*arguments, strict=True), strict=True):
+            self._lines.append(f"  const {t} {x}[] = {{{', '.join(values)}}};")
+        self._lines += [
+            f"  {t} {name}[{size}];",
+            "  TORCHJAC_SPAN",
+            f"  for (int i = 0; i < {size}; i++) {name}[i] = {text};",
+            *[f"  const {t} s{n} = {name}[{k}];" for k, n in enumerate(group)],
+            "#else",
+            *[f"  const {t} s{n} = {self._operation(self._all[n])};" for n in group],
+            "#endif",
+        ]
+        self._single.update({n: f"s{n}" for n in group})
 
     def operation(self, kind: str, dtype: str, names: Sequence[str], of: str, turns: int) -> str:
         """A scalar operation, as C."""
@@ -264,7 +290,7 @@ class Writer:
             name = values.of(store.expression, store.lanes)
             where = self.index(store.positions)
             if store.array.startswith("out"):
-                lines.append(f"    bad += {name} - {name};")
+                lines.append(f"    bad += {name};")
             lines.append(f"    {store.array}[{where}] = {name};")
         self.loops += 1 + values.sums
         wide = loop.size >= _WIDE and not values.sums and self.statements - before <= _LONG
@@ -274,6 +300,10 @@ class Writer:
     def head(self, loop: Loop) -> str:
         """Where a loop begins."""
         return f"  for (int i = 0; i < {loop.size}; i++) {{"
+
+    def part(self, size: int) -> str:
+        """From where up to where an output is written, as C."""
+        return f"0; k < {size}"
 
     def index(self, places: Places, turn: str = "i") -> str:
         """A position for each turn, as C."""
@@ -299,16 +329,9 @@ class Writer:
 
     def _counted(self) -> Counter[int]:
         """How many expressions and stores take each expression."""
-        stores = [s.expression for loop in self._plan.loops for s in loop.stores]
-        stack = stores + [number for number, _, _ in self._plan.single]
-        found, seen = Counter(stack), set()
-        while stack:
-            number = stack.pop()
-            if number not in seen:
-                seen.add(number)
-                taken = [a for a, _ in self._all[number].arguments]
-                found.update(taken)
-                stack += taken
+        found = Counter(self._wanted)
+        for number in needed(self._all, self._wanted):
+            found.update([a for a, _ in self._all[number].arguments])
         return found
 
     def memory(self) -> list[str]:
