@@ -38,6 +38,8 @@ class Lines:
         self._locals = 0
         self._tensors: list[tuple[str, Tensor]] = []
         self._text: list[str] = []
+        self._noted: dict[int, tuple[str, int]] = {}  # where a value is, and the line that notes it
+        self._calls = False  # whether guards are called: what was noted is for them
 
     def hold(self, value: Any) -> str:
         """The name under which code finds a value of now."""
@@ -52,8 +54,14 @@ class Lines:
         return f"x{self._locals}"
 
     def note(self, number: int, place: str) -> None:
-        """Notes a value under a number, for when it is met again."""
+        """Notes the value of a variable under a number, for when it is met again."""
+        self._noted[number] = (place, len(self._text))
         self._text.append(f"seen[{number}] = {place}")
+
+    def noted(self, number: int) -> str:
+        """The variable whose value was noted; where guards that are called note it, their note."""
+        found = self._noted.get(number)
+        return f"seen[{number}]" if found is None else found[0]
 
     def need(self, *conditions: str) -> None:
         """These must be true."""
@@ -76,6 +84,7 @@ class Lines:
     def need_check(self, check: Callable[..., Any], place: str) -> None:
         """A guard must find nothing changed."""
         if not self.need_form(check, place):
+            self._calls = True
             self.need(f"{self.hold(check)}({place}, seen) is None")
 
     def need_form(self, check: Callable[..., Any], place: str) -> bool:
@@ -87,7 +96,8 @@ class Lines:
 
     def function(self) -> Glance | None:
         """The code, to be called with a tuple of arguments; None where it does not work."""
-        text = list(self._text)
+        spared = set() if self._calls else {line for _, line in self._noted.values()}
+        text = [line for k, line in enumerate(self._text) if k not in spared]
         if len(text) > _MOST:
             return None
         if self._tensors:
@@ -97,7 +107,8 @@ class Lines:
                 return None
             text.append(f"if not {self.hold(test)}({', '.join(places)}): return False")
         taken = [f"{', '.join(self.arguments)}, = args"] if self.arguments else []
-        body = "\n  ".join(["seen = {}", *taken, *text, "return True"])
+        seen = ["seen = {}"] if self._calls else []
+        body = "\n  ".join([*seen, *taken, *text, "return True"])
         source = f"def glance(args):\n try:\n  {body}\n except Exception: return False\n"
         space = dict(self._held)
         exec(source, space)

@@ -191,7 +191,7 @@ class Watcher:
                 return None
             return Mismatch(f"{path} and {first} are no longer the same object")
 
-        return inlined(check, lambda lines, place: lines.need(f"{place} is seen[{number}]"))
+        return inlined(check, lambda lines, place: lines.need(f"{place} is {lines.noted(number)}"))
 
     def _array(self, value: Any, path: str) -> Check:
         if type(value) is not np.ndarray or value.dtype.hasobject:
