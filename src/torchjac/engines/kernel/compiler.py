@@ -27,6 +27,9 @@ _FLAGS = (
     "-DTORCHJAC_LOOPS",
     *("-fno-builtin-sin", "-fno-builtin-cos", "-w"),  # else both become one that has no vectors
 )
+# For this machine, and with the simpler coloring of registers by GCC, whose other one is quadratic
+# in the length of a function: a third of the time for 15 000 statements, and no slower code.
+_BEST = ("-march=native", "--param=ira-max-conflict-table-size=0", "-lm", "-lmvec")
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -77,7 +80,7 @@ def _version(command: tuple[str, ...]) -> str:
 @functools.cache
 def _tuned(command: tuple[str, ...]) -> tuple[str, ...]:
     """Flags for this machine that the compiler takes, and libraries."""
-    for flags in (("-march=native", "-lm", "-lmvec"), ("-march=native", "-lm"), ("-lm",)):
+    for flags in (_BEST, ("-march=native", "-lm", "-lmvec"), ("-march=native", "-lm"), ("-lm",)):
         try:
             _made(command, flags, "int torchjac_nothing(void) { return 1; }\n", 10.0)
         except PlanRefused:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torchjac._torch.notes import Called
 from torchjac._torch.recording import Recording, values_in
 from torchjac.engines.kernel.contract import CONTRACTIONS
-from torchjac.engines.kernel.expansion import INPLACE, Expansion, Form
+from torchjac.engines.kernel.expansion import EXPRESSIONS, INPLACE, Expansion, Form
 from torchjac.engines.kernel.expressions import Expressions, Places
 from torchjac.engines.kernel.factor import FACTORS
 from torchjac.engines.kernel.pointwise import POINTWISE
@@ -65,32 +66,26 @@ def expand(
     parts = _parts(recordings)
     elements = _counted(parts)
 
-    def expanded(how: Form) -> Scalars:
-        return _expanded(how, parts, samples or 0, frozen)
+    def expanded(how: Form, most: int = EXPRESSIONS) -> Scalars:
+        return _expanded(how, parts, samples or 0, frozen, most)
 
     if elements <= _SMALL:
         return expanded("single")
-    forms: list[Form] = ["rolled"]
-    if samples is not None and samples > 1 and elements // samples <= _UNROLLED:
-        forms.insert(0, "samples")
+    if samples is not None and samples > 1:
+        if elements // samples <= _UNROLLED:
+            with suppress(PlanRefused):
+                return expanded("samples")
     elif elements <= _UNROLLED:
-        forms.append("single")
-    found: list[Scalars] = []
-    refusals: list[PlanRefused] = []
-    for form in forms:
-        try:
-            found.append(expanded(form))
-        except PlanRefused as refusal:
-            refusals.append(refusal)
-        if found and form == "samples":
-            return found[0]
-    if not found:
-        raise refusals[0]
-    # Lanes make programs short; single elements let more of them be known.
-    sizes = [len(s.expressions.all) for s in found]
-    if len(found) == 2 and (sizes[1] <= _BRIEF or sizes[0] * _SHORTER >= sizes[1]):
-        return found[1]
-    return found[0]
+        with suppress(PlanRefused):
+            single = expanded("single")
+            # Lanes make programs short; single elements let more of them be known.
+            size = len(single.expressions.all)
+            if size <= _BRIEF:
+                return single
+            with suppress(PlanRefused):  # given up as soon as it is too long
+                return expanded("rolled", (size - 1) // _SHORTER)
+            return single
+    return expanded("rolled")
 
 
 def expand_samples(
@@ -105,7 +100,7 @@ def expand_samples(
     elements = _counted(parts) // samples
     if elements > _UNROLLED:
         raise PlanRefused(f"{elements} scalar operations for each sample")
-    return _expanded("samples", parts, samples, frozen)
+    return _expanded("samples", parts, samples, frozen, EXPRESSIONS)
 
 
 # A recording, the calls that its first outputs need, and how many these are.
@@ -128,9 +123,9 @@ def _counted(parts: Sequence[_Part]) -> int:
     return elements
 
 
-def _expanded(how: Form, parts: Sequence[_Part], samples: int, frozen: bool) -> Scalars:
+def _expanded(how: Form, parts: Sequence[_Part], samples: int, frozen: bool, most: int) -> Scalars:
     try:
-        expansion = Expansion(how, samples, frozen)
+        expansion = Expansion(how, samples, frozen, most)
         outputs = [x for part in parts for x in expansion.outputs(*part)]
         return Scalars(expansion.expressions, tuple(outputs), expansion.tables, expansion.live)
     except PlanRefused:

@@ -24,7 +24,7 @@ from torchjac.errors import PlanRefused
 
 aten = torch.ops.aten
 # Expressions there may be.
-_EXPRESSIONS = 40_000
+EXPRESSIONS = 40_000
 # Constants with as many elements, or as many different ones, are numbers in the code.
 _FEW, _DIFFERENT = 4096, 16
 # Every element an expression of its own; every element of a sample; or as many lanes as there are.
@@ -34,6 +34,12 @@ Form = Literal["single", "samples", "rolled"]
 class Expansion:
     """Runs calls on codes.
 
+    Args:
+        form: What is an expression of its own.
+        samples: The leading size of tensors that hold independent samples.
+        frozen: Whether parameters stay as they are now.
+        most: How many expressions there may be.
+
     Attributes:
         expressions: What was made so far.
         writes_out: Whether sums are written out, however long.
@@ -41,13 +47,13 @@ class Expansion:
         live: Tensors from elsewhere whose numbers may change (parameters), in the same way.
     """
 
-    def __init__(self, form: Form, samples: int, frozen: bool):
+    def __init__(self, form: Form, samples: int, frozen: bool, most: int):
         self._frozen = frozen
         self.live: dict[str, Tensor] = {}
         self._is_single = form == "single"
         self.writes_out = form != "rolled"
         self._samples = Lanes(samples) if form == "samples" else None
-        self.expressions = Expressions(_EXPRESSIONS)
+        self.expressions = Expressions(most)
         self.tables: dict[str, Tensor] = {}
         self._recording = Recording((), (), (), ())
         self._arrays: dict[str, Tensor] = {}
