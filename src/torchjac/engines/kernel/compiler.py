@@ -29,7 +29,15 @@ _FLAGS = (
 )
 # For this machine, and with the simpler coloring of registers by GCC, whose other one is quadratic
 # in the length of a function: a third of the time for 15 000 statements, and no slower code.
-_BEST = ("-march=native", "--param=ira-max-conflict-table-size=0", "-lm", "-lmvec")
+_CHOICES = tuple(
+    tuple(choice.split())
+    for choice in (
+        "-march=native --param=ira-max-conflict-table-size=0 -lm -lmvec",
+        "-march=native -lm -lmvec",
+        "-march=native -lm",
+        "-lm",
+    )
+)
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -79,12 +87,19 @@ def _version(command: tuple[str, ...]) -> str:
 
 @functools.cache
 def _tuned(command: tuple[str, ...]) -> tuple[str, ...]:
-    """Flags for this machine that the compiler takes, and libraries."""
-    for flags in (_BEST, ("-march=native", "-lm", "-lmvec"), ("-march=native", "-lm"), ("-lm",)):
+    """Flags for this machine that the compiler takes, and libraries; known from run to run."""
+    about = "\0".join([*command, _version(command), _machine(), *map(" ".join, _CHOICES)])
+    file = f"flags-{hashlib.sha256(about.encode()).hexdigest()[:32]}"
+    known = (disk.read(file) or b"").decode(errors="replace")
+    for flags in _CHOICES:
+        if " ".join(flags) == known:
+            return flags
+    for flags in _CHOICES:
         try:
             _made(command, flags, "int torchjac_nothing(void) { return 1; }\n", 10.0)
         except PlanRefused:
             continue
+        disk.write(file, " ".join(flags).encode())
         return flags
     return ("-lm",)
 
