@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch import predispatch
 from torch.autograd import Variable
 
 from torchjac._torch import autograd, modes, pytree, vmap
@@ -80,6 +81,12 @@ class TestVmap:
         (got,) = vmap.batched_backward([x], [torch.eye(4, dtype=torch.float64)], [q])
         expected = [[2, 0], [0, 2], [8, 0], [0, 16]]
         assert torch.equal(got, torch.tensor(expected, dtype=torch.float64))
+
+    def test_rules_are_loaded_once(self) -> None:
+        """torch's flag says so: where it is gone, torch is asked every time."""
+        q, x = graph()
+        vmap.batched_backward([x], [torch.eye(4, dtype=torch.float64)], [q])
+        assert predispatch.DECOMPOSITIONS_LOADED
 
     def test_gradient_that_ignores_the_cotangent_is_expanded(self) -> None:
         class One(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.predispatch import lazy_load_decompositions
+from torch._functorch import predispatch
 
 from torchjac._torch.autograd import backward
 
@@ -38,7 +38,8 @@ def batched_backward(
     Returns:
         One stack of gradients per input, `None` where no output depends on it.
     """
-    lazy_load_decompositions()
+    if not getattr(predispatch, "DECOMPOSITIONS_LOADED", False):  # to ask it takes 3 us
+        predispatch.lazy_load_decompositions()
     size = cotangents[0].shape[0]
     level = _functorch._vmap_increment_nesting(size, "error")
     try:

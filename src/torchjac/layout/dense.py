@@ -100,7 +100,8 @@ def _split_rows(
         for given, buffer in zip(program.inputs, buffers, strict=True):
             part = buffer if len(program.outputs) == 1 else buffer[starts[i] : starts[i + 1]]
             if structure.batch is None:
-                row.append(part.reshape((*output.shape, *given.shape)))
+                shape = (*output.shape, *given.shape)
+                row.append(part if part.shape == shape else part.reshape(shape))
             else:
                 part = part.movedim(0, 1)
                 row.append(part.reshape((*output.shape, *given.shape[1:])))

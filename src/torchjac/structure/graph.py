@@ -85,7 +85,10 @@ def survey(program: Program) -> Graph:
         last[kind] = node
     # Reading a size takes 0.4 us. Those of the first and the last operation of each kind tell a
     # graph from a larger one of the same shape; a profile reads all of them.
-    traffic = sum(map(_size, first.values())) + sum(map(_size, last.values()))
+    traffic = 0
+    for kind, node in first.items():
+        size = _size(node)
+        traffic += size + (size if last[kind] is node else _size(last[kind]))
     return Graph(tuple(nodes), frozenset(first), traffic, any(map(is_custom, first)))
 
 

@@ -83,7 +83,8 @@ def unit_stack(
             block = stack[low - start : high - start, low - first : high - first]
             block.fill_diagonal_(1)
         if batch is None:
-            stack = stack.view(count, *leaf.shape)
+            if leaf.ndim != 1:
+                stack = stack.view(count, *leaf.shape)
         else:
             stack = stack.view(count, 1, *leaf.shape[1:]).expand(count, *leaf.shape)
         positions.append(position)
