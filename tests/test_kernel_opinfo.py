@@ -75,6 +75,11 @@ def test_operations(n: str) -> None:
         assert refusal(n) == json.loads(SCOREBOARD.read_text()).get(n)
 
 
+def test_refusals_are_meant() -> None:
+    """None of them is an error that nobody thought of."""
+    assert not [n for n, why in json.loads(SCOREBOARD.read_text()).items() if "Error: " in why]
+
+
 if __name__ == "__main__":
     with quiet():
         board = {n: why for n in OPS if (why := refusal(n)) is not None}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchjac._torch.notes import Value
 from torchjac.engines.kernel.codes import BITS, Expanding, apart, dtype_of, groups
-from torchjac.engines.kernel.expressions import Places
+from torchjac.engines.kernel.expressions import ONE, Places
 from torchjac.errors import PlanRefused
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -73,7 +73,7 @@ def _reduced(
             raise PlanRefused("the largest of no elements")
         made = torch.full(shape, do.number(empty, of))
     else:
-        made = _rows(do, kind, code.permute(*rest, *axes).reshape(-1, count), of).view(shape)
+        made = _rows(do, kind, code.permute((*rest, *axes)).reshape(-1, count), of).view(shape)
     for axis in axes if keepdim else ():
         made = made.unsqueeze(axis)
     return made
@@ -102,7 +102,7 @@ def _var(
     of, code = dtype_of(x), do.code(x)
     axes = sorted({a % code.dim() for a in (range(code.dim()) if dims is None else dims)})
     rest = [a for a in range(code.dim()) if a not in axes]
-    rows = code.permute(*rest, *axes).reshape(math.prod(code.shape[a] for a in rest), -1)
+    rows = code.permute((*rest, *axes)).reshape(math.prod(code.shape[a] for a in rest), -1)
 
     def over(sums: Tensor, count: float) -> Tensor:
         return do.apply("div", of, [sums, torch.tensor(do.number(count, of))])
@@ -204,9 +204,13 @@ def _ragged(do: Expanding, codes: Tensor, starts: Places, dtype: str) -> Tensor:
         ends = np.searchsorted(of, np.arange(len(starts)))
         if do.expressions.value(number) == 0:
             continue
-        lanes = places if chosen is None else places[chosen]
-        found = do.expressions.segments(number, lanes, ends)
-        part = (found << BITS) + torch.arange(len(starts) - 1)
+        if do.expressions.all[number].lanes is ONE:  # the same number, so many times
+            times = torch.tensor([do.number(count, dtype) for count in np.diff(ends).tolist()])
+            part = do.apply("mul", dtype, [torch.full_like(times, number << BITS), times])
+        else:
+            lanes = places if chosen is None else places[chosen]
+            found = do.expressions.segments(number, lanes, ends)
+            part = (found << BITS) + torch.arange(len(starts) - 1)
         made = part if made is None else do.apply("add", dtype, [made, part])
     if made is None:
         return torch.full((len(starts) - 1,), do.number(0.0, dtype))
