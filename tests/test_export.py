@@ -126,6 +126,24 @@ def test_a_batch(tmp_path: Path) -> None:
     check(tmp_path, BATCHED["network"], value(7, 6), batched=True)
 
 
+@pytest.mark.parametrize("shape", [(8,), (65, 2)])
+def test_large_numbers_are_finite(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Though their sum is not: the function says that it went well."""
+
+    def f(x: Tensor) -> Tensor:
+        return x.sin() + 1e308 + 1e308 * (x - 5).relu()
+
+    files = torchjac.jacobian(f, batched=len(shape) > 1).export(tmp_path / "made", value(*shape))
+    x = value(*shape, seed=1)
+    first = "65, " if "samples" in files[1].read_text() else ""
+    size = x.numel() * shape[-1]
+    got = ran(files, {"x": x}, {"jacobian": size, "value": x.numel()}, first)
+    assert torch.equal(got["value"].view(shape), f(x))
+    x[3] = 7
+    with pytest.raises(subprocess.CalledProcessError, match=r"main'.* status 1"):
+        ran(files, {"x": x}, {"jacobian": size, "value": x.numel()}, first)
+
+
 def test_single_precision(tmp_path: Path) -> None:
     check(tmp_path, lambda x: x.sin() * x.sum(), value(5, dtype=torch.float32))
 

@@ -227,7 +227,8 @@ class Kernel:
 
         def launched(given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
             made = empty(*about)
-            return (made,), run(*map(address, given), address(made), where, 0)
+            fine = run(*map(address, given), address(made), where, 0)
+            return (made,), fine or _finite((made,))
 
         return launched
 
@@ -253,7 +254,7 @@ class Kernel:
             fine = self._divided(part)
         if scratch is not None and len(self._spare) * self._scratch < _SPARE:
             self._spare.append(scratch)
-        return tuple(made), fine
+        return tuple(made), fine or _finite(made)
 
     def _workspace(self) -> Tensor:
         """Memory to work in, for one call at a time."""
@@ -266,6 +267,11 @@ class Kernel:
 def _strides(shape: torch.Size) -> tuple[int, ...]:
     """Of a dense tensor."""
     return tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+
+
+def _finite(made: Sequence[Tensor]) -> bool:
+    """Whether all is finite; its sum need not be."""
+    return all(bool(x.isfinite().all()) for x in made)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -86,11 +86,6 @@ class SampleWriter(Writer):
         """Where the loop begins."""
         return "  for (long i = first; i < last; i++) {"
 
-    def part(self, size: int) -> str:
-        """From where up to where an output is written, as C."""
-        width = size // self._plan.loops[0].size
-        return f"{width} * first; k < {width} * last"
-
     def fixed(self, outputs: Sequence[tuple[str, int]]) -> list[str]:
         """Statements that write what does not vary, with zeros in the other places."""
         lines = []

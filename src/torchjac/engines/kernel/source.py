@@ -62,7 +62,9 @@ def source_of(
     name: str,
     writing: type[Writer],
 ) -> Source:
-    """Writes a program down.
+    """Writes a program down, as a function that says whether the sum of all results is finite.
+
+    (Where it is not, they may be: to look at them there would make compilers keep them.)
 
     Args:
         scalars: Its expressions.
@@ -98,11 +100,7 @@ def source_of(
     lines += writer.memory()
     lines += ["  (void)in; (void)table; (void)out; (void)scratch;", "  double bad = 0;"]
     lines += body
-    lines += ["  if (bad - bad == 0) return 1;", "  /* The sum of what is finite may not be. */"]
-    for i, (_, size) in enumerate(outputs):
-        lines.append(f"  for (long k = {writer.part(size)}; k++)")
-        lines.append(f"    if (!(out{i}[k] - out{i}[k] == 0)) return 0;")
-    lines += ["  return 1;", "}", ""]
+    lines += ["  return bad - bad == 0;", "}", ""]
     return Source(
         "\n".join(lines),
         tuple(writer.tables),
@@ -300,10 +298,6 @@ class Writer:
     def head(self, loop: Loop) -> str:
         """Where a loop begins."""
         return f"  for (int i = 0; i < {loop.size}; i++) {{"
-
-    def part(self, size: int) -> str:
-        """From where up to where an output is written, as C."""
-        return f"0; k < {size}"
 
     def index(self, places: Places, turn: str = "i") -> str:
         """A position for each turn, as C."""

@@ -110,7 +110,10 @@ def standalone(
         f"  static const void *const table[] = {{{pointers}}};",
         f"  const void *const in[] = {{{taken}}};",
         f"  void *const out[] = {{{', '.join(a.name for a in outputs)}}};",
-        f"  return {name}_body(in, table, out, work{', 0, samples' if samples else ''});",
+        f"  if ({name}_body(in, table, out, work{', 0, samples' if samples else ''})) return 1;",
+        "  /* The sum of what is finite may not be. */",
+        *[line for a in outputs for line in _looked_at(a)],
+        "  return 1;",
         "}",
         "",
     ]
@@ -239,7 +242,15 @@ def identifier(text: str) -> str:
 
 def _private(text: str, name: str) -> str:
     """The function, seen in its file alone."""
-    return text.replace(f"int {name}_body(", f"static int {name}_body(", 1)
+    hidden = f"#if defined(__GNUC__)\n__attribute__((noinline))\n#endif\nstatic int {name}_body("
+    return text.replace(f"int {name}_body(", hidden, 1)
+
+
+def _looked_at(array: Array) -> list[str]:
+    """Statements that return where an element is not finite."""
+    size = f"{_size(array)} * samples" if array.per_sample else str(_size(array))
+    x = f"{array.name}[k]"
+    return [f"  for (long k = 0; k < {size}; k++)", f"    if (!({x} - {x} == 0)) return 0;"]
 
 
 def _size(array: Array) -> int:
