@@ -307,6 +307,18 @@ def test_large_numbers_are_finite(shape: tuple[int, ...], samples: int | None) -
     assert kernel([x * float("inf")]) is None
 
 
+def test_large_results_of_few_numbers(cache: Path) -> None:
+    """A statement for each element would take compilers minutes: it is refused before."""
+
+    def f(x: Tensor) -> Tensor:
+        return (-x).sum() * (-x[0]).sin() * torch.ones(200).to(x) - x
+
+    x = value(200)
+    plan, _ = plan_of(f, x)
+    with pytest.raises(PlanRefused, match="very many places"):
+        kernel_of(plan, f, x)
+
+
 def test_signs_are_exact() -> None:
     """Changes of sign move through products and into sums: not a bit changes, nor a zero's sign."""
 

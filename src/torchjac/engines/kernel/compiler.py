@@ -99,7 +99,8 @@ def _tuned(command: tuple[str, ...]) -> tuple[str, ...]:
             _made(command, flags, "int torchjac_nothing(void) { return 1; }\n", 10.0)
         except PlanRefused:
             continue
-        disk.write(file, " ".join(flags).encode())
+        if flags is _CHOICES[0]:  # others may be due to a machine that was busy
+            disk.write(file, " ".join(flags).encode())
         return flags
     return ("-lm",)
 

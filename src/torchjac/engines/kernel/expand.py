@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def expand(
         with suppress(PlanRefused):
             single = expanded("single")
             # Lanes make programs short; single elements let more of them be known.
-            size = len(single.expressions.all)
+            size = len(single.expressions.all) + _stored(single)
             if size <= _BRIEF:
                 return single
             with suppress(PlanRefused):  # given up as soon as it is too long
@@ -101,6 +102,16 @@ def expand_samples(
     if elements > _UNROLLED:
         raise PlanRefused(f"{elements} scalar operations for each sample")
     return _expanded("samples", parts, samples, frozen, EXPRESSIONS)
+
+
+def _stored(scalars: Scalars) -> int:
+    """Elements of outputs that vary: each is a statement of its own, where it has no lanes."""
+    count = 0
+    for numbers, _ in scalars.outputs:
+        different, times = np.unique(numbers, return_counts=True)
+        known = zip(different.tolist(), times.tolist(), strict=True)
+        count += sum(t for n, t in known if scalars.expressions.value(n) is None)
+    return count
 
 
 # A recording, the calls that its first outputs need, and how many these are.

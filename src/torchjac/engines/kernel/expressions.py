@@ -114,7 +114,8 @@ class Expressions:
         if kind == "neg" and (twice := self._negated(arguments[0])) is not None:
             return twice
         if negative:
-            return self.single("neg", dtype, [self.single(kind, dtype, arguments)])
+            made = self.single(kind, dtype, arguments)
+            return made if self.value(made) == 0 else self.single("neg", dtype, [made])
         simple = self._simplified(kind, dtype, arguments)
         if isinstance(simple, int):
             return arguments[simple] if simple >= 0 else self.constant(0.0, dtype)
@@ -135,7 +136,8 @@ class Expressions:
         if kind == "neg" and (twice := self._negated(arguments[0][0])) is not None:
             return twice, arguments[0][1]
         if negative:
-            return self.many("neg", dtype, [self.many(kind, dtype, arguments)])
+            made = self.many(kind, dtype, arguments)
+            return made if self.value(made[0]) == 0 else self.many("neg", dtype, [made])
         numbers = [a for a, _ in arguments]
         simple = self._simplified(kind, dtype, numbers)
         if isinstance(simple, int):
@@ -198,7 +200,7 @@ class Expressions:
         """The same without changes of sign that cost; whether the result is to change its sign.
 
         A sum takes them in, a product passes them on: bit by bit the same, as rounding is
-        symmetric.
+        symmetric, but for the sign of what is not a number.
         """
         if kind not in ("add", "sub", "mul", "div"):
             return kind, arguments, False

@@ -221,6 +221,7 @@ class Writer:
                 if number in stores:
                     self._lines.append(f"  bad += {name};")
                 self._lines += [f"  {place} = {name};" for place in stores[number]]
+                self.statements += len(stores[number])
         for loop in self._plan.loops:
             self._lines += self._loop(loop)
         return self._lines
