@@ -476,6 +476,19 @@ def test_a_bad_compiler_is_not_the_end(fresh: Path, monkeypatch: pytest.MonkeyPa
     assert any("the C compiler failed" in str(t.refused) for t in plan.tried)
 
 
+def test_an_unforeseen_error_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full, say: the call gives its result, and the record says why no kernel."""
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(compilation, "Kernel", fail)
+    f, shape = PROBLEMS["pairs"]
+    J = torchjac.jacobian(f, compile=True)
+    same(J(value(*shape)), oracle_jacobian(f)(value(*shape)))
+    assert "OSError: no space left" in str(J.explain(value(*shape)))
+
+
 @pytest.mark.parametrize("what", ["cut off", "of another", "empty", "writable by others"])
 def test_bad_caches(fresh: Path, what: str) -> None:
     """What is in the cache is not believed; it is compiled again."""

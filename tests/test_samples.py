@@ -18,6 +18,7 @@ import torchjac
 from accumulating import plan_of, run
 from laws import oracle_jacobian, quiet, same, value
 from test_export import CC, ran
+from test_kernel import cache  # noqa: F401
 from torchjac.capture import Call
 from torchjac.capture.derivative import trace_function
 from torchjac.capture.samples import alike, fewer
@@ -27,14 +28,6 @@ from torchjac.structure.detect import KEEP
 
 Function = Callable[..., Any]
 pytestmark = pytest.mark.skipif(CC is None, reason="there is no C compiler")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One directory for all of them, not the user's."""
-    folder = tmp_path_factory.getbasetemp() / "kernels"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    monkeypatch.setenv("TORCHJAC_CACHE_DIR", str(folder))
 
 
 def rotated(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +14,12 @@ from torch import Tensor
 import torchjac
 from laws import oracle_jacobian, same, value
 from test_accumulate import inside
+from test_kernel import cache  # noqa: F401
 from torchjac import testing
 from torchjac.engines.kernel import entry
 from torchjac.plan import Plan, forced_plan
 
 Function = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One directory for all of them, not the user's."""
-    folder = tmp_path_factory.getbasetemp() / "kernels"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    monkeypatch.setenv("TORCHJAC_CACHE_DIR", str(folder))
-    return folder
 
 
 def product(x: Tensor) -> Tensor:

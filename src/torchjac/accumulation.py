@@ -33,8 +33,6 @@ _PLAN, _PLAN_NODE = 25e-3, 0.8e-3
 _KERNEL, _KERNEL_NODE = 0.3, 4e-3
 # Plans that did not hold before this function is not planned any more.
 _PATIENCE = 3
-
-
 # Calls that miss a shortcut for each that makes another one, at most: that takes as long as some
 # hundred of them, and a shortcut that is never taken is to be replaced.
 _SELDOM = 256

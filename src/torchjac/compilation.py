@@ -105,6 +105,8 @@ def with_kernel(
             refusals.append("the kernel does not give what its operations give")
         except PlanRefused as refusal:
             refusals.append(str(refusal))
+        except Exception as error:  # the operations give the result; the record says what happened
+            refusals.append(f"{type(error).__name__}: {error}")
     raise PlanRefused("; ".join(dict.fromkeys(refusals)))
 
 

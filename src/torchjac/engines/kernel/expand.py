@@ -27,7 +27,8 @@ from torchjac.errors import PlanRefused
 
 aten = torch.ops.aten
 # Elements of operations up to which every element is an expression of its own; up to which that may
-# be; expressions up to which it is preferred, and how much shorter one with lanes is otherwise.
+# be; expressions and results up to which it is preferred, and how much shorter one with lanes is
+# otherwise.
 _SMALL, _UNROLLED, _BRIEF, _SHORTER = 500, 60_000, 1500, 6
 # Elements of all operations together.
 _ELEMENTS = 200_000_000
