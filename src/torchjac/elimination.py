@@ -154,9 +154,7 @@ def _of_one_sample(
         or (torch.are_deterministic_algorithms_enabled() and not wanted.compiled)
     ):
         raise PlanRefused("other operations are asked for")
-    few = sampled(
-        call, derivative, program.batch, wanted.orders, reference.pushes, wanted.predicted
-    )
+    few = sampled(call, derivative, program.batch, wanted.orders, reference.pushes)
     return _Chosen(few[0], _right(few[0], call, None, reference), None, few[1])
 
 

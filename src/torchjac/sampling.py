@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
 
-import torch
-
-from torchjac._torch.work import work_of
 from torchjac.accumulated import Tried
 from torchjac.capture import Call
 from torchjac.capture.derivative import Derivative, trace_function
@@ -29,11 +26,6 @@ from torchjac.structure.detect import KEEP
 from torchjac.structure.interpret import interpret
 from torchjac.structure.lanes import is_batched
 
-aten = torch.ops.aten
-# Seconds that a scalar product takes in a kernel, at best.
-_PRODUCT = 0.05e-9
-# Products of a sample with matrices that all share, from which on these are left to torch.
-_SHARED = 1500
 # Numbers that intermediate values may have, for a few samples.
 _NUMBERS = 2**23
 # Seconds that it may take to plan: at least, and for each operation of the derivative.
@@ -46,7 +38,6 @@ def sampled(
     batch: int,
     orders: Sequence[Mode],
     pushes: bool,
-    predicted: float,
 ) -> tuple[Emitted, tuple[Tried, ...]]:
     """A kernel for each sample, and what was tried on the way to it.
 
@@ -56,12 +47,11 @@ def sampled(
         batch: How many samples there are.
         orders: Orders of elimination to try.
         pushes: Whether forward is one of them.
-        predicted: Seconds that passes should take.
 
     Raises:
         CaptureRefused: It cannot be traced with fewer samples.
         PlanRefused: There are not many samples, or there is no kernel of one, or it is not expected
-            to be faster than passes or operations on whole tensors.
+            to be faster than operations on whole tensors.
     """
     smaller = fewer(call, batch)
     if smaller is None:
@@ -80,37 +70,11 @@ def sampled(
     if not made:
         raise PlanRefused("; ".join(dict.fromkeys([str(t.refused) for t in tried])))
     emitted, text = first_written(made, _written)
-    least = text.source.work * batch * _PRODUCT
     operations = machine().seconds(emitted.work)
-    if least > min(predicted, operations):
+    if text.source.seconds > operations:
         raise PlanRefused(f"it takes {text.source.work} scalar products for each sample")
     emitted = replace(emitted, kernel=Kernel(text, PATIENCE))
     return emitted, (Tried(emitted.mode, operations, form=emitted.form), *tried)
-
-
-def _refuse_matrices(emitted: Emitted, few: int) -> None:
-    """Refuses what is mostly products with matrices that all samples share: wide layers.
-
-    Whole batches go through these faster than samples do, and there is no need to try.
-
-    Raises:
-        PlanRefused: That is what it is.
-    """
-    recording = emitted.recording
-    shared = 0.0
-    for call in recording.calls:
-        if call.operation is not aten.mm.default:
-            continue
-        (result,), matrices = call.results, call.args
-        assert result is not None
-        filled = 1.0
-        for matrix in matrices:
-            if matrix.kind == "constant":
-                numbers = recording.constants[matrix.position]
-                filled *= int(numbers.count_nonzero()) / max(numbers.numel(), 1)
-        shared += filled * result.shape.numel() * matrices[0].shape[-1] / few
-    if shared > _SHARED and 2 * few * shared > work_of(emitted.module.graph).multiplications:
-        raise PlanRefused("most of it are products with matrices that all samples share")
 
 
 def compiled_again(emitted: Emitted) -> Emitted:
@@ -124,5 +88,4 @@ def compiled_again(emitted: Emitted) -> Emitted:
 
 def _written(emitted: Emitted) -> Written:
     assert emitted.samples is not None, "it is for a few samples"
-    _refuse_matrices(emitted, emitted.samples[0])
     return written_for_samples([jacobian_of(emitted)], *emitted.samples)

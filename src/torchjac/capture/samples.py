@@ -25,6 +25,18 @@ _UNIFORM = frozenset(
         *(aten.new_full.default, aten.new_zeros.default, aten.new_ones.default),
     }
 )
+# Operations on each element that torch does not call so.
+_POINTWISE = frozenset(
+    {
+        *(aten.softplus_backward.default, aten.elu_backward.default, aten.mish_backward.default),
+        *(aten.hardtanh_backward.default, aten.leaky_relu_backward.default),
+        *(aten.hardswish_backward.default, aten.hardsigmoid_backward.default),
+        *(aten.hardshrink_backward.default, aten.softshrink_backward.default),
+        *(aten.log_sigmoid_backward.default, aten.log_sigmoid_forward.default),
+        *(aten.fill.Scalar, aten.fill.Tensor, aten.hardswish.default),
+    }
+)
+_NORMS = frozenset({aten.native_layer_norm.default, aten.native_layer_norm_backward.default})
 # Operations whose sizes say what shape the result has.
 _SIZED = _UNIFORM | {
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default),
@@ -40,6 +52,7 @@ _NATURAL = _SIZED | {
     *(aten.detach.default, aten.clone.default, aten.alias.default, aten._to_copy.default),
     *(aten.contiguous.default, aten.lift_fresh_copy.default),
     *(aten.ones_like.default, aten.zeros_like.default, aten.full_like.default),
+    *(aten.empty_like.default, *_NORMS),
     *(aten.sum.dim_IntList, aten.mean.dim, aten.prod.dim_int, aten.amax.default, aten.amin.default),
     *(aten.max.dim, aten.min.dim, aten.linalg_vector_norm.default, aten.linalg_cross.default),
     *(aten.cumsum.default, aten.cumprod.default, aten.flip.default),
@@ -151,10 +164,11 @@ class _Comparison:
             return not sampled or node.target in _UNIFORM or node.target is aten.expand.default
         if not sampled:
             return False
-        if isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
+        if node.target in _POINTWISE or (
+            isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+        ):
             # With as many axes: or samples would be along another one of the result.
-            dims = [n.meta["val"].ndim for n in taken]
-            return all(d == node.meta["val"].ndim for d in dims)
+            return all(_ndim(n) == _ndim(node) for n in taken)
         if node.target is operator.getitem:
             return True
         return node.target in _NATURAL and self._keeps_samples(node, taken)
@@ -165,8 +179,7 @@ class _Comparison:
         schema = target._schema.arguments
         given: dict[str, Any] = {a.name: a.default_value for a in schema if a.has_default_value()}
         given |= dict(zip([a.name for a in schema], node.args, strict=False)) | node.kwargs
-        first = taken[0].meta["val"]
-        ndim = (first[0] if isinstance(first, (list, tuple)) else first).ndim
+        ndim = _ndim(taken[0])
         if node.target in (aten.unsqueeze.default, aten.stack.default):
             ndim += 1  # of the result
         if node.target in (aten.slice_backward.default, aten.select_backward.default):
@@ -180,6 +193,9 @@ class _Comparison:
                 return False
         if node.target in (aten.index.Tensor, aten.index_put.default):
             return bool(given["indices"][0] is None)
+        if node.target in _NORMS:  # gradients by weights are sums over samples
+            shared = any(given.get("output_mask", (True, False, False))[1:])
+            return len(given["normalized_shape"]) < ndim and not shared
         if node.target in (aten.tril.default, aten.triu.default):
             return bool(ndim > 2)  # of each matrix in a stack
         if node.target in (aten.mm.default, aten.addmm.default):
@@ -236,6 +252,12 @@ class _Comparison:
             return _equal(one, other)
         first = one[:1]  # the same for every sample
         return _equal(one, first.expand_as(one)) and _equal(other, first.expand_as(other))
+
+
+def _ndim(node: fx.Node) -> int:
+    """Axes of what a node gives, or of the first thing that it gives."""
+    value = node.meta["val"]
+    return int((value[0] if isinstance(value, (list, tuple)) else value).ndim)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from torchjac._torch.notes import Value
@@ -24,13 +25,18 @@ class Expanding(Protocol):
     Attributes:
         expressions: What was made so far.
         writes_out: Whether sums are written out, however long.
+        keeps_products: Whether products of matrices are kept whole.
     """
 
     expressions: Expressions
     writes_out: bool
+    keeps_products: bool
 
     def code(self, value: Value) -> Tensor:
         """The codes of a tensor."""
+
+    def matrix(self, value: Value) -> Tensor:
+        """The codes of a tensor that is multiplied: lanes of one expression where it may be."""
 
     def cast(self, value: Value, dtype: str) -> Tensor:
         """The same in another dtype."""
@@ -72,3 +78,15 @@ def groups(numbers: Sequence[Places]) -> list[tuple[list[int], Places | None]]:
     cuts = np.flatnonzero(np.diff(key[order])) + 1
     parts = np.split(order, cuts)
     return [([int(n[part[0]]) for n in numbers], part) for part in parts]
+
+
+def laid_out(made: Tensor, like: Value) -> Tensor:
+    """The same codes, with the strides that the tensor has: views look at memory."""
+    if made.shape != like.shape:
+        made = made.view(like.shape)
+    if made.stride() == like.stride or not made.numel():
+        return made
+    found = torch.empty_strided(like.shape, like.stride, dtype=torch.int64)
+    once = tuple(slice(0, 1) if not step else slice(None) for step in like.stride)
+    found[once].copy_(made[once])  # what is expanded is written once
+    return found

@@ -183,7 +183,8 @@ def _convolution(
 
 def _rows(do: Expanding, kind: str, rows: Tensor, dtype: str) -> Tensor:
     """One operation along each row of a matrix."""
-    if do.writes_out or rows.shape[1] <= _LONG:
+    longest = _INNER if do.keeps_products and kind != "add" else _LONG
+    if do.writes_out or rows.shape[1] <= longest:
         found = rows[:, 0]
         for column in rows.unbind(1)[1:]:
             found = do.apply(kind, dtype, [found, column])
@@ -218,18 +219,20 @@ def _ragged(do: Expanding, codes: Tensor, starts: Places, dtype: str) -> Tensor:
 
 
 def _mm(do: Expanding, a: Value, b: Value) -> Tensor:
-    return _product(do, do.code(a)[None], do.code(b)[None], dtype_of(a))[0]
+    return _product(do, do.matrix(a)[None], do.matrix(b)[None], dtype_of(a))[0]
 
 
 def _bmm(do: Expanding, a: Value, b: Value) -> Tensor:
-    return _product(do, do.code(a), do.code(b), dtype_of(a))
+    return _product(do, do.matrix(a), do.matrix(b), dtype_of(a))
 
 
 def _product(do: Expanding, a: Tensor, b: Tensor, dtype: str) -> Tensor:
     inner = a.shape[2]
     if not inner:
         return torch.full((a.shape[0], a.shape[1], b.shape[2]), do.number(0.0, dtype))
-    if inner > _INNER and not do.writes_out:
+    if do.keeps_products and (kept := _whole(do, a, b, dtype)) is not None:
+        return kept
+    if inner > (_LONG if do.keeps_products else _INNER) and not do.writes_out:
         raise PlanRefused("large matrix products are for BLAS")
     found: Tensor | None = None
     for k in range(inner):
@@ -237,6 +240,20 @@ def _product(do: Expanding, a: Tensor, b: Tensor, dtype: str) -> Tensor:
         found = part if found is None else do.apply("add", dtype, [found, part])
     assert found is not None
     return found
+
+
+def _whole(do: Expanding, a: Tensor, b: Tensor, dtype: str) -> Tensor | None:
+    """A product of matrices as one expression; None if they are not elements of one each."""
+    sides = []
+    for matrix in (a, b):
+        numbers, places = apart(matrix.reshape(-1).numpy())
+        if (numbers != numbers[0]).any() or do.expressions.all[numbers[0]].lanes is ONE:
+            return None
+        sides.append((int(numbers[0]), places))
+    sizes = (a.shape[0], a.shape[1], a.shape[2], b.shape[2])
+    number = do.expressions.product(dtype, sides[0], sides[1], sizes)
+    count = sizes[0] * sizes[1] * sizes[3]
+    return ((number << BITS) + torch.arange(count)).view(sizes[0], sizes[1], sizes[3])
 
 
 def _index_add(

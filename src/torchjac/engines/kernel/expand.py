@@ -30,6 +30,8 @@ aten = torch.ops.aten
 # be; expressions and results up to which it is preferred, and how much shorter one with lanes is
 # otherwise.
 _SMALL, _UNROLLED, _BRIEF, _SHORTER = 500, 60_000, 1500, 6
+# Products of a sample with matrices that all share, from which on these are kept whole.
+_SHARED = 1500
 # Elements of all operations together.
 _ELEMENTS = 200_000_000
 
@@ -43,12 +45,14 @@ class Scalars:
         outputs: For each output the expression, and the lane, of every element.
         tables: Constants that are read, by the name of their array.
         live: Tensors from elsewhere whose numbers may change (parameters), in the same way.
+        sampled: Inputs that hold samples.
     """
 
     expressions: Expressions
     outputs: tuple[tuple[Places, Places], ...]
     tables: dict[str, Tensor]
     live: dict[str, Tensor]
+    sampled: frozenset[str]
 
 
 def expand(
@@ -105,6 +109,44 @@ def expand_samples(
     return _expanded("samples", parts, samples, frozen, EXPRESSIONS)
 
 
+def expand_strips(
+    recordings: Sequence[tuple[Recording, int]], samples: int, frozen: bool = False
+) -> Scalars:
+    """The same, elements that are made alike being lanes, and products of matrices kept whole.
+
+    Raises:
+        PlanRefused: As `expand`.
+    """
+    parts = _parts(recordings)
+    _counted(parts)
+    return _expanded("strips", parts, samples, frozen, EXPRESSIONS)
+
+
+def shares_matrices(recordings: Sequence[tuple[Recording, int]], samples: int) -> bool:
+    """Whether most of it are products with matrices that all samples share: wide layers.
+
+    Args:
+        recordings: As for `expand`.
+        samples: How many samples they hold.
+    """
+    shared, work = 0.0, 0
+    for recording, calls, _ in _parts(recordings):
+        for call in calls:
+            work += _work(call)
+            if call.operation not in (aten.mm.default, aten.addmm.default):
+                continue
+            (result,), matrices = call.results, call.args[-2:]
+            assert result is not None
+            products = result.shape.numel() * matrices[0].shape[-1]
+            work += products if call.operation is aten.addmm.default else 0
+            for matrix in matrices:  # what is zero is not multiplied, element by element
+                if matrix.kind == "constant" and not matrix.base.varies:
+                    numbers = recording.constants[matrix.position]
+                    products *= int(numbers.count_nonzero()) / max(numbers.numel(), 1)
+            shared += products
+    return shared > _SHARED * samples and 2 * shared > work
+
+
 def _stored(scalars: Scalars) -> int:
     """Elements of outputs that vary: each is a statement of its own, where it has no lanes."""
     count = 0
@@ -139,7 +181,13 @@ def _expanded(how: Form, parts: Sequence[_Part], samples: int, frozen: bool, mos
     try:
         expansion = Expansion(how, samples, frozen, most)
         outputs = [x for part in parts for x in expansion.outputs(*part)]
-        return Scalars(expansion.expressions, tuple(outputs), expansion.tables, expansion.live)
+        return Scalars(
+            expansion.expressions,
+            tuple(outputs),
+            expansion.tables,
+            expansion.live,
+            frozenset(expansion.sampled),
+        )
     except PlanRefused:
         raise
     except RuntimeError as error:  # of torch, about codes

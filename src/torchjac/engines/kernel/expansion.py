@@ -13,7 +13,7 @@ from torch import Tensor
 from torchjac._torch.notes import Called, Value
 from torchjac._torch.recording import Recording, decomposed, mapped, values_in
 from torchjac._torch.straight import folded
-from torchjac.engines.kernel.codes import BITS, apart, dtype_of, groups
+from torchjac.engines.kernel.codes import BITS, apart, dtype_of, groups, laid_out
 from torchjac.engines.kernel.contract import CONTRACTIONS
 from torchjac.engines.kernel.expressions import ONE, Expressions, Lanes, Places
 from torchjac.engines.kernel.factor import FACTORS
@@ -27,8 +27,9 @@ aten = torch.ops.aten
 EXPRESSIONS = 40_000
 # Constants with as many elements, or as many different ones, are numbers in the code.
 _FEW, _DIFFERENT = 4096, 16
-# Every element an expression of its own; every element of a sample; or as many lanes as there are.
-Form = Literal["single", "samples", "rolled"]
+# Every element an expression of its own; every element of a sample; as many lanes as there are; or
+# that, for a few samples of many, with products of matrices as they are.
+Form = Literal["single", "samples", "rolled", "strips"]
 
 
 class Expansion:
@@ -43,15 +44,20 @@ class Expansion:
     Attributes:
         expressions: What was made so far.
         writes_out: Whether sums are written out, however long.
+        keeps_products: Whether products of matrices are kept whole.
         tables: Constants that are read, by the name of their array.
         live: Tensors from elsewhere whose numbers may change (parameters), in the same way.
+        sampled: Inputs that hold samples.
     """
 
     def __init__(self, form: Form, samples: int, frozen: bool, most: int):
         self._frozen = frozen
         self.live: dict[str, Tensor] = {}
+        self.sampled: set[str] = set()
         self._is_single = form == "single"
-        self.writes_out = form != "rolled"
+        self.writes_out = form in ("single", "samples")
+        self.keeps_products = form == "strips"
+        self._count = samples if form in ("samples", "strips") else 0
         self._samples = Lanes(samples) if form == "samples" else None
         self.expressions = Expressions(most)
         self.tables: dict[str, Tensor] = {}
@@ -68,6 +74,8 @@ class Expansion:
         """Runs calls of a recording, and gives what its first outputs are."""
         self._recording = recording
         for i, value in enumerate(recording.inputs):
+            if self._count and value.shape and value.shape[0] == self._count:
+                self.sampled.add(f"in{i}")
             if value.dtype.is_floating_point:
                 code = self._array(f"in{i}", value.shape, dtype_of(value))
                 self._codes[id(value)] = code
@@ -126,11 +134,11 @@ class Expansion:
         if call.is_single:
             (result,) = call.results
             assert result is not None
-            self._codes[id(result)] = _laid_out(made, result)
+            self._codes[id(result)] = laid_out(made, result)
             return
         for result, part in zip(call.results, made, strict=True):
             if result is not None:
-                self._codes[id(result)] = _laid_out(part, result)
+                self._codes[id(result)] = laid_out(part, result)
 
     def _move(self, call: Called) -> None:
         """Runs an operation that moves elements on codes."""
@@ -201,26 +209,52 @@ class Expansion:
         if value.base.varies and not self._frozen:
             name = f"live{len(self.live)}"
             self.live[name] = tensor
-            return _laid_out(self._array(name, tensor.shape, dtype_of(value)), value)
+            return laid_out(self._array(name, tensor.shape, dtype_of(value)), value)
         tensor = tensor.detach()
         once = tensor[tuple(slice(0, 1) if not step else slice(None) for step in tensor.stride())]
-        return _laid_out(self._numbers(once, value).expand(tensor.shape), value)
+        return laid_out(self._numbers(once, value).expand(tensor.shape), value)
 
     def _numbers(self, tensor: Tensor, value: Value) -> Tensor:
         """Codes of a tensor that does not vary."""
         dtype, size = dtype_of(value), tensor.numel()
-        if self._samples is not None and size and not size % self._samples.size:
-            rows = tensor.reshape(self._samples.size, -1)
-            if len(rows) > 1 and bool((rows == rows[:1]).all()):  # the same for every sample
-                return self._numbers(rows[0], value).expand(rows.shape).reshape(tensor.shape)
+        if (one := self._of_one_sample(tensor)) is not None:
+            return self._for_all(self._numbers(one, value), tensor.shape)
         different, where = tensor.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         few = len(different) <= _DIFFERENT or (self.writes_out and size <= _FEW)
         if few:
             numbers = [self.number(x, dtype) for x in different.tolist()]
             return torch.tensor(numbers, dtype=torch.int64)[where]
+        return self._table(tensor, dtype)
+
+    def _table(self, tensor: Tensor, dtype: str) -> Tensor:
         name = f"table{len(self.tables)}"
         self.tables[name] = tensor.contiguous()
         return self._array(name, tensor.shape, dtype)
+
+    def matrix(self, value: Value) -> Tensor:
+        """The codes of a tensor that is multiplied: lanes of one expression where it may be."""
+        kept = self.keeps_products and value.kind == "constant" and not value.base.varies
+        if kept and id(value) not in self._codes:
+            tensor = self._recording.constants[value.position].detach()
+            one = self._of_one_sample(tensor)
+            once = tensor if one is None else one
+            if once.numel() > _DIFFERENT:
+                code = self._table(once, dtype_of(value))
+                code = code if one is None else self._for_all(code, tensor.shape)
+                self._codes[id(value)] = laid_out(code, value)
+        return self.code(value)
+
+    def _of_one_sample(self, tensor: Tensor) -> Tensor | None:
+        """What it holds for every sample, if that is the same."""
+        size = tensor.numel()
+        if not self._count or not size or size % self._count:
+            return None
+        rows = tensor.reshape(self._count, -1)
+        return rows[0] if bool((rows == rows[:1]).all()) else None
+
+    def _for_all(self, code: Tensor, shape: torch.Size) -> Tensor:
+        """The same codes for every sample."""
+        return code.expand(self._count, len(code)).reshape(shape)
 
     def number(self, number: float, dtype: str) -> int:
         """The code of a number."""
@@ -354,15 +388,3 @@ _OF_INTEGERS = {
     "int64": ("add", "sub", "mul", "neg", "where", "maximum", "minimum"),
     "bool": ("where",),
 }
-
-
-def _laid_out(made: Tensor, like: Value) -> Tensor:
-    """The same codes, with the strides that the tensor has: views look at memory."""
-    if made.shape != like.shape:
-        made = made.view(like.shape)
-    if made.stride() == like.stride or not made.numel():
-        return made
-    found = torch.empty_strided(like.shape, like.stride, dtype=torch.int64)
-    once = tuple(slice(0, 1) if not step else slice(None) for step in like.stride)
-    found[once].copy_(made[once])  # what is expanded is written once
-    return found

@@ -53,12 +53,12 @@ class Expression:
     """One operation.
 
     Attributes:
-        kind: A pointwise operation, or `constant`, `load`, `segments`.
+        kind: A pointwise operation, or `constant`, `load`, `segments`, `product`.
         dtype: Of its result.
         arguments: What it takes.
         lanes: How often.
         about: Of a constant its value; of a load the array, the step from lane to lane, and where
-            the first one is; of a sum of segments where they begin.
+            the first one is; of a sum of segments where they begin; of a product its sizes.
         cost: Of this one operation, in products.
     """
 
@@ -164,6 +164,26 @@ class Expressions:
         dtype = self.all[argument].dtype
         key = ("segments", argument, places.tobytes(), starts.tobytes())
         return self._add(key, "segments", dtype, ((argument, Map(places)),), lanes, starts)
+
+    def product(
+        self,
+        dtype: str,
+        left: tuple[int, Places],
+        right: tuple[int, Places],
+        sizes: tuple[int, int, int, int],
+    ) -> int:
+        """Products of matrices, as one: lanes are matrices, rows and columns, in that order.
+
+        Args:
+            dtype: Of the result.
+            left: An expression, and the lane of it in each place of the left matrices.
+            right: The same of the right ones.
+            sizes: How many matrices, rows, numbers that are multiplied and added, and columns.
+        """
+        count, rows, _, columns = sizes
+        key = ("product", *[(a, p.tobytes()) for a, p in (left, right)], sizes)
+        taken = tuple([(a, Map(p)) for a, p in (left, right)])
+        return self._add(key, "product", dtype, taken, Lanes(count * rows * columns), sizes)
 
     def map_of(self, lanes: Lanes, places: Places) -> Map | None:
         """The map to these lanes, the same object for the same; None if it is the identity."""

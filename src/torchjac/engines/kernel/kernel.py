@@ -17,10 +17,17 @@ from torchjac._torch.notes import Value
 from torchjac._torch.recording import Recording
 from torchjac.engines.kernel.compiler import LIMIT, compiled
 from torchjac.engines.kernel.entry import entered, entry
-from torchjac.engines.kernel.expand import Scalars, expand, expand_samples
+from torchjac.engines.kernel.expand import (
+    Scalars,
+    expand,
+    expand_samples,
+    expand_strips,
+    shares_matrices,
+)
 from torchjac.engines.kernel.loops import Schedule, schedule
-from torchjac.engines.kernel.sampled import SampleWriter, schedule_of_samples
+from torchjac.engines.kernel.sampled import SampleWriter, over_samples, schedule_of_samples
 from torchjac.engines.kernel.source import Source, Writer, source_of
+from torchjac.engines.kernel.strip_source import StripWriter
 from torchjac.engines.kernel.threads import Divided
 from torchjac.errors import PlanRefused
 
@@ -93,16 +100,35 @@ def written_for_samples(
     Raises:
         PlanRefused: As for `written`, or samples are not computed one by one.
     """
-    scalars = expand_samples(_of_floats(recordings), few, frozen)
-    plan = schedule_of_samples(scalars, few)
-    made = _written(recordings, scalars, plan, name, SampleWriter)
+    recordings = _of_floats(recordings)
+
+    def alone() -> Written:
+        scalars = expand_samples(recordings, few, frozen)
+        plan = schedule_of_samples(scalars, few)
+        return _written(recordings, scalars, plan, name, SampleWriter)
+
+    def in_strips() -> Written:
+        scalars = expand_strips(recordings, few, frozen)
+        return _written(recordings, scalars, over_samples(scalars, few), name, StripWriter)
+
+    if shares_matrices(recordings, few):
+        made = in_strips()
+    else:
+        try:
+            made = alone()
+        except PlanRefused as refusal:  # it is too long
+            try:
+                made = in_strips()
+            except PlanRefused as other:
+                raise PlanRefused(f"{refusal}; in strips: {other}") from None
 
     def whole(shape: torch.Size) -> torch.Size:
         return torch.Size((many, *shape[1:])) if shape and shape[0] == few else shape
 
     given = len(made.inputs) - len(made.live)
     inputs = [(whole(s), d) for s, d in made.inputs[:given]]
-    source = replace(made.source, work=made.source.work // few)
+    work, seconds = made.source.work // few, made.source.seconds * many / few
+    source = replace(made.source, work=work, seconds=seconds)
     return replace(
         made,
         source=source,
@@ -236,25 +262,31 @@ class Kernel:
         if self._live:
             given = [*given, *[_dense(x.detach()) for x in self._live]]
         made = [empty(*about) for about in self._outputs]
-        scratch = self._workspace() if self._scratch else None
         arrays = (
             *([x.data_ptr() for x in given] or (0,)),
             *[x.data_ptr() for x in made],
             self._where,
-            0 if scratch is None else scratch.data_ptr(),
         )
         if self._divided is None:
-            fine = self._run(*arrays)
+            fine = self._part(arrays)
         else:
-            run, kept = self._run, (given, made, scratch)  # alive as long as a thread may run
+            kept = (given, made)  # alive as long as a thread may run
 
             def part(first: int, last: int, _kept: Any = kept) -> bool:
-                return run(*arrays, first, last)
+                return self._part(arrays, first, last)
 
             fine = self._divided(part)
-        if scratch is not None and len(self._spare) * self._scratch < _SPARE:
-            self._spare.append(scratch)
         return tuple(made), fine or _finite(made)
+
+    def _part(self, arrays: tuple[int, ...], *turns: int) -> bool:
+        """Runs all turns of the loop, or some, in memory of its own."""
+        if not self._scratch:
+            return self._run(*arrays, 0, *turns)
+        scratch = self._workspace()
+        fine = self._run(*arrays, scratch.data_ptr(), *turns)
+        if len(self._spare) * self._scratch < _SPARE:
+            self._spare.append(scratch)
+        return fine
 
     def _workspace(self) -> Tensor:
         """Memory to work in, for one call at a time."""

@@ -19,13 +19,28 @@ def schedule_of_samples(scalars: Scalars, count: int) -> Schedule:
     """One loop, each turn of which is a sample and looks at nothing of another.
 
     Args:
-        scalars: The program for a few samples.
+        scalars: The program for a few samples, every element of a sample an expression.
         count: How many.
 
     Raises:
         PlanRefused: There is no such loop.
     """
     _check(scalars, count)
+    made = over_samples(scalars, count)
+    every, (loop,) = np.arange(count), made.loops
+    for store in loop.stores:
+        alone = scalars.expressions.all[store.expression].lanes is ONE
+        if not alone and not (store.lanes == every).all():
+            raise PlanRefused("a sample looks at another")
+    return made
+
+
+def over_samples(scalars: Scalars, count: int) -> Schedule:
+    """One loop, each turn of which writes what a sample gives.
+
+    Raises:
+        PlanRefused: Samples are made by different expressions.
+    """
     every = np.arange(count)
     stores, fixed = [], []
     for k, (numbers, lanes) in enumerate(scalars.outputs):
@@ -39,10 +54,7 @@ def schedule_of_samples(scalars: Scalars, count: int) -> Schedule:
             if value is not None:
                 values[position] = value
                 continue
-            alone = scalars.expressions.all[number].lanes is ONE
-            if not alone and not (where[:, position] == every).all():
-                raise PlanRefused("a sample looks at another")
-            stores.append(Store(number, every, f"out{k}", position + width * every))
+            stores.append(Store(number, where[:, position], f"out{k}", position + width * every))
         fixed.append((np.arange(width), values))
     return Schedule((Loop(count, tuple(stores)),), {}, tuple(fixed), ())
 

@@ -37,6 +37,7 @@ class Source:
         scratch: Bytes of memory that it needs to work in.
         statements: Scalar operations in the text.
         work: What it runs, in scalar products.
+        seconds: What that takes at best.
         level: How much a compiler should optimize.
     """
 
@@ -46,6 +47,7 @@ class Source:
     scratch: int
     statements: int
     work: int
+    seconds: float
     level: int
 
     @property
@@ -86,6 +88,7 @@ def source_of(
                 lines.append(f"TORCHJAC_SIMD {t} {function}{f}({t}{two});")
         lines.append("#endif")
     lines += [text for own, text in OWN.items() if any(own in line for line in body)]
+    lines += writer.helpers()
     lines.append(
         f"int {name}(const void *const *in, const void *const *table, void *const *out,"
         f" void *scratch{writer.parameters})\n{{"
@@ -108,6 +111,7 @@ def source_of(
         writer.scratch,
         writer.statements,
         writer.work,
+        writer.work * writer.product,
         2 if writer.statements <= _LONG and writer.loops <= _LOOPS else 1,
     )
 
@@ -148,6 +152,7 @@ class Writer:
         called: Functions of the math library.
         statements: Scalar operations so far.
         work: What they come to, in scalar products.
+        product: Seconds that each takes at best.
         loops: Loops so far.
         joins: Whether sums over several arrays are made one.
         uses: How many expressions and stores take each expression.
@@ -155,6 +160,7 @@ class Writer:
     """
 
     parameters = ""
+    product = 0.05e-9
     joins = True
 
     def __init__(self, scalars: Scalars, plan: Schedule):
@@ -206,8 +212,19 @@ class Writer:
             lines[-1] = f"  memcpy(out{i}, fixed{i}, {size} * sizeof(*out{i}));"
         return lines
 
+    def helpers(self) -> list[str]:
+        """Functions that the statements call."""
+        return []
+
     def body(self) -> list[str]:
         """The statements."""
+        self._singles()
+        for loop in self._plan.loops:
+            self._lines += self._loop(loop)
+        return self._lines
+
+    def _singles(self) -> None:
+        """Writes down what has one lane."""
         stores: defaultdict[int, list[str]] = defaultdict(list)
         for number, array, positions in self._plan.single:
             stores[number] += [f"{array}[{p}]" for p in positions.tolist()]
@@ -222,9 +239,6 @@ class Writer:
                     self._lines.append(f"  bad += {name};")
                 self._lines += [f"  {place} = {name};" for place in stores[number]]
                 self.statements += len(stores[number])
-        for loop in self._plan.loops:
-            self._lines += self._loop(loop)
-        return self._lines
 
     def alone(self, number: int) -> str:
         """The name of an expression of one lane, which is computed before all loops."""
