@@ -308,11 +308,12 @@ class Writer:
         self.loops += 1 + values.sums
         wide = loop.size >= _WIDE and not values.sums and self.statements - before <= _LONG
         vector = "  TORCHJAC_LOOP(bad)" if wide else ""
-        return [vector, self.head(loop), *values.lines, *lines, "  }"]
+        head = f"  for (int i = 0; i < {loop.size}; i++) {{"
+        return [vector, head, *values.lines, *lines, "  }"]
 
-    def head(self, loop: Loop) -> str:
-        """Where a loop begins."""
-        return f"  for (int i = 0; i < {loop.size}; i++) {{"
+    def element(self, array: str, step: int, start: int, lanes: Places) -> str:
+        """An element of an array for each turn, as C."""
+        return f"{array}[{self.index(lanes * step + start)}]"
 
     def index(self, places: Places, turn: str = "i") -> str:
         """A position for each turn, as C."""

@@ -14,12 +14,20 @@ from torchjac.engines.kernel.sampled import SampleWriter
 from torchjac.engines.kernel.scalars import CTYPES
 from torchjac.engines.kernel.singles import needed
 from torchjac.engines.kernel.strips import Home, Matrix, Strips
-from torchjac.engines.kernel.tiles import STRIP, Operand, Tiles, strip_type
+from torchjac.engines.kernel.tiles import (
+    STRIP,
+    Operand,
+    Tiles,
+    bytes_of,
+    strip_bytes,
+    strip_type,
+    turned,
+)
 from torchjac.engines.kernel.turns import loaded
 from torchjac.errors import PlanRefused
 
-# Bytes of a strip of numbers, at most, and of memory to work in.
-_STRIP, _MEMORY = 64, 1 << 20
+# Bytes of memory to work in, at most.
+_MEMORY = 1 << 20
 # Seconds that a product takes, for each byte of a number: samples go through registers together.
 _BYTE = 0.0045e-9
 # What is computed in one loop: for which places in a sample, and the expressions.
@@ -37,20 +45,18 @@ class StripWriter(SampleWriter):
         (loop,) = plan.loops
         self._count = loop.size
         self._strips = Strips(self._all, self._numbers, loop.size, scalars.sampled)
-        floating = {self._all[n].dtype for n in self._numbers} & {"float64", "float32"}
-        if len(floating) != 1:
+        if {"float64", "float32"} <= {self._all[n].dtype for n in self._numbers}:
             raise PlanRefused("numbers of several dtypes")
-        (self._dtype,) = floating
         self._stored = self._strips.stored | {
             n for n in self._wanted if self._all[n].lanes is not ONE and not self._is_read(n)
         }
-        self.product = _BYTE * (8 if self._dtype == "float64" else 4)
-        self._tiles = Tiles(self._dtype)
+        self.product = _BYTE * bytes_of(self.dtype)
+        self._tiles = Tiles(self.dtype)
         self._places: dict[int, int] = {}
 
     def helpers(self) -> list[str]:
         """The width of a strip, and products."""
-        return [*strip_type(self._dtype), *self._tiles.lines]
+        return [*strip_type(self.dtype), *self._tiles.lines]
 
     def memory(self) -> list[str]:
         """Where values are kept."""
@@ -131,19 +137,18 @@ class StripWriter(SampleWriter):
 
     def _bytes(self, number: int) -> int:
         """Memory for a value, as whole lines of a cache."""
-        width = 4 if self._all[number].dtype in ("float32", "bool") else 8
-        home = self._strips.homes[number]
+        expression, home = self._all[number], self._strips.homes[number]
         if home is None:
-            return -(-self._all[number].lanes.size * width // _STRIP) * _STRIP
-        samples = _STRIP // (8 if self._dtype == "float64" else 4)
-        return -(-home.width * samples * width // _STRIP) * _STRIP
+            return strip_bytes(expression.lanes.size, expression.dtype)
+        return strip_bytes(home.width, expression.dtype, self.dtype)
 
     def _written(self, numbers: Sequence[int], home: Home | None) -> list[str]:
         """One loop."""
         self.loops += 1
         kind = self._all[numbers[0]].kind
         if kind == "load":
-            return self._strip_of(numbers[0])
+            assert home is not None
+            return turned(loaded(self._all[numbers[0]])[0], f"x{numbers[0]}", home.width)
         if kind == "product":
             return self._product(numbers[0])
         if kind == "segments":
@@ -153,7 +158,7 @@ class StripWriter(SampleWriter):
         inner = []
         for number in numbers:
             expression = self._all[number]
-            given = [self._read(a, by, home, names) for a, by in expression.arguments]
+            given = [self._taken(a, by, home, names) for a, by in expression.arguments]
             of = self._all[expression.arguments[0][0]].dtype
             turns = size if home is None else size * self._count
             text = self.operation(expression.kind, expression.dtype, given, of, turns)
@@ -166,7 +171,7 @@ class StripWriter(SampleWriter):
             return [f"  {head.lstrip()} {{", *inner, "  }"]
         return [f"{head} {{", "    TORCHJAC_SPAN", f"{_SAMPLES} {{", *inner, "    }", "    }"]
 
-    def _read(self, number: int, by: Map | None, home: Home | None, names: dict[int, str]) -> str:
+    def _taken(self, number: int, by: Map | None, home: Home | None, names: dict[int, str]) -> str:
         """A value that an expression takes."""
         expression = self._all[number]
         if expression.kind == "constant" or expression.lanes is ONE:
@@ -185,18 +190,6 @@ class StripWriter(SampleWriter):
             return f"{array}[{self.index(every * step + start, turn)}]"
         where = turn if places is None else self.index(places, turn)
         return f"x{number}[{_at(where, self._strips.homes[number])}]"
-
-    def _strip_of(self, number: int) -> list[str]:
-        """An input, turned around; where there are too few samples the last one again."""
-        array, _, _ = loaded(self._all[number])
-        home = self._strips.homes[number]
-        assert home is not None
-        return [
-            f"    for (long r = 0; r < {home.width}; r++)",
-            _SAMPLES,
-            f"      x{number}[{_at('r', home)}] ="
-            f" {array}[(i + (s < n ? s : n - 1)) * {home.width} + r];",
-        ]
 
     def _sum(self, number: int, home: Home | None) -> list[str]:
         """Sums over lanes."""
@@ -266,32 +259,37 @@ class StripWriter(SampleWriter):
     def _stores(self) -> list[str]:
         """What is written, sample by sample."""
         (loop,) = self._plan.loops
-        found: defaultdict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
-        widths: dict[str, int] = {}
+        found: defaultdict[str, dict[int, list[tuple[int, int]]]] = defaultdict(dict)
         for store in loop.stores:
-            positions = store.positions
-            widths[store.array] = int(positions[1] - positions[0]) if len(positions) > 1 else 1
             own = self._strips.homes[store.expression]
             rank = store.lanes if own is None else own.rank[store.lanes]
             if (rank != rank[0]).any():
                 raise PlanRefused("samples are not computed alike")
-            found[store.array, store.expression].append((int(rank[0]), int(positions[0])))
+            pairs = found[store.array].setdefault(store.expression, [])
+            pairs.append((int(rank[0]), int(store.positions[0])))
         lines = ["    for (int s = 0; s < n; s++) {"]
-        for (array, number), pairs in found.items():
-            ranks, positions = np.array(pairs).T
-            t, alone = CTYPES[self._all[number].dtype], self._all[number].lanes is ONE
-            value = self.alone(number) if alone else self._element(number, ranks, "r")
-            self.statements += 1
-            where = f"(i + s) * {widths[array]} + {self.index(positions, 'r')}"
-            lines += [
-                "      TORCHJAC_LOOP(bad)",
-                f"      for (long r = 0; r < {len(pairs)}; r++) {{",
-                f"        const {t} value = {value};",
-                "        bad += value;",
-                f"        {array}[{where}] = value;",
-                "      }",
-            ]
+        for array, every in found.items():
+            width = len(self._plan.fixed[int(array[3:])][1])
+            lines += self.row(array)
+            for number, pairs in every.items():
+                lines += self._stored_in(array, width, number, *np.array(pairs).T)
         return [*lines, "    }"]
+
+    def _stored_in(
+        self, array: str, width: int, number: int, ranks: Places, places: Places
+    ) -> list[str]:
+        """What one expression gives."""
+        t, alone = CTYPES[self._all[number].dtype], self._all[number].lanes is ONE
+        value = self.alone(number) if alone else self._element(number, ranks, "r")
+        self.statements += 1
+        return [
+            "      TORCHJAC_LOOP(bad)",
+            f"      for (long r = 0; r < {len(ranks)}; r++) {{",
+            f"        const {t} value = {value};",
+            "        bad += value;",
+            f"        {array}[(i + s) * {width} + {self.index(places, 'r')}] = value;",
+            "      }",
+        ]
 
 
 def _at(where: str, home: Home | None) -> str:

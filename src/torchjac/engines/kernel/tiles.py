@@ -8,9 +8,37 @@ from torchjac.engines.kernel.scalars import CTYPES
 
 # What the number of samples in a strip is called.
 STRIP = "TORCHJAC_STRIP"
+# Bytes of a line of a cache, and of a strip of numbers at most.
+_LINE = 64
 # Columns of a tile, by its rows: as many sums as there are registers for.
 _COLUMNS = {1: 8, 2: 8, 3: 4, 4: 4}
 _ROWS = max(_COLUMNS)
+
+
+def strip_bytes(width: int, dtype: str, of: str | None = None) -> int:
+    """Memory for some numbers of each sample of a strip, as whole lines of a cache.
+
+    Args:
+        width: How many numbers.
+        dtype: Theirs.
+        of: That which strips are wide for; None for numbers that all samples share.
+    """
+    samples = 1 if of is None else _LINE // bytes_of(of)
+    return -(-width * samples * bytes_of(dtype) // _LINE) * _LINE
+
+
+def turned(array: str, strip: str, width: int) -> list[str]:
+    """Statements that read a strip of an input: where there are too few samples the last again."""
+    return [
+        f"    for (int s = 0; s < {STRIP}; s++)",
+        f"      for (long r = 0; r < {width}; r++)",
+        f"        {strip}[r * {STRIP} + s] = {array}[(i + (s < n ? s : n - 1)) * {width} + r];",
+    ]
+
+
+def bytes_of(dtype: str) -> int:
+    """Bytes of a number."""
+    return 4 if dtype in ("float32", "bool") else 8
 
 
 @dataclass(frozen=True, slots=True)

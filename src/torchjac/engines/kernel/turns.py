@@ -115,8 +115,7 @@ class Turn:
         writer = self._writer
         expression, kept = writer.expression(number), writer.kept(number)
         if expression.kind == "load":
-            array, step, start = loaded(expression)
-            return f"{array}[{writer.index(lanes * step + start)}]"
+            return writer.element(*loaded(expression), lanes)
         if kept is not None and not first:
             return f"{kept}[{writer.index(lanes)}]"
         return self._segments(number, lanes) if expression.kind == "segments" else None
