@@ -1,0 +1,132 @@
+"""Which values one loop computes: laws of every way to divide a program into loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from accumulating import plan_of, run
+from benchmarks.workloads import build
+from laws import oracle_jacobian, quiet, same, value
+from test_accumulate import PROBLEMS
+from test_kernel import cache, kernel_of  # noqa: F401
+from torchjac.compilation import jacobian_of
+from torchjac.engines.kernel import kernel, loops
+from torchjac.engines.kernel.cells import Cells, Edge, Ties
+from torchjac.engines.kernel.expand import expand
+from torchjac.engines.kernel.expressions import Lanes, Map
+from torchjac.errors import PlanRefused
+
+Function = Callable[..., Any]
+MESHES = ["finite_volume(5, 4)", "finite_volume(7, 6)", "bundle_full(3, 7, 20)", "nbody(7)"]
+
+
+def forced(monkeypatch: pytest.MonkeyPatch, ties: Ties) -> None:
+    """Programs are divided in one way only, however many loops that makes."""
+    monkeypatch.setattr(loops, "_KINDS", 10**6)
+    monkeypatch.setattr(kernel, "schedule", lambda scalars: loops._Scheduling(scalars, ties).made())
+
+
+@pytest.mark.parametrize("ties", ["all", "even", "none"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems(monkeypatch: pytest.MonkeyPatch, name: str, ties: Ties) -> None:
+    """What is computed together changes nothing of what it is."""
+    forced(monkeypatch, ties)
+    f, shape = PROBLEMS[name]
+    try:
+        plan, _ = plan_of(f, value(*shape))
+        plan = kernel_of(plan, f, value(*shape))
+    except PlanRefused:
+        return  # it has no kernel in any way
+    y = value(*shape, seed=1)
+    with quiet():
+        same(run(plan, f, y), oracle_jacobian(f)(y))
+
+
+@pytest.mark.parametrize("ties", ["all", "even", "none"])
+@pytest.mark.parametrize("name", MESHES)
+def test_meshes(monkeypatch: pytest.MonkeyPatch, name: str, ties: Ties) -> None:
+    forced(monkeypatch, ties)
+    w = build(name)
+    inputs = w.make(0)
+    argnums = w.argnums
+    plan, _ = plan_of(w.f, *inputs, argnums=argnums)
+    plan = kernel_of(plan, w.f, *inputs)
+    other = w.make(1)
+    same(run(plan, w.f, *other, argnums=argnums), oracle_jacobian(w.f, argnums)(*other))
+
+
+def test_faces_of_a_mesh() -> None:
+    """Everything of a face is in one loop, for the block that it adds to J."""
+    w = build("finite_volume(20, 15)")
+    plan, _ = plan_of(w.f, *w.make(0), layout=torch.sparse_csr)
+    found = min(
+        (len(loops.schedule(expand([jacobian_of(p)], None)).loops) for p in plan.programs),
+    )
+    assert found < 30
+
+
+def lanes(count: int) -> Lanes:
+    return Lanes(count)
+
+
+class TestCells:
+    """Lanes that are tied."""
+
+    def test_even(self) -> None:
+        """Three corners of each face, in whatever order."""
+        faces, corners = lanes(4), lanes(12)
+        cells = Cells([faces, corners], "even")
+        places = torch.arange(4).repeat(3).numpy()
+        edge = Edge(corners, faces, Map(places), {0})
+        assert edge.is_even
+        assert cells.tie(edge)
+        assert (cells.of(corners, torch.arange(12).numpy()) == cells.of(faces, places)).all()
+
+    @pytest.mark.parametrize(
+        ("places", "tied"),
+        [([0, 1, 2, 3], True), ([3, 1, 0, 2], True), ([0, 0, 1, 2], False), ([0, 1, 2], False)],
+        ids=str,
+    )
+    def test_what_is_not_even(self, places: list[int], tied: bool) -> None:
+        """Lanes that are alone come to cells that get as many each; others stay apart."""
+        faces, others = lanes(4), lanes(len(places))
+        cells = Cells([faces, others], "even")
+        edge = Edge(others, faces, Map(torch.tensor(places).numpy()), {0})
+        assert cells.tie(edge) is tied
+
+    def test_no_cells_are_merged(self) -> None:
+        """An entry of J that two faces add to does not make one cell of them."""
+        faces, corners, entries = lanes(2), lanes(4), lanes(2)
+        cells = Cells([faces, corners, entries], "even")
+        every: Callable[..., Any] = lambda *p: Map(torch.tensor(p).numpy())  # noqa: E731
+        assert cells.tie(Edge(corners, faces, every(0, 0, 1, 1), {0}))
+        assert cells.tie(Edge(entries, faces, every(0, 1), {0}))
+        assert not cells.tie(Edge(entries, corners, every(2, 0), {0}))
+
+    def test_too_large(self) -> None:
+        """One value that everything takes is not computed with everything."""
+        one, many = lanes(2), lanes(400)
+        cells = Cells([one, many], "all")
+        places = torch.arange(400).remainder(2).numpy()
+        assert not cells.tie(Edge(many, one, Map(places), {0}))
+
+
+def test_a_value_of_other_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken from neighbours and from itself, kept or computed again."""
+    forced(monkeypatch, "even")
+    index = torch.tensor([1, 2, 3, 0, 2, 3, 0, 1])
+
+    def f(x: Tensor) -> Tensor:
+        y = (x.sin() * x.exp()).tanh()
+        z = y[index].view(4, 2).prod(-1) * y
+        return z + z.roll(1) * x
+
+    plan, _ = plan_of(f, value(4))
+    plan = kernel_of(plan, f, value(4))
+    y = value(4, seed=2)
+    same(run(plan, f, y), oracle_jacobian(f)(y))
