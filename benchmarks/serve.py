@@ -21,6 +21,8 @@ SECOND_CALL_BELOW = 5.0
 """Seconds: a first call that took longer is not repeated, unless it compiled."""
 MORE_CALLS, BRIEF = 5, 1.0
 """Calls after the second one, and seconds that they may take."""
+REST = 0.01
+"""Seconds before a sample in which threads go to sleep."""
 
 
 class Backend(Protocol):
@@ -142,9 +144,16 @@ def _watched(call: Callable[[], Any]) -> tuple[float, int, Any]:
 
 
 def _time(call: Callable[[], Any], number: int) -> float:
-    """Mean seconds of `number` calls in a row, without the garbage collector's pauses."""
+    """Mean seconds of `number` calls in a row, without the garbage collector's pauses.
+
+    Threads of the method before may spin for a while, and its data is in the caches: short calls
+    are timed when these sleep, after some that are not.
+    """
     gc.disable()
     try:
+        time.sleep(REST)
+        for _ in range(number // 4):
+            call()
         start = time.perf_counter()
         for _ in range(number):
             call()

@@ -286,7 +286,8 @@ class Sweep:
                 made = self._product(node, made)
                 if is_dense(made, self._samples, m):
                     return self._split(node, made)
-            return narrowed(made, self._reached, n, below, self._left) if below else made
+            block = m // self._samples, n // self._samples
+            return narrowed(made, self._reached, block, n, below, self._left) if below else made
 
         made: Adjoint = self._record(gathered)
         self._count(made)

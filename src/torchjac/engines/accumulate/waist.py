@@ -26,25 +26,30 @@ from torchjac.structure.maps.factors import on_support
 
 # Rows that meet in an element, for each element of a sample, that make a waist; and at least.
 _NARROW, _LEAST = 2, 4
-# Fewer entries than this cost less than the product at the end.
-_SMALL = 4096
+# Fewer entries than this cost less than the product at the end, unless all rows meet in them, and J
+# has so many.
+_SMALL, _RESULT = 4096, 2**15
 # An adjoint with this share of all entries it could have is taken for dense.
 _DENSE = 0.6
 
 
-def narrowed(adjoint: Adjoint, number: int, columns: int, below: int, most: int) -> Adjoint:
+def narrowed(
+    adjoint: Adjoint, number: int, block: tuple[int, int], columns: int, below: int, most: int
+) -> Adjoint:
     """The adjoint of a value in terms of its own elements, where it is a waist.
 
     Args:
         adjoint: Its adjoint.
         number: For the waist, if it is one.
+        block: Rows and columns of J, of one sample.
         columns: Number of columns of J.
         below: Operations that its terms will still go through.
         most: Numbers that a product may have.
     """
     size = math.prod(adjoint.shape)
     entries = sum(math.prod(term.loop) for term in adjoint.terms)
-    if not below or entries < _SMALL:
+    all_meet = entries >= _DENSE * block[0] * size and math.prod(block) >= _RESULT
+    if not below or (entries < _SMALL and not all_meet):
         return adjoint
     if entries < max(_LEAST, _NARROW * _own(adjoint)) * size:
         return adjoint
