@@ -226,6 +226,10 @@ def _bmm(do: Expanding, a: Value, b: Value) -> Tensor:
     return _product(do, do.matrix(a), do.matrix(b), dtype_of(a))
 
 
+def _mv(do: Expanding, a: Value, b: Value) -> Tensor:
+    return _product(do, do.matrix(a)[None], do.code(b)[None, :, None], dtype_of(a))[0, :, 0]
+
+
 def _product(do: Expanding, a: Tensor, b: Tensor, dtype: str) -> Tensor:
     inner = a.shape[2]
     if not inner:
@@ -310,6 +314,7 @@ CONTRACTIONS: Mapping[Any, Callable[..., Any]] = MappingProxyType(
         aten.mean.dim: _mean,
         aten.mm.default: _mm,
         aten.bmm.default: _bmm,
+        aten.mv.default: _mv,
         aten.index_add.default: _index_add,
         aten.index_add_.default: _index_add_,
         aten.amax.default: _amax,

@@ -32,6 +32,9 @@ aten = torch.ops.aten
 _SMALL, _UNROLLED, _BRIEF, _SHORTER = 500, 60_000, 1500, 6
 # Products of a sample with matrices that all share, from which on these are kept whole.
 _SHARED = 1500
+# Products of matrices, and how many numbers they multiply and add for each of theirs to be kept so.
+_MULTIPLIED = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.mv.default)
+_INNER = 8
 # Elements of all operations together.
 _ELEMENTS = 200_000_000
 
@@ -145,6 +148,22 @@ def shares_matrices(recordings: Sequence[tuple[Recording, int]], samples: int) -
                     products *= int(numbers.count_nonzero()) / max(numbers.numel(), 1)
             shared += products
     return shared > _SHARED * samples and 2 * shared > work
+
+
+def multiplies(recordings: Sequence[tuple[Recording, int]]) -> bool:
+    """Whether most of it are products of matrices that are worth to be kept whole."""
+    products, work = 0, 0
+    for _, calls, _ in _parts(recordings):
+        for call in calls:
+            size = _work(call)
+            if call.operation in _MULTIPLIED:
+                (result,) = call.results
+                assert result is not None
+                inner = call.args[-2].shape[-1]
+                size = result.shape.numel() * inner
+                products += size if inner >= _INNER else 0
+            work += size
+    return products > _SHARED and 2 * products > work
 
 
 def _stored(scalars: Scalars) -> int:

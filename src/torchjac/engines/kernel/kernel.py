@@ -22,12 +22,13 @@ from torchjac.engines.kernel.expand import (
     expand,
     expand_samples,
     expand_strips,
+    multiplies,
     shares_matrices,
 )
-from torchjac.engines.kernel.loops import Schedule, schedule
+from torchjac.engines.kernel.loops import Schedule, each_alone, schedule
 from torchjac.engines.kernel.sampled import SampleWriter, over_samples, schedule_of_samples
 from torchjac.engines.kernel.source import Source, Writer, source_of
-from torchjac.engines.kernel.strip_source import StripWriter
+from torchjac.engines.kernel.strip_source import LayerWriter, StripWriter
 from torchjac.engines.kernel.threads import Divided
 from torchjac.errors import PlanRefused
 
@@ -77,8 +78,19 @@ def written(
     Raises:
         PlanRefused: It runs operations that have no scalar form, or gets too long.
     """
-    scalars = expand(_of_floats(recordings), samples, frozen)
-    return _written(recordings, scalars, schedule(scalars), name)
+    recordings = _of_floats(recordings)
+    reasons = []
+    if multiplies(recordings):
+        try:
+            scalars = expand_strips(recordings, 0, frozen)
+            return _written(recordings, scalars, each_alone(scalars), name, LayerWriter)
+        except PlanRefused as refusal:
+            reasons.append(str(refusal))
+    try:
+        scalars = expand(recordings, samples, frozen)
+        return _written(recordings, scalars, schedule(scalars), name)
+    except PlanRefused as refusal:
+        raise PlanRefused("; ".join([*reasons, str(refusal)])) from None
 
 
 def written_for_samples(

@@ -87,6 +87,12 @@ def schedule(scalars: Scalars) -> Schedule:
     return _Scheduling(scalars, "none").made()
 
 
+def each_alone(scalars: Scalars) -> Schedule:
+    """A loop for each value that is written, and nothing of how it is computed."""
+    fixed, single, stores = _Scheduling(scalars, "none").stores()
+    return Schedule(tuple([Loop(len(s.lanes), (s,)) for s in stores]), {}, fixed, single)
+
+
 class _TooManyKinds(Exception):
     """Every kind of cell would be a loop."""
 
@@ -114,7 +120,7 @@ class _Scheduling:
             expression = self._all[number]
             if expression.kind == "segments":
                 self._keep(expression.arguments[0][0])
-        fixed, single, stores = self._stores()
+        fixed, single, stores = self.stores()
         levels = self._levels()
         loops = []
         for level in sorted(set(levels.values())):
@@ -196,7 +202,7 @@ class _Scheduling:
         every = np.arange(self._all[number].lanes.size)
         return Store(number, every, self._kept[number][0], every)
 
-    def _stores(self) -> tuple[tuple[tuple[Places, np.ndarray], ...], tuple, list[Store]]:  # type: ignore[type-arg]
+    def stores(self) -> tuple[tuple[tuple[Places, np.ndarray], ...], tuple, list[Store]]:  # type: ignore[type-arg]
         """What outputs are: fixed numbers, expressions of one lane, and values of loops."""
         fixed, single, stores = [], [], []
         for i, (numbers, lanes) in enumerate(self._scalars.outputs):

@@ -90,15 +90,46 @@ def _check(scalars: Scalars, count: int) -> None:
             stack.append(argument)
 
 
-class SampleWriter(Writer):
+class SampleRows(Writer):
+    """Writes what samples give, each a row: those from `first` up to `last`."""
+
+    parameters = ", long first, long last"
+    joins = False
+
+    def fixed(self, outputs: Sequence[tuple[str, int]]) -> list[str]:
+        """Statements that say what does not vary, and write it where nothing else does."""
+        (loop,) = self._plan.loops
+        stored = {store.array for store in loop.stores}
+        lines = []
+        for k, (dtype, _) in enumerate(outputs):
+            _, values = self._plan.fixed[k]
+            if values.any():
+                numbers = ", ".join(literal(v, dtype) for v in values.tolist())
+                lines.append(f"  static const {CTYPES[dtype]} fixed{k}[] = {{{numbers}}};")
+            if f"out{k}" not in stored and len(values):
+                row = self.row(f"out{k}", "i")
+                lines += ["  for (long i = first; i < last; i++)", *row]
+        return lines
+
+    def row(self, array: str, sample: str = "(i + s)") -> list[str]:
+        """What begins to write what a sample gives: what does not vary, zero elsewhere."""
+        (loop,) = self._plan.loops
+        _, values = self._plan.fixed[int(array[3:])]
+        width = len(values)
+        if sum(store.array == array for store in loop.stores) == width:
+            return []
+        where = f"{array} + {width} * {sample}"
+        if not values.any():
+            return [f"      memset({where}, 0, {width} * sizeof(*{array}));"]
+        return [f"      memcpy({where}, fixed{array[3:]}, sizeof(fixed{array[3:]}));"]
+
+
+class SampleWriter(SampleRows):
     """Writes the loop over samples: those from `first` up to `last`, a strip of them at once.
 
     Inputs are turned around before, and results after: compilers would not let samples go through
     registers together whose numbers are apart in memory.
     """
-
-    parameters = ", long first, long last"
-    joins = False
 
     def __init__(self, scalars: Scalars, plan: Schedule):
         """Begins with no statements."""
@@ -167,30 +198,3 @@ class SampleWriter(Writer):
             ]
         self.loops += 1
         return [*lines, "  }"]
-
-    def fixed(self, outputs: Sequence[tuple[str, int]]) -> list[str]:
-        """Statements that say what does not vary, and write it where nothing else does."""
-        (loop,) = self._plan.loops
-        stored = {store.array for store in loop.stores}
-        lines = []
-        for k, (dtype, _) in enumerate(outputs):
-            _, values = self._plan.fixed[k]
-            if values.any():
-                numbers = ", ".join(literal(v, dtype) for v in values.tolist())
-                lines.append(f"  static const {CTYPES[dtype]} fixed{k}[] = {{{numbers}}};")
-            if f"out{k}" not in stored and len(values):
-                row = self.row(f"out{k}", "i")
-                lines += ["  for (long i = first; i < last; i++)", *row]
-        return lines
-
-    def row(self, array: str, sample: str = "(i + s)") -> list[str]:
-        """What begins to write what a sample gives: what does not vary, zero elsewhere."""
-        (loop,) = self._plan.loops
-        _, values = self._plan.fixed[int(array[3:])]
-        width = len(values)
-        if sum(store.array == array for store in loop.stores) == width:
-            return []
-        where = f"{array} + {width} * {sample}"
-        if not values.any():
-            return [f"      memset({where}, 0, {width} * sizeof(*{array}));"]
-        return [f"      memcpy({where}, fixed{array[3:]}, sizeof(fixed{array[3:]}));"]

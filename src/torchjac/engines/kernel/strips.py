@@ -217,7 +217,7 @@ class Strips:
             raise PlanRefused("samples are not computed alike")
         return np.asarray(taken[0]), begins
 
-    def _multiplied(self, number: int) -> Home:
+    def _multiplied(self, number: int) -> Home | None:
         """Of a product of matrices."""
         expression = self._all[number]
         sizes: tuple[int, int, int, int] = expression.about  # type: ignore[assignment]
@@ -234,7 +234,8 @@ class Strips:
         parts = [x[:, :, None] for x in (of_rows,) if x is not None]
         parts += [x[:, None, :] for x in (of_columns,) if x is not None]
         if not parts:
-            raise PlanRefused("a product of matrices that all samples share")
+            self.products[number] = Product(sizes, *self._shared(left, right, a, b))
+            return None
         sampled, other = (np.broadcast_to(x, (count, rows, columns)) for x in (parts[0], parts[-1]))
         if not np.array_equal(sampled, other):
             raise PlanRefused("a sample looks at another")
@@ -262,6 +263,14 @@ class Strips:
         if math.prod(x.shape[1] for x in found) * self._count != sampled.size:
             raise PlanRefused("samples are along several axes of a product, or along none")
         return found
+
+    def _shared(self, left: int, right: int, a: Places, b: Places) -> tuple[Matrix, Matrix]:
+        """The operands of a product that no sample differs in."""
+        matrices = np.arange(len(a))[None]
+        return (
+            self._operand(left, a, matrices, np.arange(a.shape[1])[None]),
+            self._operand(right, b, matrices, np.arange(b.shape[1])[None]),
+        )
 
     def _operand(self, number: int, places: Places, matrices: Places, across: Places) -> Matrix:
         """Where the elements of an operand are, in one sample."""

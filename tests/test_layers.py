@@ -1,0 +1,121 @@
+"""Kernels of products of matrices: cases x the law that they give what passes give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import torchjac
+from accumulating import plan_of, run
+from laws import oracle_jacobian, quiet, same, value
+from test_export import CC, ran
+from test_kernel import cache, kernel_of  # noqa: F401
+from test_strips import NETWORKS, network, trained
+from torchjac.errors import PlanRefused
+
+Function = Callable[..., Any]
+pytestmark = pytest.mark.skipif(CC is None, reason="there is no C compiler")
+
+
+def made(f: Function, *args: Any) -> Any:
+    """The plan, which keeps products whole."""
+    plan, _ = plan_of(f, *args)
+    plan = kernel_of(plan, f, *args)
+    assert "torchjac_strip" in plan.emitted.kernel.source.text
+    return plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name: str, frozen: bool, dtype: torch.dtype) -> None:
+    """One sample, with parameters that may change, and with numbers that stay."""
+    net, inputs = trained(name, dtype)
+    numbers = {k: v.detach() for k, v in net.named_parameters()}
+
+    def f(x: Tensor) -> Tensor:
+        return (torch.func.functional_call(net, numbers, (x[None],)) if frozen else net(x[None]))[0]
+
+    plan = made(f, value(inputs, dtype=dtype))
+    y = value(inputs, seed=1, dtype=dtype)
+    with quiet():
+        same(run(plan, f, y), oracle_jacobian(f)(y))
+
+
+CASES: dict[str, tuple[Function, tuple[int, ...]]] = {
+    "vectors": (lambda x, m: (m @ x.sin()).exp(), (40,)),
+    "from the left": (lambda x, m: (x.sin() @ m).exp(), (40,)),
+    "rows": (lambda x, m: (x.sin() @ m[:, :9] @ m[:9]).sum(0), (3, 40)),
+    "columns": (lambda x, m: (m[:7] @ x.sin() @ m[:5, :3].T).sum(0), (40, 3)),
+    "of itself": (lambda x, m: (x @ x.T).sum(0), (11, 9)),
+    "powers": (lambda x, m: (x @ m[:12, :12] @ x)[0], (12, 12)),
+    "stacks": (lambda x, m: (x.sin() @ m.view(4, 10, 40)[:, :, :9].tanh()).sum(1), (4, 3, 10)),
+    "every other": (lambda x, m: m[::2, ::2] @ x[::2].exp(), (40,)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_products(name: str, dtype: torch.dtype) -> None:
+    """Of all shapes, by every way to read operands."""
+    g, shape = CASES[name]
+    matrix = value(40, 40, seed=5, dtype=dtype)
+
+    def f(x: Tensor) -> Tensor:
+        return g(x, matrix)
+
+    plan, _ = plan_of(f, value(*shape, dtype=dtype))
+    plan = kernel_of(plan, f, value(*shape, dtype=dtype))
+    y = value(*shape, seed=2, dtype=dtype)
+    with quiet():
+        same(run(plan, f, y), oracle_jacobian(f)(y))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 45), min_size=2, max_size=4),
+    st.sampled_from([nn.Tanh, nn.ReLU, nn.SiLU]),
+    st.booleans(),
+)
+def test_any_network(widths: list[int], act: Any, bias: bool) -> None:
+    """Of any widths; where it is too small for that something else gives the same."""
+    torch.manual_seed(0)
+    net = network(*widths, 40, widths[-1], act=act, bias=bias).double()
+    x = value(widths[0])
+    try:
+        plan, _ = plan_of(net, x)
+        plan = kernel_of(plan, net, x)
+    except PlanRefused:
+        return  # layers that multiply by nothing
+    with quiet():
+        same(run(plan, net, 0.5 - x), oracle_jacobian(net)(0.5 - x))
+
+
+def test_parameters_are_read_anew() -> None:
+    net, inputs = trained("silu")
+    x = value(inputs)
+    plan = made(net, x)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    same(run(plan, net, x), oracle_jacobian(net)(x))
+
+
+@pytest.mark.parametrize("flags", [[], ["-mno-avx"], ["-mno-avx512f"]], ids=str)
+def test_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    """In C, without warnings, under sanitizers, whatever registers the processor has."""
+    net, inputs = trained("tanh")
+    y = value(inputs, seed=3)
+    files = torchjac.jacobian(net).export(tmp_path / "net.c", value(inputs))
+    assert "torchjac_strip" in files[0].read_text()
+    monkeypatch.setattr("test_export.SANITIZED", [*flags, "-fsanitize=address,undefined"])
+    found = ran(files, {"x": y}, {"jacobian": 15, "value": 5})
+    same(found["jacobian"].view(5, 3), oracle_jacobian(net)(y))
+    same(found["value"], net(y).detach())
