@@ -54,8 +54,11 @@ class ContainerWatcher(Watcher):
     def _dict(self, value: Any, path: str) -> Check:
         same = self.same_class(value, path)
         if type(value) in (dict, OrderedDict) and not value:
-            return lambda new, seen: (
-                same(new) or (Mismatch(f"{path} is no longer empty") if new else None)
+            return inlined(
+                lambda new, seen: (
+                    same(new) or (Mismatch(f"{path} is no longer empty") if new else None)
+                ),
+                lambda lines, place: lines.need_empty(place, type(value)),
             )
         try:
             keys = [exact(key) for key in value]

@@ -77,6 +77,11 @@ class Lines:
             x, held = self.let(expression), self.hold(value)
             self.need(f"type({x}) is {self.hold(type(value))}", f"{x} == {held}")
 
+    def need_empty(self, expression: str, kind: type) -> None:
+        """The value of an expression must be a container of this very type with nothing in it."""
+        x = self.let(expression)
+        self.need(f"type({x}) is {self.hold(kind)}", f"not {x}")
+
     def need_like(self, place: str, tensor: Tensor) -> None:
         """A variable must be a tensor of the kind, shape, strides, dtype and device of another."""
         self._tensors.append((place, tensor))

@@ -120,7 +120,10 @@ class ObjectWatcher(CodeWatcher):
     def global_hooks(self) -> Check:
         """A check of the hooks that run for every module."""
         inner = self.value(list(GLOBAL_HOOKS), "global module hooks")
-        return lambda _, seen: inner(list(GLOBAL_HOOKS), seen)
+        return inlined(
+            lambda _, seen: inner(list(GLOBAL_HOOKS), seen),
+            lambda lines, _: lines.need_check(inner, lines.hold(list(GLOBAL_HOOKS))),
+        )
 
     def _class(self, value: type, path: str) -> Check:
         """A class: its own namespace, and those of its bases, if they are a user's."""

@@ -261,6 +261,8 @@ def _exactly(value: Any, same: Callable[[Any], bool], path: str) -> Check:
     def form(lines: Lines, place: str) -> None:
         if is_flat(value):
             lines.need_value(place, value)
+        elif type(value) in (set, frozenset) and not value:
+            lines.need_empty(place, type(value))
         else:
             lines.need(f"{lines.hold(same)}({place})")
 
