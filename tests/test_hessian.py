@@ -13,6 +13,7 @@ from torch.func import hessian as func_hessian
 import torchjac
 from graphs import OldStyle
 from laws import leaf, same, value
+from torchjac.errors import PlanRefused
 from torchjac.testing import force_plan
 
 
@@ -165,3 +166,19 @@ def test_under_no_grad() -> None:
     with torch.no_grad():
         H = torchjac.hessian(lambda x: x.prod() ** 2)(value(3))
     same(H, func_hessian(lambda x: x.prod() ** 2)(value(3)))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.LayerNorm((3, 4))], ids=str)
+def test_norms(norm: nn.Module) -> None:
+    """Forward mode, which differentiates their backward pass, is not used for what is kept."""
+    norm = norm.double()
+
+    def f(x: Tensor) -> Tensor:
+        return norm(x.sin().expand(3, 4)).exp().sum(0)
+
+    nested, x = torchjac.jacobian(torchjac.jacobian(f)), value(4)
+    with force_plan(mode="forward"), pytest.raises(PlanRefused, match="three times"):
+        nested(x)
+    want = torch.func.jacrev(torch.func.jacrev(f))
+    for seed in range(6):
+        same(nested(value(4, seed=seed)), want(value(4, seed=seed)))

@@ -121,6 +121,9 @@ WEIGHTS = [nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2)]
 LONG = torch.ones(100, 1, dtype=torch.float64)
 LONG[40] = 2
 WIDE = value(100, 4, seed=7)
+TABLE = torch.ones(100, 1, dtype=torch.float64)
+TABLE[20:] = 3
+FIRST = torch.zeros(100, 1, dtype=torch.long)
 
 
 def late(then: Tensor, x: Tensor) -> Tensor:
@@ -159,6 +162,10 @@ NOT_ONE = {
     "as many columns": lambda x: late((WIDE @ x[..., None])[:, : len(x), 0].sum(1, True) + x, x),
     "rows of a triangle": lambda x: late(x.triu(-20), x),
     "transposed": lambda x: late(x.t().cumsum(1).t().detach() * x, x),
+    "a row of a table": lambda x: late(TABLE.gather(1, FIRST[: len(x)]) * x**2, x),
+    "rows that are written": lambda x: late(
+        torch.ones_like(x).detach().scatter(1, FIRST[:7], 5 * TABLE[:7]) * x**2, x
+    ),
     "number of a sample": lambda x: x.sin() * torch.arange(len(x), dtype=x.dtype)[:, None],
 }
 

@@ -17,7 +17,9 @@ from torch._C import _functorch
 from torch._functorch import predispatch
 from torch.autograd import Variable
 
+from laws import value
 from torchjac._torch import autograd, modes, pytree, vmap
+from torchjac._torch.autograd import is_right_twice
 from torchjac._torch.lazy import copied_when_written
 from torchjac._torch.look import look
 
@@ -281,3 +283,25 @@ class TestLook:
         del tensor
         assert like is not None
         assert gone() is None
+
+
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm(4), torch.nn.BatchNorm1d(4)], ids=str)
+def test_backward_passes_of_norms(norm: torch.nn.Module) -> None:
+    """Right where they are differentiated twice, wrong where they are three times (torch 2.13)."""
+    norm = norm.double()
+    x = value(3, 4).requires_grad_()
+    weight = value(3, 4, seed=1)
+
+    def gradient(u: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(norm(x), x, u, create_graph=True)[0]
+
+    u = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
+    (pushed,) = torch.autograd.grad(gradient(u), u, weight, create_graph=True)
+    columns = [torch.autograd.grad(y, x, create_graph=True)[0] for y in norm(x).flatten()]
+    rows = torch.stack([(g * weight).sum() for g in columns]).view(3, 4)
+    torch.testing.assert_close(pushed, rows)
+    thrice, twice = (torch.autograd.grad(y.sin().sum(), x)[0] for y in (pushed, rows))
+    assert not torch.allclose(thrice, twice), "is_right_twice of torchjac._torch is not needed"
+    assert not is_right_twice(type(norm(x).grad_fn), True)
+    assert is_right_twice(type(norm(x).grad_fn), False)
+    assert not is_right_twice(type(gradient(u).grad_fn), False)

@@ -26,6 +26,8 @@ from torchjac.structure.detect import KEEP
 from torchjac.structure.interpret import interpret
 from torchjac.structure.lanes import is_batched
 
+# Times the predicted seconds of operations that a kernel may be predicted to take: both are rough.
+_ROUGHLY = 3.0
 # Numbers that intermediate values may have, for a few samples.
 _NUMBERS = 2**23
 # Seconds that it may take to plan: at least, and for each operation of the derivative.
@@ -71,7 +73,7 @@ def sampled(
         raise PlanRefused("; ".join(dict.fromkeys([str(t.refused) for t in tried])))
     emitted, text = first_written(made, _written)
     operations = machine().seconds(emitted.work)
-    if text.source.seconds > operations:
+    if text.source.seconds > _ROUGHLY * operations:
         raise PlanRefused(f"it takes {text.source.work} scalar products for each sample")
     emitted = replace(emitted, kernel=Kernel(text, PATIENCE))
     return emitted, (Tried(emitted.mode, operations, form=emitted.form), *tried)

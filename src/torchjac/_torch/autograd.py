@@ -67,6 +67,22 @@ def is_custom(kind: type) -> bool:
 _CPP_CUSTOM = frozenset({"CppFunction", "CppNode"})
 
 
+# torch (2.13) takes the statistics that these keep for constants where what their double backward
+# gives is differentiated again: what they give is right, its derivative is not.
+_NORMS = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+
+
+def is_right_twice(kind: type, graph: bool) -> bool:
+    """Whether torch's backward of the backward of an operation is right.
+
+    Args:
+        kind: Of the node of the operation.
+        graph: Whether that is to be differentiated again.
+    """
+    wrong = "BackwardBackward" if not graph else "Backward"
+    return not kind.__name__.startswith(tuple(f"{norm}{wrong}" for norm in _NORMS))
+
+
 def is_compiled(kind: type) -> bool:
     """Whether nodes of this type are the backward of a function that torch.compile compiled."""
     return kind.__name__ == "CompiledFunctionBackward"

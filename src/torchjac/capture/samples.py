@@ -36,6 +36,9 @@ _POINTWISE = frozenset(
         *(aten.fill.Scalar, aten.fill.Tensor, aten.hardswish.default),
     }
 )
+# Operations whose tensors may have different numbers of rows: of one that all samples share each
+# would look at a row of its own, the first few at the first ones.
+_BY_PLACE = frozenset({aten.gather.default, aten.scatter.src, aten.scatter_add.default})
 _NORMS = frozenset({aten.native_layer_norm.default, aten.native_layer_norm_backward.default})
 # Operations whose sizes say what shape the result has.
 _SIZED = _UNIFORM | {
@@ -193,6 +196,8 @@ class _Comparison:
                 return False
         if node.target in (aten.index.Tensor, aten.index_put.default):
             return bool(given["indices"][0] is None)
+        if node.target in _BY_PLACE:
+            return all(self._sampled[n] for n in node.all_input_nodes)
         if node.target in _NORMS:  # gradients by weights are sums over samples
             shared = any(given.get("output_mask", (True, False, False))[1:])
             return len(given["normalized_shape"]) < ndim and not shared

@@ -22,7 +22,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from torchjac._torch.autograd import backward
+from torchjac._torch.autograd import backward, is_right_twice
 from torchjac.capture import Program
 from torchjac.engines.plain.check import Check
 from torchjac.engines.plain.chunks import in_chunks, out_of_memory, rows_at_once
@@ -86,6 +86,9 @@ def refuse_beforehand(program: Program, structure: Structure) -> None:
     """Refuses programs whose backward pass is not known to be linear, or cannot be checked."""
     if structure.custom:
         raise PlanRefused("a custom autograd function need not be linear in its cotangent")
+    operations = structure.graph.operations if structure.graph is not None else ()
+    if not all(is_right_twice(kind, program.create_graph) for kind in operations):
+        raise PlanRefused("torch differentiates the backward pass of a norm twice, not three times")
     if coarsest(program) > _PRECISE:
         raise PlanRefused("half precision leaves too few digits to check the result")
 
