@@ -567,6 +567,13 @@ def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     same(run(plan, f, y), oracle_jacobian(f)(y))
 
 
+@pytest.mark.parametrize("size", [4, 2000])
+def test_signs_of_zeros(size: int) -> None:
+    """0 and -0 among numbers that stay are two, written out or in a table."""
+    signs = torch.tensor([0.0, -0.0, 1.0, -2.0], dtype=torch.float64).repeat(size // 4)
+    check(lambda x: torch.copysign(x, signs) * x.exp(), value(size))
+
+
 def test_parameters_are_read_anew() -> None:
     """Training changes them in place; the kernel must not have them as numbers."""
     torch.manual_seed(0)

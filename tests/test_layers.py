@@ -17,7 +17,7 @@ from accumulating import plan_of, run
 from laws import oracle_jacobian, quiet, same, value
 from test_export import CC, ran
 from test_kernel import cache, kernel_of  # noqa: F401
-from test_strips import NETWORKS, network, trained
+from test_strips import NETWORKS, network, trained, with_numbers
 from torchjac.errors import PlanRefused
 
 Function = Callable[..., Any]
@@ -38,10 +38,10 @@ def made(f: Function, *args: Any) -> Any:
 def test_networks(name: str, frozen: bool, dtype: torch.dtype) -> None:
     """One sample, with parameters that may change, and with numbers that stay."""
     net, inputs = trained(name, dtype)
-    numbers = {k: v.detach() for k, v in net.named_parameters()}
+    batched = with_numbers(net) if frozen else net
 
     def f(x: Tensor) -> Tensor:
-        return (torch.func.functional_call(net, numbers, (x[None],)) if frozen else net(x[None]))[0]
+        return batched(x[None])[0]
 
     plan = made(f, value(inputs, dtype=dtype))
     y = value(inputs, seed=1, dtype=dtype)

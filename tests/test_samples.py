@@ -41,7 +41,9 @@ def rotated(x: Tensor) -> Tensor:
 
 
 MATRIX = value(5, 4, seed=9)
+SIGNS = torch.tensor([0.0, -0.0, 1.0, -2.0], dtype=torch.float64)
 ONE = {
+    "signs of zeros": lambda x: torch.copysign(x, SIGNS.to(x.dtype)) * x.exp(),
     "pointwise": lambda x: x.sin() * x.sum(-1, keepdim=True),
     "matrices": rotated,
     "outer": lambda x: (x[:, :, None] * x[:, None, :]).reshape(len(x), -1),

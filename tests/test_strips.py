@@ -111,6 +111,12 @@ def trained(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, i
     return build().to(dtype), inputs
 
 
+def with_numbers(net: nn.Module) -> Function:
+    """A network whose parameters are numbers that stay."""
+    numbers = {k: v.detach() for k, v in net.named_parameters()}
+    return lambda x: torch.func.functional_call(net, numbers, (x,))
+
+
 def made(f: Function, *args: Any) -> Any:
     """The plan, which is for strips of samples."""
     plan, J = plan_of(f, *args, batched=True)
@@ -125,11 +131,7 @@ def made(f: Function, *args: Any) -> Any:
 def test_gives_what_passes_give(name: str, frozen: bool, dtype: torch.dtype) -> None:
     """With parameters that may change, and with numbers that stay."""
     net, inputs = trained(name, dtype)
-    numbers = {k: v.detach() for k, v in net.named_parameters()}
-
-    def f(x: Tensor) -> Tensor:
-        return torch.func.functional_call(net, numbers, (x,)) if frozen else net(x)
-
+    f = with_numbers(net) if frozen else net
     plan, J = made(f, value(37, inputs, dtype=dtype))
     want = oracle_jacobian(f, 0, batched=True)
     with quiet():

@@ -219,10 +219,10 @@ class Expansion:
         dtype, size = dtype_of(value), tensor.numel()
         if (one := self._of_one_sample(tensor)) is not None:
             return self._for_all(self._numbers(one, value), tensor.shape)
-        different, where = tensor.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        different, where = _bits(tensor).unique(return_inverse=True)  # type: ignore[no-untyped-call]
         few = len(different) <= _DIFFERENT or (self.writes_out and size <= _FEW)
         if few:
-            numbers = [self.number(x, dtype) for x in different.tolist()]
+            numbers = [self.number(x, dtype) for x in different.view(tensor.dtype).tolist()]
             return torch.tensor(numbers, dtype=torch.int64)[where]
         return self._table(tensor, dtype)
 
@@ -250,7 +250,7 @@ class Expansion:
         if not self._count or not size or size % self._count:
             return None
         rows = tensor.reshape(self._count, -1)
-        return rows[0] if bool((rows == rows[:1]).all()) else None
+        return rows[0] if bool((_bits(rows) == _bits(rows[:1])).all()) else None
 
     def _for_all(self, code: Tensor, shape: torch.Size) -> Tensor:
         """The same codes for every sample."""
@@ -388,3 +388,9 @@ _OF_INTEGERS = {
     "int64": ("add", "sub", "mul", "neg", "where", "maximum", "minimum"),
     "bool": ("where",),
 }
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Whole numbers that are the same for the same numbers only: 0 and -0 are two."""
+    of = {torch.float64: torch.int64, torch.float32: torch.int32}.get(tensor.dtype)
+    return tensor if of is None else tensor.view(of)

@@ -224,8 +224,7 @@ class GroupWriter(Writer):
         sampled = [self._strips.homes[x] is not None for x in (left, right)]
         of_left = (left, found.left, rows, columns)
         of_right = (right, found.right, columns, 1)
-        turned = not sampled[0]
-        of_strip, other = (of_right, of_left) if turned else (of_left, of_right)
+        of_strip, other = (of_left, of_right) if sampled[0] else (of_right, of_left)
         self.work += self._count * matrices * rows * inner * columns
         self.statements += 1
         lines = []
