@@ -13,6 +13,7 @@ from torchjac.capture.cache import CaptureCache
 from torchjac.capture.derivative import Derivative, trace_function
 from torchjac.capture.guards import Fingerprint, Unguardable, fingerprint
 from torchjac.capture.watch import Mismatch, Policy
+from torchjac.engines.kernel import unchanged
 
 D = torch.float64
 X = torch.tensor([0.3, -0.7, 1.1], dtype=D)
@@ -23,18 +24,20 @@ def call(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
 
 
 class Guard:
-    """A fingerprint and its glance: whatever is asked, the glance passes no more."""
+    """A fingerprint and its glances: whatever is asked, they pass no more."""
 
     def __init__(self, found: Fingerprint, c: Call):
         self._found, self._call = found, c
         self.size = found.size
         self.glance = found.glance(c)
+        self._native = found.glance(c, unchanged=unchanged)  # settings read from torch's library
 
     def mismatch(self, c: Call) -> Mismatch | None:
         found, mine = self._found.mismatch(c), self._call
         alike = (c.function, c.argnums, c.has_aux) == (mine.function, mine.argnums, mine.has_aux)
-        if self.glance is not None and alike and not c.kwargs:
-            assert found is None or not self.glance(c.args), f"passed, but {found.reason}"
+        for glance in (self.glance, self._native):
+            if glance is not None and alike and not c.kwargs:
+                assert found is None or not glance(c.args), f"passed, but {found.reason}"
         return found
 
     def has_grown(self) -> bool:

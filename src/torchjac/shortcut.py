@@ -20,7 +20,7 @@ from torchjac.accumulation import is_checking
 from torchjac.capture import Call
 from torchjac.capture.guards import Fingerprint
 from torchjac.capture.nesting import depth
-from torchjac.engines.kernel import Kernel
+from torchjac.engines.kernel import Kernel, unchanged
 from torchjac.explain import remember
 from torchjac.plan import forced
 
@@ -58,15 +58,19 @@ def shortcut(
         type(x) is Tensor and x.is_floating_point() and x.is_contiguous() and not x.is_neg()
         for x in call.args
     )
-    glance = latest[0].glance(call, (transform, depth, forced, is_checking)) if plain else None
+    glance = (
+        latest[0].glance(call, (transform, depth, forced, is_checking), unchanged)
+        if plain
+        else None
+    )
     if glance is None:
         return None
-    unchanged, finish, compiling = glance, plan.finish, torch.compiler.is_compiling
+    alike, finish, compiling = glance, plan.finish, torch.compiler.is_compiling
     evaluate, order = kernel.launcher(), _order(call)
 
     def jacobian(args: tuple[Any, ...]) -> Any:
         started = perf_counter()
-        if compiling() or not unchanged(args):
+        if compiling() or not alike(args):
             return None
         parts, fine = evaluate([args[k] for k in order] if order else args)
         if not fine:

@@ -10,16 +10,20 @@ called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from torchjac._torch import native
 from torchjac._torch.look import look
+from torchjac._torch.native import Reading, setting
 
 Glance = Callable[[tuple[Any, ...]], bool]
+# Makes a test whether readings give what they give now, where it can.
+Unchanged = Callable[[Sequence[Reading]], Callable[[], bool] | None]
 
 
 class Lines:
@@ -37,6 +41,7 @@ class Lines:
         self._held: dict[str, Any] = {}
         self._locals = 0
         self._tensors: list[tuple[str, Tensor]] = []
+        self._readings: dict[Reading, range] = {}
         self._text: list[str] = []
         self._noted: dict[int, tuple[str, int]] = {}  # where a value is, and the line that notes it
         self._calls = False  # whether guards are called: what was noted is for them
@@ -77,6 +82,32 @@ class Lines:
             x, held = self.let(expression), self.hold(value)
             self.need(f"type({x}) is {self.hold(type(value))}", f"{x} == {held}")
 
+    def need_state(self, read: Callable[[], Any], value: Any) -> None:
+        """A function without arguments must give this value, of the same type."""
+        line = len(self._text)
+        self.need_value(f"{self.hold(read)}()", value)
+        self._read(setting(read), line)
+
+    def need_place(self, place: str, tensor: Tensor, versioned: bool) -> None:
+        """A variable, which is this tensor, must have its numbers where they are, as they are.
+
+        Args:
+            place: The variable.
+            tensor: What it was found to be by lines before.
+            versioned: Whether it must not have been written to.
+        """
+        line = len(self._text)
+        self.need(f"{place}.data_ptr() == {tensor.data_ptr()}")
+        self._read(native.place(tensor), line)
+        if versioned:
+            self.need(f"{place}._version == {tensor._version}")
+            self._read(native.version(tensor), line + 1)
+
+    def _read(self, reading: Reading | None, first: int) -> None:
+        """Notes that a reading says the same as all lines from one on."""
+        if reading is not None:
+            self._readings[reading] = range(first, len(self._text))
+
     def need_empty(self, expression: str, kind: type) -> None:
         """The value of an expression must be a container of this very type with nothing in it."""
         x = self.let(expression)
@@ -99,12 +130,28 @@ class Lines:
             form(self, place)
         return form is not None
 
-    def function(self) -> Glance | None:
-        """The code, to be called with a tuple of arguments; None where it does not work."""
-        spared = set() if self._calls else {line for _, line in self._noted.values()}
+    def function(self, unchanged: Unchanged) -> Glance | None:
+        """The code, to be called with a tuple of arguments; None where it does not work.
+
+        Args:
+            unchanged: What tests readings; lines that say the same are left out.
+        """
+        test = unchanged(list(self._readings)) if self._readings else None
+        if test is not None:
+            glance = self._compiled(test, {k for lines in self._readings.values() for k in lines})
+            if glance is not None:
+                return glance
+        return self._compiled(None, set())
+
+    def _compiled(self, unchanged: Callable[[], bool] | None, spared: set[int]) -> Glance | None:
+        """The code without some of its lines, with tests of readings and tensors at its end."""
+        if not self._calls:
+            spared = spared.union(line for _, line in self._noted.values())
         text = [line for k, line in enumerate(self._text) if k not in spared]
         if len(text) > _MOST:
             return None
+        if unchanged is not None:
+            text.append(f"if not {self.hold(unchanged)}(): return False")
         if self._tensors:
             places, tensors = zip(*self._tensors, strict=True)
             test = look(*tensors)  # all of them together take little more than one

@@ -56,7 +56,7 @@ from torchjac._torch.state import (
 from torchjac.capture.code import ROOT
 from torchjac.capture.exact import NotUnderstood, shown
 from torchjac.capture.function import Call
-from torchjac.capture.glance import Glance, Lines, inlined
+from torchjac.capture.glance import Glance, Lines, Unchanged, inlined
 from torchjac.capture.objects import ObjectWatcher
 from torchjac.capture.quick import alike
 from torchjac.capture.watch import Check, Mismatch, Policy, Seen
@@ -99,7 +99,12 @@ class Fingerprint:
             return Mismatch(f"what it reads cannot be compared ({type(error).__name__}: {error})")
         return None
 
-    def glance(self, call: Call, states: Sequence[Callable[[], Any]] = ()) -> Glance | None:
+    def glance(
+        self,
+        call: Call,
+        states: Sequence[Callable[[], Any]] = (),
+        unchanged: Unchanged = lambda _: None,
+    ) -> Glance | None:
         """One function that passes arguments like those of a call, of which nothing differs.
 
         What it does not pass may still match. It is for the function of this call alone; None
@@ -108,15 +113,16 @@ class Fingerprint:
         Args:
             call: The call.
             states: Functions that must give what they give now as well.
+            unchanged: Tests readings of torch's library, where that can be done.
         """
         if call.kwargs or self.mismatch(call) is not None:
             return None
         lines = Lines(call.args)
         for state in states:
-            lines.need_value(f"{lines.hold(state)}()", state())
+            lines.need_state(state, state())
         function = lines.hold(call.function)
         known = [lines.need_form(check, function) for check in self._checks]
-        return lines.function() if all(known) else None
+        return lines.function(unchanged) if all(known) else None
 
     def has_grown(self) -> bool:
         """Whether functions that remember their results have computed others since."""
@@ -197,7 +203,7 @@ def _settings() -> CallCheck:
     def form(lines: Lines, _: str) -> None:
         found = usual_one_by_one()
         for read, now in found or ():
-            lines.need_value(f"{lines.hold(read)}()", now)
+            lines.need_state(read, now)
         if found is None:
             lines.need("False")  # there are modes: the long way looks at them
 

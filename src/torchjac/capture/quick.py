@@ -60,8 +60,8 @@ def the_same(
     def form(lines: Lines, given: str) -> None:
         x, known = lines.let(given), lines.hold(expected)
         lines.note(number, x)
-        same = f"{x} is {known}()", f"{x}.data_ptr() == {place}", f"not {x}.__dict__"
-        lines.need(*same, *([f"{x}._version == {version}"] if versioned else []))
+        lines.need(f"{x} is {known}()", f"not {x}.__dict__")
+        lines.need_place(x, expected(), versioned)
         lines.need_like(x, expected())
 
     return inlined(check, form)

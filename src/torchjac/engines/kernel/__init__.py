@@ -2,5 +2,6 @@
 
 from torchjac.engines.kernel.compiler import LIMIT
 from torchjac.engines.kernel.kernel import NAME, Kernel, Written, written, written_for_samples
+from torchjac.engines.kernel.readings import unchanged
 
-__all__ = ["LIMIT", "NAME", "Kernel", "Written", "written", "written_for_samples"]
+__all__ = ["LIMIT", "NAME", "Kernel", "Written", "unchanged", "written", "written_for_samples"]

@@ -8,6 +8,7 @@ declared here, and no header files have to be installed.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,8 @@ _OWN_KIND = (
     and sys.implementation.name == "cpython"
     and hasattr(ctypes.CDLL(None), "PyEval_SaveThread")
 )
-# How CPython hands arguments over: as an array (METH_FASTCALL).
-_ARRAY = 0x80
+# How CPython hands arguments over: as an array (METH_FASTCALL), or none (METH_NOARGS).
+_ARRAY, _NONE = 0x80, 0x04
 
 
 def entry(name: str, inputs: int, outputs: int, numbers: int) -> str:
@@ -50,11 +51,25 @@ def entered(library: Any, name: str, arrays: int, numbers: int) -> Callable[...,
         function.argtypes = [ctypes.c_void_p] * (arrays + 2) + [ctypes.c_long] * numbers
         function.restype = ctypes.c_bool
         return function  # type: ignore[no-any-return]
-    about = _Definition(b"kernel", ctypes.cast(function, ctypes.c_void_p).value, _ARRAY, None)
-    _definitions.append(about)
+    return _own_kind(function, _ARRAY, None)
+
+
+def bound(function: Any, data: bytes) -> Callable[[], Any] | None:
+    """A function of CPython's own kind, bound to data, that takes nothing; None where none can be.
+
+    Args:
+        function: In a compiled library: takes the object that holds the data, and nothing else.
+        data: Any.
+    """
+    return _own_kind(function, _NONE, data) if _OWN_KIND else None
+
+
+def _own_kind(function: Any, flags: int, data: bytes | None) -> Callable[..., Any]:
     make = ctypes.pythonapi.PyCFunction_NewEx
-    make.argtypes, make.restype = [ctypes.c_void_p] * 3, ctypes.py_object
-    made: Callable[..., bool] = make(ctypes.addressof(about), None, None)
+    make.argtypes = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p]
+    make.restype = ctypes.py_object
+    about = _definition(ctypes.cast(function, ctypes.c_void_p).value, flags)
+    made: Callable[..., Any] = make(ctypes.addressof(about), data, None)
     return made
 
 
@@ -69,8 +84,9 @@ class _Definition(ctypes.Structure):
     )
 
 
-# They must live as long as their functions, whose libraries are never unloaded.
-_definitions: list[_Definition] = []
+@functools.cache  # they must live as long as their functions, whose libraries are never unloaded
+def _definition(address: int | None, flags: int) -> _Definition:
+    return _Definition(b"kernel", address, flags, None)
 
 
 def _of_python(name: str, inputs: int, outputs: int, numbers: int) -> str:
