@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -411,9 +412,10 @@ def test_memory_is_each_calls_own() -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A cache directory of its own, and a compiler that is looked for anew."""
     monkeypatch.setenv("TORCHJAC_CACHE_DIR", str(tmp_path / "cache"))
-    known = (compiler._command, compiler._version, compiler._tuned)
+    known = (compiler._command, compiler._version, compiler._flags_file)
     for found in known:
         found.cache_clear()
+    monkeypatch.setattr(compiler, "_found", {})
     yield tmp_path
     for found in known:
         found.cache_clear()
@@ -461,6 +463,30 @@ def test_bad_compilers(
     monkeypatch.setenv("CC", script(fresh / "cc", text))
     with pytest.raises(PlanRefused, match=reason):
         compile_again(limit=0.5 if "sleep" in text else 20.0)
+
+
+def test_flags_that_a_compiler_does_not_take(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found by trial, once."""
+    real, log = shutil.which("cc"), fresh / "log"
+    refuses = f'echo "$@" >> {log}; case "$*" in *-lmvec*) exit 3;; esac; exec {real} "$@"'
+    monkeypatch.setenv("CC", script(fresh / "cc", refuses))
+    assert compile_again() == 7
+    tried = [line for line in log.read_text().splitlines() if "--version" not in line]
+    assert len(tried) == 5  # the text, the three first choices, the text
+    assert compile_again("int f(void) { return 8; }") == 8
+    again = [line for line in log.read_text().splitlines() if "--version" not in line]
+    assert len(again) == 6
+
+
+def test_a_compiler_that_hangs_is_not_asked_again(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = fresh / "log"
+    monkeypatch.setenv("CC", script(fresh / "cc", f'echo "$@" >> {log}; sleep 60'))
+    monkeypatch.setattr(compiler, "_version", lambda command: "")
+    with pytest.raises(PlanRefused, match="took more than"):
+        compile_again(limit=0.5)
+    assert len(log.read_text().splitlines()) == 1
 
 
 def test_a_bad_compiler_is_not_the_end(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

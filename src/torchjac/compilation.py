@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.recording import Recording
+from torchjac.collection import seldom_collected
 from torchjac.engines.accumulate import Emitted, elsewhere
 from torchjac.engines.kernel import LIMIT, Kernel, Written, written
 from torchjac.errors import PlanRefused
@@ -22,7 +23,7 @@ _KERNEL, _KERNEL_NUMBER = 0.5, 2e-7
 # Seconds that it may take to write down more than one program, to choose among them.
 _BRIEF = 2.0
 # Programs that compute so many times as many numbers are not among them.
-_CLOSE = 1.5
+_CLOSE = 2.0
 # Runs of which the best counts.
 _RUNS = 5
 # Disagreement put down to rounding, by dtype: of an element, and beside the largest one. Sine and
@@ -72,6 +73,7 @@ def written_in_order(
         yield from sorted(texts, key=lambda t: t[1].source.cost)
 
 
+@seldom_collected()
 def with_kernel(
     programs: Sequence[Emitted], inputs: Sequence[Tensor], samples: int | None, limit: float = LIMIT
 ) -> Emitted:

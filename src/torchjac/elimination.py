@@ -20,6 +20,7 @@ from torchjac._torch.pytree import flatten
 from torchjac.accumulated import Accumulated, Tried, to_differentiate
 from torchjac.capture import Call, Program
 from torchjac.capture.derivative import Derivative, arguments, trace_function, variables
+from torchjac.collection import seldom_collected
 from torchjac.compilation import faster, with_kernel
 from torchjac.engines.accumulate import Emitted, Mode, Target, elsewhere, evaluated
 from torchjac.engines.accumulate.check import Reference
@@ -71,6 +72,7 @@ class Wanted:
     whole: bool = False
 
 
+@seldom_collected()
 def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, Any]:
     """A plan for a function, checked, and the Jacobian at these arguments.
 

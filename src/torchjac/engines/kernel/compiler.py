@@ -55,8 +55,25 @@ def compiled(text: str, level: int, limit: float = LIMIT) -> Any:
     command = _command()
     if command is None:
         raise PlanRefused("there is no C compiler (CC, cc, gcc, clang)")
-    flags = [f"-O{level}", *_FLAGS, *_tuned(command)]
-    about = "\0".join([text, *command, *flags, _version(command), _machine()])
+    flags = [f"-O{level}", *_FLAGS]
+    tuned = _known(command)
+    if tuned is not None:
+        return _compiled(text, command, [*flags, *tuned], limit)
+    try:  # most probably the first choice: this text tells as well as any other
+        found = _compiled(text, command, [*flags, *_CHOICES[0]], limit)
+    except _TooLong:
+        raise
+    except PlanRefused:
+        tuned = _tuned(command)
+        if tuned == _CHOICES[0]:
+            raise
+        return _compiled(text, command, [*flags, *tuned], limit)
+    _keep(command, _CHOICES[0])
+    return found
+
+
+def _compiled(text: str, command: Sequence[str], flags: Sequence[str], limit: float) -> Any:
+    about = "\0".join([text, *command, *flags, _version(tuple(command)), _machine()])
     file = f"kernel-{hashlib.sha256(about.encode()).hexdigest()[:32]}.so"
     found = _kept(file)
     if found is None:
@@ -86,23 +103,44 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 @functools.cache
-def _tuned(command: tuple[str, ...]) -> tuple[str, ...]:
-    """Flags for this machine that the compiler takes, and libraries; known from run to run."""
+def _flags_file(command: tuple[str, ...]) -> str:
     about = "\0".join([*command, _version(command), _machine(), *map(" ".join, _CHOICES)])
-    file = f"flags-{hashlib.sha256(about.encode()).hexdigest()[:32]}"
-    known = (disk.read(file) or b"").decode(errors="replace")
-    for flags in _CHOICES:
-        if " ".join(flags) == known:
-            return flags
+    return f"flags-{hashlib.sha256(about.encode()).hexdigest()[:32]}"
+
+
+def _known(command: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Flags for this machine that the compiler takes, and libraries, if they are known."""
+    if command in _found:
+        return _found[command]
+    known = (disk.read(_flags_file(command)) or b"").decode(errors="replace")
+    return next((flags for flags in _CHOICES if " ".join(flags) == known), None)
+
+
+def _keep(command: tuple[str, ...], flags: tuple[str, ...]) -> None:
+    """Notes flags that the compiler takes, from run to run if they are the ones to be wished for.
+
+    Others may be due to a machine that was busy.
+    """
+    _found[command] = flags
+    if flags == _CHOICES[0]:
+        disk.write(_flags_file(command), " ".join(flags).encode())
+
+
+_found: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+
+def _tuned(command: tuple[str, ...]) -> tuple[str, ...]:
+    """Flags that the compiler takes, by trial."""
     for flags in _CHOICES:
         try:
             _made(command, flags, "int torchjac_nothing(void) { return 1; }\n", 10.0)
         except PlanRefused:
             continue
-        if flags is _CHOICES[0]:  # others may be due to a machine that was busy
-            disk.write(file, " ".join(flags).encode())
-        return flags
-    return ("-lm",)
+        break
+    else:
+        flags = ("-lm",)
+    _keep(command, flags)
+    return flags
 
 
 @functools.cache
@@ -132,6 +170,10 @@ def _made(command: Sequence[str], flags: Sequence[str], text: str, limit: float)
             raise PlanRefused(f"the compiler wrote nothing: {error}") from error
 
 
+class _TooLong(PlanRefused):
+    """Other flags would not help."""
+
+
 def _run(command: Sequence[str], limit: float) -> bytes:
     """What a command prints.
 
@@ -152,7 +194,7 @@ def _run(command: Sequence[str], limit: float) -> bytes:
         printed, complaint = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired as error:
         _end(process)
-        raise PlanRefused(f"the C compiler took more than {limit:.0f} s") from error
+        raise _TooLong(f"the C compiler took more than {limit:.0f} s") from error
     except BaseException:  # interrupted: it is not left behind
         _end(process)
         raise

@@ -15,9 +15,10 @@ from torchjac.engines.kernel.scalars import COSTLY, CTYPES, OWN, VECTORIZED, C, 
 from torchjac.engines.kernel.singles import Group, grouped, needed
 from torchjac.engines.kernel.turns import Turn, loaded
 
-# Statements, and loops, from which on a function is not optimized as much, and statements of a loop
-# from which on it is not vectorized: compilers are not linear in them.
-_LONG, _LOOPS = 6000, 100
+# Statements, and loops, from which on a function is not optimized as much (a straight line gains
+# less by it), and statements of a loop from which on it is not vectorized: compilers are not linear
+# in them.
+_LONG, _LOOPS, _STRAIGHT = 6000, 100, 1000
 # Numbers that do not vary up to which they are in the text.
 _BRIEF = 64
 # Products that it takes to look up a byte of a table: measured on meshes, pairs, and cameras.
@@ -112,8 +113,14 @@ def source_of(
         writer.statements,
         writer.work,
         writer.work * writer.product,
-        2 if writer.statements <= _LONG and writer.loops <= _LOOPS else 1,
+        _level(writer),
     )
+
+
+def _level(writer: Writer) -> int:
+    """How much a compiler should optimize."""
+    long = writer.statements > (_LONG if writer.loops else _STRAIGHT)
+    return 1 if long or writer.loops > _LOOPS else 2
 
 
 _TABLE_TYPES = {"int32": "int", "int64": "long long", "float64": "double", "float32": "float"}

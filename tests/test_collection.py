@@ -1,0 +1,84 @@
+"""Garbage is collected seldom while a plan is made, and as before afterwards."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import torchjac
+from torchjac import elimination
+from torchjac.collection import seldom_collected
+
+USUAL = (700, 10, 10)
+
+
+@pytest.fixture(autouse=True)
+def threshold() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(*USUAL)
+    yield
+    gc.set_threshold(*before)
+
+
+def test_within_and_after() -> None:
+    with seldom_collected():
+        with seldom_collected():
+            assert gc.get_threshold()[0] > 50_000
+        assert gc.get_threshold()[0] > 50_000
+    assert gc.get_threshold() == USUAL
+
+
+def test_after_an_error() -> None:
+    with pytest.raises(ValueError, match="mine"), seldom_collected():
+        raise ValueError("mine")
+    assert gc.get_threshold() == USUAL
+
+
+@pytest.mark.parametrize("others", [(0, 10, 10), (500_000, 5, 5)])
+def test_what_is_rarer_stays(others: tuple[int, int, int]) -> None:
+    gc.set_threshold(*others)
+    with seldom_collected():
+        assert gc.get_threshold() == others
+    assert gc.get_threshold() == others
+
+
+def test_what_somebody_sets_meanwhile_stays() -> None:
+    with seldom_collected():
+        gc.set_threshold(123, 4, 5)
+    assert gc.get_threshold() == (123, 4, 5)
+
+
+def test_threads_that_overlap() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with seldom_collected():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait()
+    with seldom_collected():
+        leave.set()
+        thread.join()
+        assert gc.get_threshold()[0] > 50_000
+    assert gc.get_threshold() == USUAL
+
+
+def test_planning_is_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    trace = elimination.trace_function
+
+    def traced(*args: object) -> object:
+        seen.append(gc.get_threshold())
+        return trace(*args)
+
+    monkeypatch.setattr(elimination, "trace_function", traced)
+    torchjac.jacobian(torch.sin, compile=True)(torch.rand(3))
+    assert seen == [(100_000, *USUAL[1:])]
+    assert gc.get_threshold() == USUAL
