@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from test_accumulate import PROBLEMS
 from test_kernel import cache, kernel_of  # noqa: F401
 from torchjac.compilation import jacobian_of
 from torchjac.engines.kernel import kernel, loops
-from torchjac.engines.kernel.cells import Cells, Edge, Ties
+from torchjac.engines.kernel.cells import Cells, Edge, Ties, _alike
 from torchjac.engines.kernel.expand import expand
 from torchjac.engines.kernel.expressions import Lanes, Map
 from torchjac.errors import PlanRefused
@@ -130,3 +131,12 @@ def test_a_value_of_other_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = kernel_of(plan, f, value(4))
     y = value(4, seed=2)
     same(run(plan, f, y), oracle_jacobian(f)(y))
+
+
+def test_rows_whose_sums_collide() -> None:
+    """Two rows with the same sum of products are still two."""
+    a, b = (int(w) for w in np.random.default_rng(0).integers(1, 2**62, 2))
+    rows = np.array([[b, 0], [0, a], [b, 0], [1, 1]])
+    found = _alike(rows)
+    assert found[0] == found[2]
+    assert len(set(found.tolist())) == 3

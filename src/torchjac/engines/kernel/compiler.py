@@ -56,6 +56,18 @@ def compiled(text: str, level: int, limit: float = LIMIT) -> Any:
     if command is None:
         raise PlanRefused("there is no C compiler (CC, cc, gcc, clang)")
     flags = [f"-O{level}", *_FLAGS]
+    if "#pragma omp parallel" in text:
+        try:
+            return _by_choice(text, command, [*flags, "-fopenmp"], limit)
+        except _TooLong:
+            raise
+        except PlanRefused:  # there is no OpenMP: it runs in one thread
+            pass
+    return _by_choice(text, command, flags, limit)
+
+
+def _by_choice(text: str, command: tuple[str, ...], flags: list[str], limit: float) -> Any:
+    """The functions, with what else the compiler takes."""
     tuned = _known(command)
     if tuned is not None:
         return _compiled(text, command, [*flags, *tuned], limit)

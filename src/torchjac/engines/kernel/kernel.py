@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,10 +27,11 @@ from torchjac.engines.kernel.expand import (
     shares_matrices,
 )
 from torchjac.engines.kernel.loops import Schedule, each_alone, schedule
+from torchjac.engines.kernel.parted import PartedWriter, is_for_threads
 from torchjac.engines.kernel.sampled import SampleWriter, over_samples, schedule_of_samples
 from torchjac.engines.kernel.source import Source, Writer, source_of
 from torchjac.engines.kernel.strip_source import LayerWriter, StripWriter
-from torchjac.engines.kernel.threads import Divided
+from torchjac.engines.kernel.threads import Threads, shared
 from torchjac.errors import PlanRefused
 
 # What the function is called where nobody asks for another name.
@@ -38,6 +40,8 @@ NAME = "torchjac_kernel"
 _MOST = 20_000
 # Bytes of memory to work in that are kept from call to call, but for that of one call.
 _SPARE = 1 << 26
+# Threads that may share a loop.
+_THREADS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Written:
         live: Tensors from elsewhere that are read anew at every call.
         outputs: Shape and dtype of every output.
         samples: How many samples there are, where each turn of its loop is one.
+        parted: Whether several calls can run a part each.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Written:
     live: tuple[Tensor, ...]
     outputs: tuple[tuple[torch.Size, torch.dtype], ...]
     samples: int | None = None
+    parted: bool = False
 
 
 def written(
@@ -73,7 +79,7 @@ def written(
         recordings: Operations on the same inputs, and how many of their outputs are wanted.
         samples: The leading size of tensors that hold independent samples, if there are such.
         name: Of the function.
-        frozen: Whether parameters stay as they are now.
+        frozen: Whether it is to stand alone: parameters stay as they are now, one thread runs it.
 
     Raises:
         PlanRefused: It runs operations that have no scalar form, or gets too long.
@@ -88,7 +94,9 @@ def written(
             reasons.append(str(refusal))
     try:
         scalars = expand(recordings, samples, frozen)
-        return _written(recordings, scalars, schedule(scalars), name)
+        plan = schedule(scalars)
+        writing = PartedWriter if is_for_threads(plan) and not frozen else Writer
+        return _written(recordings, scalars, plan, name, writing)
     except PlanRefused as refusal:
         raise PlanRefused("; ".join([*reasons, str(refusal)])) from None
 
@@ -107,7 +115,7 @@ def written_for_samples(
         few: How many samples they have.
         many: How many the function is called with.
         name: Of the function.
-        frozen: Whether parameters stay as they are now.
+        frozen: Whether it is to stand alone: parameters stay as they are now, one thread runs it.
 
     Raises:
         PlanRefused: As for `written`, or samples are not computed one by one.
@@ -187,6 +195,7 @@ def _written(
         tuple((v.shape, v.dtype) for _, v in inputs),
         tuple(scalars.live.values()),
         tuple((v.shape, v.dtype) for v in results),
+        parted=issubclass(writing, PartedWriter),
     )
 
 
@@ -218,15 +227,18 @@ class Kernel:
         """Compiles it."""
         source = program.source
         self.source = source
-        numbers = 0 if program.samples is None else 2
+        self._scratch = -(-source.scratch // 64) * 64  # of each thread; aligned
+        samples, name, text, numbers = program.samples, program.name, source.text, 0
+        if samples is not None or program.parted:
+            text += shared(name, samples is not None, self._scratch)
+            name, numbers = f"{name}_shared", 2
         inputs, outputs = max(len(program.inputs), 1), len(program.outputs)
-        text = source.text + entry(program.name, inputs, outputs, numbers)
+        text += entry(name, inputs, outputs, numbers)
         library = compiled(text, source.level, limit)
-        self._run = entered(library, program.name, inputs + outputs, numbers)
+        self._run = entered(library, name, inputs + outputs, numbers)
         self._live = program.live
         self._inputs = program.inputs[: len(program.inputs) - len(program.live)]
         self._outputs = tuple((tuple(s), _strides(s), d) for s, d in program.outputs)
-        self._scratch = source.scratch
         self._spare: list[Tensor] = []  # memory of earlier calls: new pages cost more than sums
         # Kept: their addresses are in `_table`, whose address is given at every call.
         self._tables = [np.ascontiguousarray(t) for t in source.tables]
@@ -234,7 +246,9 @@ class Kernel:
             *[t.ctypes.data for t in self._tables]
         )
         self._where = ctypes.addressof(self._table)
-        self._divided = None if program.samples is None else Divided(program.samples)
+        self._threads = Threads(samples or _THREADS) if numbers else None
+        self._turns = samples or 0
+        self._apart = samples is not None  # threads have memory of their own to work in
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The outputs at these inputs; None where they are not all finite.
@@ -258,7 +272,7 @@ class Kernel:
 
     def launcher(self) -> Callable[[Sequence[Tensor]], tuple[tuple[Tensor, ...], bool]]:
         """What `run` does for inputs that are known to be as the program reads them."""
-        bare = self._inputs and not (self._live or self._scratch or self._divided)
+        bare = self._inputs and not (self._live or self._scratch or self._threads)
         if not bare or len(self._outputs) != 1:
             return self._on
         run, where, (about,), address = self._run, self._where, self._outputs, Tensor.data_ptr
@@ -279,33 +293,30 @@ class Kernel:
             *[x.data_ptr() for x in made],
             self._where,
         )
-        if self._divided is None:
-            fine = self._part(arrays)
+        if self._threads is None:
+            fine = self._with_memory(arrays, 1)
         else:
-            kept = (given, made)  # alive as long as a thread may run
-
-            def part(first: int, last: int, _kept: Any = kept) -> bool:
-                return self._part(arrays, first, last)
-
-            fine = self._divided(part)
+            fine = self._threads(lambda n: self._with_memory(arrays, n, self._turns, n))
         return tuple(made), fine or _finite(made)
 
-    def _part(self, arrays: tuple[int, ...], *turns: int) -> bool:
-        """Runs all turns of the loop, or some, in memory of its own."""
+    def _with_memory(self, arrays: tuple[int, ...], threads: int, *numbers: int) -> bool:
+        """Runs it in memory to work in, which it has for itself."""
         if not self._scratch:
-            return self._run(*arrays, 0, *turns)
-        scratch = self._workspace()
-        fine = self._run(*arrays, scratch.data_ptr(), *turns)
-        if len(self._spare) * self._scratch < _SPARE:
+            return self._run(*arrays, 0, *numbers)
+        size = self._scratch * (threads if self._apart else 1)
+        scratch = self._workspace(size)
+        fine = self._run(*arrays, scratch.data_ptr(), *numbers)
+        if (len(self._spare) + 1) * size <= max(_SPARE, size):
             self._spare.append(scratch)
         return fine
 
-    def _workspace(self) -> Tensor:
+    def _workspace(self, size: int) -> Tensor:
         """Memory to work in, for one call at a time."""
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return torch.empty(self._scratch, dtype=torch.uint8)
+        with suppress(IndexError):
+            found = self._spare.pop()
+            if found.numel() >= size:
+                return found
+        return torch.empty(size, dtype=torch.uint8)
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:

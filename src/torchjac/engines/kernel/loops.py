@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,10 +50,13 @@ class Loop:
     Attributes:
         size: How many.
         stores: What each one writes.
+        level: How often what it reads has gone through memory; loops of one level read nothing that
+            another one of them writes.
     """
 
     size: int
     stores: tuple[Store, ...]
+    level: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ class _Scheduling:
             now += [
                 self._kept_store(n) for n in self._needed if n in self._kept and levels[n] == level
             ]
-            loops += list(self._loops(now))
+            loops += [replace(loop, level=level) for loop in self._loops(now)]
         return Schedule(tuple(loops), self._kept, fixed, single)
 
     def _reachable(self) -> list[int]:

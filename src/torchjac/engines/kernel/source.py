@@ -244,8 +244,16 @@ class Writer:
                 name = self._single[number]
                 if number in stores:
                     self._lines.append(f"  bad += {name};")
-                self._lines += [f"  {place} = {name};" for place in stores[number]]
+                self._lines += [self.stored(place, name) for place in stores[number]]
                 self.statements += len(stores[number])
+
+    def stored(self, place: str, name: str) -> str:
+        """A statement that writes what has one lane."""
+        return f"  {place} = {name};"
+
+    def head(self, loop: Loop, vector: str) -> list[str]:
+        """How a loop begins."""
+        return [vector, f"  for (int i = 0; i < {loop.size}; i++) {{"]
 
     def alone(self, number: int) -> str:
         """The name of an expression of one lane, which is computed before all loops."""
@@ -315,8 +323,7 @@ class Writer:
         self.loops += 1 + values.sums
         wide = loop.size >= _WIDE and not values.sums and self.statements - before <= _LONG
         vector = "  TORCHJAC_LOOP(bad)" if wide else ""
-        head = f"  for (int i = 0; i < {loop.size}; i++) {{"
-        return [vector, head, *values.lines, *lines, "  }"]
+        return [*self.head(loop, vector), *values.lines, *lines, "  }"]
 
     def element(self, array: str, step: int, start: int, lanes: Places) -> str:
         """An element of an array for each turn, as C."""
