@@ -47,7 +47,7 @@ ABOVE: dict[str, set[str]] = {
     },
     "accumulation": {"accumulated", "elimination", "report", "saved"},
     "shortcut": {"accumulated", "accumulation", "explain"},
-    "export": {"accumulated", "compilation"},
+    "export": {"accumulated", "compilation", "sampling"},
     "function": {
         "accumulated",
         "accumulation",

@@ -19,9 +19,9 @@ from torchjac.errors import PlanRefused
 # Seconds that the compiler may take where nobody asked for it.
 PATIENCE = 10.0
 # Seconds that making a kernel takes: at least, and for each number that the operations give.
-_KERNEL, _KERNEL_NUMBER = 0.5, 2e-7
+_KERNEL, _KERNEL_NUMBER = 0.5, 7e-8
 # Seconds that it may take to write down more than one program, to choose among them.
-_BRIEF = 2.0
+_BRIEF = 0.7
 # Programs that compute so many times as many numbers are not among them.
 _CLOSE = 2.0
 # Runs of which the best counts.

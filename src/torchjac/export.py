@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from torchjac._torch import modes
 from torchjac._torch.inductor import NotCompiled, packaged
 from torchjac._torch.pytree import flatten
 from torchjac._torch.recording import Recording
+from torchjac._torch.resized import NotResized, for_any_number
 from torchjac._torch.straight import compilable
 from torchjac.accumulated import Accumulated
 from torchjac.capture import Call
@@ -23,7 +25,8 @@ from torchjac.compilation import agree, first_written, jacobian_of
 from torchjac.engines.accumulate import Emitted, recording_of
 from torchjac.engines.kernel import Kernel, Written, written, written_for_samples
 from torchjac.engines.kernel.standalone import Array, Standalone, identifier, standalone
-from torchjac.errors import PlanError, PlanRefused, TorchjacError
+from torchjac.errors import CaptureRefused, PlanError, PlanRefused, TorchjacError
+from torchjac.sampling import of_several_sizes
 from torchjac.structure.detect import KEEP
 
 
@@ -63,27 +66,67 @@ def _package(path: Path, call: Call, plan: Accumulated) -> Path:
     inputs = [x.detach().contiguous() for x in variables(call)]
     try:
         with torch.no_grad():
-            packaged(_Both(trace_value(call, KEEP), plan), inputs, path)
+            made, batch = _for_any_number(call, plan, inputs), plan.shape[2]
+            if made is None:
+                fixed = compilable(plan.emitted.recording)
+                made, batch = _Both((trace_value(call, KEEP), ()), fixed), None
+            packaged(made, inputs, path, batch)
     except (NotCompiled, TorchjacError) as refusal:
         raise PlanError(f"torchjac: it cannot be packaged: {refusal}") from refusal
     return path
 
 
+# A graph of inputs and constants, and these.
+_Graph = tuple[fx.GraphModule, tuple[Tensor, ...]]
+
+
 class _Both(nn.Module):
     """The values of a function, then the parts of its Jacobian."""
 
-    def __init__(self, value: fx.GraphModule, plan: Accumulated):
+    def __init__(self, value: _Graph, jacobian: _Graph):
         super().__init__()
-        self.value = value
-        self.jacobian, constants = compilable(plan.emitted.recording)
-        self._count = len(constants)
-        for k, constant in enumerate(constants):
-            self.register_buffer(f"constant{k}", constant.detach().clone())
+        self.value, self.jacobian = value[0], jacobian[0]
+        self._counts = []
+        for name, (_, constants) in (("value", value), ("jacobian", jacobian)):
+            self._counts.append(len(constants))
+            for k, constant in enumerate(constants):
+                self.register_buffer(f"{name}{k}", constant.detach().clone())
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        constants = [getattr(self, f"constant{k}") for k in range(self._count)]
+        first, second = self._counts
+        values = self.value(*inputs, *[getattr(self, f"value{k}") for k in range(first)])
+        constants = [getattr(self, f"jacobian{k}") for k in range(second)]
         *parts, _ = self.jacobian(*inputs, *constants)
-        return (*self.value(*inputs), *parts)
+        return (*values, *parts)
+
+
+def _for_any_number(call: Call, plan: Accumulated, inputs: Sequence[Tensor]) -> _Both | None:
+    """What takes any number of samples; None where there are none, or it depends on how many.
+
+    It is compared with the plan at these inputs, and at all of them twice.
+    """
+    batch = plan.shape[2]
+    if batch is None or plan.pattern is not None:
+        return None
+    for mode in dict.fromkeys(way.mode for way in plan.programs):
+        try:
+            with modes.ordinary_tensors():
+                found = of_several_sizes(call, plan.derivative, batch, mode)
+            counts, values, jacobians = zip(*found, strict=True)
+            made = _Both(for_any_number(values, counts), for_any_number(jacobians, counts))
+            twice = [torch.cat([x, x]) if _is_sampled(x, batch) else x for x in inputs]
+            once, again = made(*inputs), made(*twice)
+        except (NotResized, PlanRefused, CaptureRefused, RuntimeError):  # sizes do not fit
+            continue
+        want = plan.emitted(inputs)
+        right = want is not None and all(map(agree, once[-len(want) :], want))
+        if right and all(map(agree, again, [torch.cat([x, x]) for x in once])):
+            return made
+    return None
+
+
+def _is_sampled(x: Tensor, batch: int) -> bool:
+    return x.ndim > 0 and len(x) == batch
 
 
 def _program(call: Call, plan: Accumulated, name: str) -> tuple[Written, list[Tensor]]:

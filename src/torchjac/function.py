@@ -200,7 +200,9 @@ class Jacobian:
 
         As an *AOTInductor package* (`.pt2`): what `AOTIModelPackageLoader` loads in C++ and
         `torch._inductor.aoti_load_package` in Python. It gives the outputs of f, then the blocks
-        of J, row by row, or the entries of a sparse result. Compiling takes half a minute.
+        of J, row by row, or the entries of a sparse result. With `batched=True` and 32 samples or
+        more it takes any number of samples, unless operations depend on how many there are; all
+        other sizes are those of these arguments. Compiling takes half a minute.
 
         Parameters and other tensors that f reads are in either as they are now.
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from time import perf_counter
 
+from torchjac._torch.recording import Recording
 from torchjac.accumulated import Tried
 from torchjac.capture import Call
-from torchjac.capture.derivative import Derivative, trace_function
-from torchjac.capture.samples import alike, fewer
+from torchjac.capture.derivative import Derivative, trace_function, variables
+from torchjac.capture.samples import alike, fewer, several_fewer
+from torchjac.capture.value import trace_value
 from torchjac.compilation import PATIENCE, first_written, jacobian_of
-from torchjac.engines.accumulate import Emitted, Mode, Target
+from torchjac.engines.accumulate import Emitted, Mode, Target, recording_of
 from torchjac.engines.kernel import Kernel, Written, written_for_samples
 from torchjac.errors import PlanRefused
 from torchjac.orders import Limits, ways
@@ -32,6 +35,9 @@ _ROUGHLY = 3.0
 _NUMBERS = 2**23
 # Seconds that it may take to plan: at least, and for each operation of the derivative.
 _LIMIT, _NODE = 1.0, 4e-3
+# Numbers of samples of which all that depends on them is read off: a line through two, which the
+# third must be on.
+_SIZES = 3
 
 
 def sampled(
@@ -77,6 +83,38 @@ def sampled(
         raise PlanRefused(f"it takes {text.source.work} scalar products for each sample")
     emitted = replace(emitted, kernel=Kernel(text, PATIENCE))
     return emitted, (Tried(emitted.mode, operations, form=emitted.form), *tried)
+
+
+def of_several_sizes(
+    call: Call, derivative: Derivative, batch: int, mode: Mode
+) -> list[tuple[int, Recording, Recording]]:
+    """Numbers of samples, and the function and its Jacobian for each, operation by operation.
+
+    Args:
+        call: The function and its arguments.
+        derivative: Its derivative.
+        batch: How many samples there are.
+        mode: The order of elimination.
+
+    Raises:
+        CaptureRefused: It cannot be traced with fewer samples.
+        PlanRefused: There are not many samples, or it cannot be accumulated with fewer.
+    """
+    found = []
+    for less, few in islice(several_fewer(call, batch), _SIZES):
+        own = trace_function(less, KEEP)
+        if not alike(own.module, derivative.module, few, batch):
+            raise PlanRefused("with fewer samples it runs other operations")
+        limit = _LIMIT + _NODE * len(own.module.graph.nodes)
+        limits = Limits(_NUMBERS, perf_counter() + limit)
+        ((_, way),) = ways(less, own, True, Target(None, True), (mode,), limits)
+        if isinstance(way, str):
+            raise PlanRefused(way)
+        inputs = [x.detach().contiguous() for x in variables(less)]
+        found.append((few, recording_of(trace_value(less, KEEP), inputs), way.recording))
+    if len(found) < _SIZES:
+        raise PlanRefused("there are not many samples")
+    return found
 
 
 def compiled_again(emitted: Emitted) -> Emitted:

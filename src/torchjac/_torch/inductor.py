@@ -38,8 +38,14 @@ def compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., 
     return found
 
 
-def packaged(module: nn.Module, inputs: Sequence[Tensor], path: Path) -> None:
+def packaged(module: nn.Module, inputs: Sequence[Tensor], path: Path, batch: int | None) -> None:
     """Writes a module as an AOTInductor package: compiled code that C++ and Python load.
+
+    Args:
+        module: Takes the inputs.
+        inputs: What it is compiled for.
+        path: The file.
+        batch: The leading size of inputs that may be another one, if it may.
 
     Raises:
         NotCompiled: It cannot be compiled.
@@ -47,10 +53,13 @@ def packaged(module: nn.Module, inputs: Sequence[Tensor], path: Path) -> None:
     try:
         import torch._inductor.config
 
+        any_number = torch.export.Dim("samples")
+        each = [{0: any_number} if x.ndim and len(x) == batch else None for x in inputs]
+        sizes = None if batch is None else (tuple(each),)
         quiet = warnings.catch_warnings()
         with quiet, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
             warnings.simplefilter("ignore")  # of torch about itself
-            program = torch.export.export(module, tuple(inputs))
+            program = torch.export.export(module, tuple(inputs), dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:
         first = str(error).strip().split("\n", 1)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,16 +84,22 @@ def fewer(call: Call, batch: int) -> tuple[Call, int] | None:
         call: A function and its arguments.
         batch: How many samples they hold, along the leading axes of some.
     """
+    return next(several_fewer(call, batch), None)
+
+
+def several_fewer(call: Call, batch: int) -> Iterator[tuple[Call, int]]:
+    """The same for different numbers of samples, the smallest first."""
     leaves, spec = flatten((call.args, call.kwargs))
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     sizes = {size for x in tensors for size in x.shape}
-    few = next((count for count in _FEW if count not in sizes), None)
-    if batch < MANY or few is None:
-        return None
+    if batch < MANY:
+        return
     leading = [isinstance(x, Tensor) and bool(x.ndim) and x.shape[0] == batch for x in leaves]
-    taken = [x[:few] if lead else x for x, lead in zip(leaves, leading, strict=True)]
-    args, kwargs = unflatten(taken, spec)
-    return Call(call.function, call.argnums, call.has_aux, args, kwargs), few
+    for few in _FEW:
+        if few not in sizes:
+            taken = [x[:few] if lead else x for x, lead in zip(leaves, leading, strict=True)]
+            args, kwargs = unflatten(taken, spec)
+            yield Call(call.function, call.argnums, call.has_aux, args, kwargs), few
 
 
 def alike(less: fx.GraphModule, more: fx.GraphModule, few: int, many: int) -> bool:

@@ -97,15 +97,16 @@ class Cells:
         count = int(self._cells.max()) + 1
         links = coo_array((np.ones(len(one), dtype=np.int8), (one, other)), shape=(count, count))
         found, merged = connected_components(links, directed=False)
-        # Cells that were merged: only these have got larger.
-        larger = np.bincount(merged, minlength=found)[merged] > 1
-        cells = merged[self._cells]
+        # Cells that were merged: only these have got larger. They get numbers of their own.
+        larger = np.bincount(merged, minlength=found) > 1
+        number = np.where(larger, np.cumsum(larger) - 1, -1)[merged]
         for kind, lanes in self._kinds.items():
             begin, stop = self._starts[kind], self._starts[kind] + lanes.size
-            of = cells[begin:stop][larger[self._cells[begin:stop]]]
+            of = number[self._cells[begin:stop]]
+            of = of[of >= 0]
             if len(of) and np.bincount(of).max() > LARGEST:
                 return False
-        self._cells = cells
+        self._cells = merged[self._cells]
         self._tied.append(edge)
         return True
 

@@ -1,0 +1,135 @@
+"""Graphs for any number of samples: cases x the law that they give what passes give, for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from accumulating import plan_of
+from benchmarks.workloads import build
+from laws import oracle_jacobian, same, value
+from test_samples import ONE
+from torchjac._torch.resized import NotResized, _fit, for_any_number
+from torchjac.capture import Call
+from torchjac.engines.accumulate import recording_of
+from torchjac.export import _for_any_number
+
+Function = Callable[..., Any]
+WORKLOADS = ["arm(joints=3, poses=40)", "chemistry(batch=40)", "bundle(observations=40)"]
+
+
+def module_of(f: Function, *args: Tensor) -> torch.nn.Module | None:
+    plan, _ = plan_of(f, *args, batched=True)
+    with torch.no_grad():
+        return _for_any_number(Call(f, 0, False, args, {}), plan, args)
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_programs(name: str) -> None:
+    f = ONE[name]
+    made = module_of(f, value(40, 4))
+    assert made is not None
+    for samples in (1, 2, 7, 39, 101):
+        x = value(samples, 4, seed=samples)
+        want = oracle_jacobian(f, 0, batched=True)(x)
+        values = f(x)
+        expected = [*(values if isinstance(values, tuple) else [values])]
+        expected += [*(want if isinstance(want, tuple) else [want])]
+        for got, w in zip(made(x), expected, strict=True):
+            same(got.reshape(w.shape), w)
+
+
+@pytest.mark.parametrize("spec", WORKLOADS)
+def test_workloads(spec: str) -> None:
+    w = build(spec)
+    x = w.make(0)
+    plan, _ = plan_of(w.f, *x, batched=True)
+    with torch.no_grad():
+        made = _for_any_number(Call(w.f, 0, False, x, {}), plan, x)
+    assert made is not None
+    for samples in (1, 12, 33):
+        y = tuple(t[:samples] for t in x)
+        _, got = made(*y)
+        same(got, oracle_jacobian(w.f, 0, batched=True)(*y))
+
+
+def test_what_depends_on_how_many_there_are() -> None:
+    """It is for one number of samples then."""
+    assert module_of(lambda x: x.sin() * x.shape[0], value(40, 4)) is None
+    assert module_of(lambda x: x.sin() if len(x) > 20 else x.cos(), value(40, 4)) is None
+    table = value(40, 4, seed=5)
+    assert module_of(lambda x: x.sin() * table[: len(x)], value(40, 4)) is None
+
+
+def test_no_batch() -> None:
+    plan, _ = plan_of(torch.sin, value(40))
+    assert _for_any_number(Call(torch.sin, 0, False, (value(40),), {}), plan, [value(40)]) is None
+
+
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (lambda x: x * torch.arange(4).double() if x.shape[0] > 8 else x, "operations"),
+        (lambda x: x[: x.shape[0] ** 2 // 4], "is given"),
+        (lambda x: x * (1.0 / x.shape[0]), "more samples, not"),
+        (lambda x: torch.cat([x] * x.shape[0]), "another length"),
+    ],
+    ids=["branch", "square", "factor", "list"],
+)
+def test_recordings_that_differ(f: Function, reason: str) -> None:
+    counts = (7, 11, 13)
+    recordings = []
+    for n in counts:
+        x = value(n, 4)
+
+        class Run:
+            def __call__(self, given: Tensor) -> tuple[Tensor]:
+                return (f(given),)
+
+        recordings.append(recording_of(Run(), [x]))  # type: ignore[arg-type]
+    with pytest.raises(NotResized, match=reason):
+        for_any_number(recordings, counts)
+
+
+class TestFit:
+    """How constants depend on the number of samples."""
+
+    COUNTS = (7, 11, 13)
+
+    def fit(self, make: Callable[[int], Tensor]) -> Any:
+        return _fit([make(n) for n in self.COUNTS], self.COUNTS)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda n: torch.arange(5),
+            lambda n: torch.arange(3 * n),
+            lambda n: torch.arange(3 * n).view(n, 3).T.reshape(-1),
+            lambda n: torch.cat([torch.arange(n), torch.arange(n) + 4 * n]),
+            lambda n: torch.tensor([1.0, 2.0]).repeat(n),
+            lambda n: torch.tensor([1.0, 2.0]).repeat_interleave(n),
+            lambda n: torch.ones(2, n, 3),
+            lambda n: (torch.arange(n)[:, None] * torch.tensor([5, 0]) + 7 * n).reshape(-1),
+        ],
+    )
+    def test_what_it_finds(self, make: Callable[[int], Tensor]) -> None:
+        assert self.fit(make) is not None
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda n: torch.arange(n) ** 2,
+            lambda n: torch.arange(n).double(),
+            lambda n: torch.full((n,), n * n),
+            lambda n: torch.full((4,), n),
+            lambda n: torch.ones(n, n),
+            lambda n: torch.ones(n + 1),
+            lambda n: torch.arange(n).flip(0) // 2,
+        ],
+    )
+    def test_what_it_does_not(self, make: Callable[[int], Tensor]) -> None:
+        assert self.fit(make) is None
