@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,15 @@ from torchjac.errors import PlanRefused
 
 Function = Callable[..., Any]
 pytestmark = pytest.mark.skipif(CC is None, reason="there is no C compiler")
+
+
+def wide(*sizes: int, dtype: torch.dtype) -> nn.Sequential:
+    """Layers of these widths, with tanh between them."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after, dtype=dtype), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
 
 
 def made(f: Function, *args: Any) -> Any:
@@ -47,6 +58,30 @@ def test_networks(name: str, frozen: bool, dtype: torch.dtype) -> None:
     y = value(inputs, seed=1, dtype=dtype)
     with quiet():
         same(run(plan, f, y), oracle_jacobian(f)(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("order", ["reverse", "forward"])
+@pytest.mark.parametrize("sizes", [(9, 40, 33, 2), (4, 64, 64, 7), (2, 33, 47, 9), (40, 17, 3)])
+def test_narrow_and_wide(sizes: tuple[int, ...], order: Any, dtype: torch.dtype) -> None:
+    """Few rows, many columns, of numbers that lie in either way, in one order or the other."""
+    net = wide(*sizes, dtype=dtype)
+    x, y = value(sizes[0], dtype=dtype), value(sizes[0], seed=1, dtype=dtype)
+    plan, _ = plan_of(net, x, orders=(order,))
+    with quiet():
+        same(run(kernel_of(plan, net, x), net, y), oracle_jacobian(net)(y))
+
+
+def test_a_diagonal_goes_with_the_smaller_matrix() -> None:
+    """Between two layers, whichever was met first."""
+    net = wide(6, 128, 128, 2, dtype=torch.float64)
+    plan, _ = plan_of(net, value(6), orders=("reverse",))
+    scaled = [
+        math.prod(call.results[0].shape)
+        for call in plan.emitted.recording.calls
+        if call.operation is torch.ops.aten.mul.Tensor
+    ]
+    assert max(scaled) <= 128 * 6  # not 128 * 128
 
 
 CASES: dict[str, tuple[Function, tuple[int, ...]]] = {

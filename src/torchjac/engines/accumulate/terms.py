@@ -180,9 +180,21 @@ def scaled(term: Term, factor: Tensor) -> Term:
     for i, other in enumerate(term.factors):
         mine = changing(other)
         if mine == axes or (len(term.factors) > 1 and (mine >= axes or mine <= axes)):
+            if mine < axes and _has_smaller_host(term, i, axes):
+                continue
             made = on_support(torch.mul, other, factor)
             return replace(term, factors=(*term.factors[:i], made, *term.factors[i + 1 :]))
     return replace(term, factors=(*term.factors, factor))
+
+
+def _has_smaller_host(term: Term, i: int, axes: frozenset[int]) -> bool:
+    """Whether a factor can go with another one that is smaller than what changes along axes.
+
+    A diagonal between two matrices goes with the smaller one when they are multiplied.
+    """
+    mine, size = changing(term.factors[i]), math.prod(term.loop[a] for a in axes)
+    hosts = [changing(f) for k, f in enumerate(term.factors) if k != i]
+    return any(mine <= host and math.prod(term.loop[a] for a in host) < size for host in hosts)
 
 
 def summed(term: Term, axes: Sequence[int]) -> Term:

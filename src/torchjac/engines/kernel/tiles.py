@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchjac.engines.kernel.scalars import CTYPES
 
@@ -136,7 +136,21 @@ class Tiles:
             return self._along(right, left, inner, result)
         if left.across == 1 and left.rows >= widest and right.rows == 1:
             return self._along(left, right, inner, result)
+        if left.across == 1 and left.rows >= widest and right.rows < inner:
+            return self._turned(left, right, inner, result)
         return self._dots(left, right, inner, result)
+
+    def _turned(self, left: Operand, right: Operand, inner: int, result: str) -> list[str]:
+        """A product, rows of the left operand together: its columns are made first, then turned."""
+        size = left.rows
+        self.packed = max(self.packed, size * right.rows)
+        strip = replace(left, step=1)
+        return [
+            *self._along(strip, replace(right, step=size), inner, "packed"),
+            f"    for (long a = 0; a < {size}; a++)",
+            f"      for (long b = 0; b < {right.rows}; b++)",
+            f"        ({result})[{left.step} * a + {right.step} * b] = packed[{size} * b + a];",
+        ]
 
     def _along(self, strip: Operand, other: Operand, inner: int, result: str) -> list[str]:
         """A product, neighbours of one operand together; the last few of them again."""
