@@ -194,7 +194,10 @@ def _has_smaller_host(term: Term, i: int, axes: frozenset[int]) -> bool:
     """
     mine, size = changing(term.factors[i]), math.prod(term.loop[a] for a in axes)
     hosts = [changing(f) for k, f in enumerate(term.factors) if k != i]
-    return any(mine <= host and math.prod(term.loop[a] for a in host) < size for host in hosts)
+    return any(
+        mine <= host and not host <= axes and math.prod(term.loop[a] for a in host) < size
+        for host in hosts
+    )
 
 
 def summed(term: Term, axes: Sequence[int]) -> Term:
