@@ -99,9 +99,11 @@ class _Resized:
         if any(type(x) is not type(first) for x in given):
             raise NotResized(f"an argument of {name} is of another kind for more samples")
         if isinstance(first, Value):
-            if any(x.kind != first.kind or len(x.shape) != len(first.shape) for x in given):
-                raise NotResized(f"an argument of {name} is another one for more samples")
-            return self._constants[first.position] if first.kind == "constant" else self._of(given)
+            if first.kind != "constant":
+                return self._of(given)
+            if any((x.kind, x.position) != (first.kind, first.position) for x in given):
+                raise NotResized(f"{name} takes another constant for more samples")
+            return self._constants[first.position]
         if isinstance(first, (list, tuple)):
             if any(len(x) != len(first) for x in given):
                 raise NotResized(f"an argument of {name} has another length for more samples")
@@ -114,7 +116,8 @@ class _Resized:
 
     def _of(self, given: Sequence[Value]) -> fx.Node:
         """What a value is: the result of the same call in each recording, or the same input."""
-        if len({where[id(x)] for x, where in zip(given, self._places, strict=True)}) > 1:
+        found = {where.get(id(x)) for x, where in zip(given, self._places, strict=True)}
+        if len(found) > 1 or None in found:
             raise NotResized("operations take the results of others for more samples")
         return self._nodes[id(given[0])]
 

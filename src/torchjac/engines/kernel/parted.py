@@ -16,9 +16,8 @@ _REGISTER = 32
 
 
 def is_for_threads(plan: Schedule) -> bool:
-    """Whether there are many turns, and nearly all that is written is written in them."""
-    turns = sum(loop.size * len(loop.stores) for loop in plan.loops)
-    return turns >= _MANY
+    """Whether loops write so many values that threads may be worth it."""
+    return sum(loop.size * len(loop.stores) for loop in plan.loops) >= _MANY
 
 
 class PartedWriter(Writer):
