@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 
@@ -82,3 +83,25 @@ def test_planning_is_within(monkeypatch: pytest.MonkeyPatch) -> None:
     torchjac.jacobian(torch.sin, compile=True)(torch.rand(3))
     assert seen == [(100_000, *USUAL[1:])]
     assert gc.get_threshold() == USUAL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_process_that_is_forked_meanwhile() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def plans() -> None:
+        with seldom_collected():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=plans)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if not child:
+        with seldom_collected():
+            fine = gc.get_threshold()[0] > 50_000
+        os._exit(0 if fine and gc.get_threshold() == USUAL else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    leave.set()
+    thread.join()

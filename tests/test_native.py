@@ -156,3 +156,15 @@ def test_without_them_python_reads(missing: str, monkeypatch: pytest.MonkeyPatch
     assert any("data_ptr" in line for line in texts)
     c.mul_(2)
     torch.testing.assert_close(J(x), torch.diag(c * (c * x).cos()))
+
+
+def test_another_implementation_behind_a_tensor() -> None:
+    """It is looked at before anything of it is read, which may be gone."""
+    c, o, x = torch.tensor([2.0, 3.0]), torch.tensor([5.0, 6.0]), torch.rand(2)
+    J = torchjac.jacobian(lambda x: (c * x).sin(), compile=True)
+    for _ in range(20):
+        J(x)
+    assert J._accumulation.shortcut is not None
+    torch._C._swap_tensor_impl(c, o)
+    del o
+    torch.testing.assert_close(J(x), torch.diag(c * (c * x).cos()))

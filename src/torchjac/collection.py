@@ -7,6 +7,7 @@ of the process every so often, those of torch among them: a fifth of the time th
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +40,16 @@ def seldom_collected() -> Iterator[None]:
             _inside -= 1
             if not _inside and gc.get_threshold() == (_MANY, *_usual[1:]):
                 gc.set_threshold(*_usual)
+
+
+def _in_child() -> None:
+    """A process that was forked while others made plans makes none."""
+    global _inside, _lock
+    _lock = threading.Lock()
+    if _inside and gc.get_threshold() == (_MANY, *_usual[1:]):
+        gc.set_threshold(*_usual)
+    _inside = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

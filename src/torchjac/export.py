@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,20 @@ from torch import Tensor, fx, nn
 from torchjac._torch import modes
 from torchjac._torch.inductor import NotCompiled, packaged
 from torchjac._torch.pytree import flatten
-from torchjac._torch.recording import Recording
-from torchjac._torch.resized import NotResized, for_any_number
+from torchjac._torch.recording import Recording, without_last
+from torchjac._torch.resized import for_any_number
 from torchjac._torch.straight import compilable
 from torchjac.accumulated import Accumulated
-from torchjac.capture import Call
+from torchjac.capture import Call, capture_function
 from torchjac.capture.derivative import variables
-from torchjac.capture.samples import alike, fewer
+from torchjac.capture.samples import alike, fewer, with_samples
 from torchjac.capture.value import trace_value
 from torchjac.compilation import agree, first_written, jacobian_of
 from torchjac.engines.accumulate import Emitted, recording_of
+from torchjac.engines.accumulate.check import Reference
 from torchjac.engines.kernel import Kernel, Written, written, written_for_samples
 from torchjac.engines.kernel.standalone import Array, Standalone, identifier, standalone
-from torchjac.errors import CaptureRefused, PlanError, PlanRefused, TorchjacError
+from torchjac.errors import PlanError, PlanRefused, TorchjacError
 from torchjac.sampling import of_several_sizes
 from torchjac.structure.detect import KEEP
 
@@ -66,9 +68,9 @@ def _package(path: Path, call: Call, plan: Accumulated) -> Path:
     inputs = [x.detach().contiguous() for x in variables(call)]
     try:
         with torch.no_grad():
-            made, batch = _for_any_number(call, plan, inputs), plan.shape[2]
+            made, batch = _for_any_number(call, plan), plan.shape[2]
             if made is None:
-                fixed = compilable(plan.emitted.recording)
+                fixed = compilable(without_last(plan.emitted.recording))
                 made, batch = _Both((trace_value(call, KEEP), ()), fixed), None
             packaged(made, inputs, path, batch)
     except (NotCompiled, TorchjacError) as refusal:
@@ -96,37 +98,35 @@ class _Both(nn.Module):
         first, second = self._counts
         values = self.value(*inputs, *[getattr(self, f"value{k}") for k in range(first)])
         constants = [getattr(self, f"jacobian{k}") for k in range(second)]
-        *parts, _ = self.jacobian(*inputs, *constants)
-        return (*values, *parts)
+        return (*values, *self.jacobian(*inputs, *constants))
 
 
-def _for_any_number(call: Call, plan: Accumulated, inputs: Sequence[Tensor]) -> _Both | None:
+def _for_any_number(call: Call, plan: Accumulated) -> _Both | None:
     """What takes any number of samples; None where there are none, or it depends on how many.
 
-    It is compared with the plan at these inputs, and at all of them twice.
+    It is compared with the function and with passes at these samples, at twice as many, and at one.
     """
     batch = plan.shape[2]
     if batch is None or plan.pattern is not None:
         return None
     for mode in dict.fromkeys(way.mode for way in plan.programs):
-        try:
-            with modes.ordinary_tensors():
-                found = of_several_sizes(call, plan.derivative, batch, mode)
+        # Whatever is wrong, that sizes do not fit or that the function fails: it is for these sizes.
+        with suppress(Exception), modes.ordinary_tensors():
+            found = of_several_sizes(call, plan.derivative, batch, mode)
             counts, values, jacobians = zip(*found, strict=True)
             made = _Both(for_any_number(values, counts), for_any_number(jacobians, counts))
-            twice = [torch.cat([x, x]) if _is_sampled(x, batch) else x for x in inputs]
-            once, again = made(*inputs), made(*twice)
-        except (NotResized, PlanRefused, CaptureRefused, RuntimeError):  # sizes do not fit
-            continue
-        want = plan.emitted(inputs)
-        right = want is not None and all(map(agree, once[-len(want) :], want))
-        if right and all(map(agree, again, [torch.cat([x, x]) for x in once])):
-            return made
+            if all(_agrees(made, with_samples(call, batch, n)) for n in (batch, 2 * batch, 1)):
+                return made
     return None
 
 
-def _is_sampled(x: Tensor, batch: int) -> bool:
-    return x.ndim > 0 and len(x) == batch
+def _agrees(made: _Both, call: Call) -> bool:
+    """Whether values and Jacobian at a call are those of the function and of passes."""
+    program, returned = capture_function(call, batched=True, create_graph=False, replayable=False)
+    values = [x.detach() for x in flatten(returned[0] if call.has_aux else returned)[0]]
+    found = made(*(x.detach().contiguous() for x in variables(call)))
+    Reference(program).check(found[len(values) :], None)
+    return all(x.shape == y.shape and agree(x, y) for x, y in zip(found, values, strict=False))
 
 
 def _program(call: Call, plan: Accumulated, name: str) -> tuple[Written, list[Tensor]]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import islice
 from time import perf_counter
 
-from torchjac._torch.recording import Recording
+from torchjac._torch.recording import Recording, without_last
 from torchjac.accumulated import Tried
 from torchjac.capture import Call
 from torchjac.capture.derivative import Derivative, trace_function, variables
@@ -22,7 +22,7 @@ from torchjac.capture.value import trace_value
 from torchjac.compilation import PATIENCE, first_written, jacobian_of
 from torchjac.engines.accumulate import Emitted, Mode, Target, recording_of
 from torchjac.engines.kernel import Kernel, Written, written_for_samples
-from torchjac.errors import PlanRefused
+from torchjac.errors import CaptureRefused, PlanRefused
 from torchjac.orders import Limits, ways
 from torchjac.plan.machine import machine
 from torchjac.structure.detect import KEEP
@@ -65,9 +65,7 @@ def sampled(
     if smaller is None:
         raise PlanRefused("there are not many samples")
     less, few = smaller
-    own = trace_function(less, KEEP)
-    if not alike(own.module, derivative.module, few, batch):
-        raise PlanRefused("with fewer samples it runs other operations")
+    own = _traced(less, few, derivative, batch)
     if not is_batched(own, interpret(own)):
         raise PlanRefused("samples are not proved to be independent")
     limit = _LIMIT + _NODE * len(own.module.graph.nodes)
@@ -102,19 +100,36 @@ def of_several_sizes(
     """
     found = []
     for less, few in islice(several_fewer(call, batch), _SIZES):
-        own = trace_function(less, KEEP)
-        if not alike(own.module, derivative.module, few, batch):
-            raise PlanRefused("with fewer samples it runs other operations")
+        own = _traced(less, few, derivative, batch)
         limit = _LIMIT + _NODE * len(own.module.graph.nodes)
         limits = Limits(_NUMBERS, perf_counter() + limit)
         ((_, way),) = ways(less, own, True, Target(None, True), (mode,), limits)
         if isinstance(way, str):
             raise PlanRefused(way)
         inputs = [x.detach().contiguous() for x in variables(less)]
-        found.append((few, recording_of(trace_value(less, KEEP), inputs), way.recording))
+        value = recording_of(trace_value(less, KEEP), inputs)
+        found.append((few, value, without_last(way.recording)))
     if len(found) < _SIZES:
         raise PlanRefused("there are not many samples")
     return found
+
+
+def _traced(less: Call, few: int, derivative: Derivative, batch: int) -> Derivative:
+    """The derivative with few samples, which is that with all of them but for its size.
+
+    Raises:
+        CaptureRefused: It cannot be traced.
+        PlanRefused: It is another one, or the function fails.
+    """
+    try:
+        own = trace_function(less, KEEP)
+    except CaptureRefused:
+        raise
+    except Exception as error:  # the function's own: it need not know what to do with so few
+        raise PlanRefused(f"with fewer samples it fails: {type(error).__name__}") from error
+    if not alike(own.module, derivative.module, few, batch):
+        raise PlanRefused("with fewer samples it runs other operations")
+    return own
 
 
 def compiled_again(emitted: Emitted) -> Emitted:

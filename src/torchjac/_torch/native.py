@@ -22,7 +22,7 @@ class Reading(NamedTuple):
     """A function of torch's library, called with one argument and a place for a number to write.
 
     Attributes:
-        function: Its address.
+        function: Its address; 0: the argument is that of a number, which is read.
         argument: What it is given; functions that take nothing pass over it.
         by_reference: Whether it is given the address of the argument instead.
         mask: The bits that count of what it returns.
@@ -35,6 +35,8 @@ class Reading(NamedTuple):
 
     def now(self) -> tuple[int, int]:
         """What it returns, and what it writes."""
+        if not self.function:
+            return ctypes.c_int64.from_address(self.argument).value & self.mask, 0
         call = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(self.function)
         given, written = ctypes.c_int64(self.argument), ctypes.c_int64(0)
         where = ctypes.addressof(given) if self.by_reference else self.argument
@@ -81,12 +83,24 @@ def setting(read: Callable[[], Any]) -> Reading | None:
 def place(tensor: Tensor) -> Reading | None:
     """Where a tensor's numbers begin. It must be alive when this is read."""
     function = _symbol("aoti_torch_get_data_ptr")  # part of torch's stable interface for C
-    return None if function is None else Reading(function, tensor._cdata, True, _INT)
+    if function is None or implementation(tensor) is None:
+        return None
+    return Reading(function, tensor._cdata, True, _INT)
+
+
+def implementation(tensor: Tensor) -> Reading | None:
+    """What of C++ stands behind a tensor of Python, to be read before anything of that is.
+
+    It is a field of the object, behind what all objects have; nobody but `swap_tensors` changes it.
+    """
+    address = id(tensor) + object.__basicsize__
+    same = ctypes.c_void_p.from_address(address).value == tensor._cdata
+    return Reading(0, address, True, _LONG) if same else None
 
 
 def version(tensor: Tensor) -> Reading | None:
     """How often it was written to; None for inference tensors. It must be alive."""
-    if tensor.is_inference():  # the library would throw
+    if tensor.is_inference() or implementation(tensor) is None:  # the library would throw
         return None
     function = _symbol("_ZNK2at10TensorBase8_versionEv")
     return None if function is None else Reading(function, tensor._cdata, True, _LONG)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,13 @@ def _needed(calls: Sequence[Called], outputs: Sequence[Value]) -> tuple[Called, 
                 values.add(id(value))
                 memory.add(id(value.base))
     return tuple(reversed(found))
+
+
+def without_last(recording: Recording) -> Recording:
+    """The same without its last output, and what only that needs."""
+    outputs = recording.outputs[:-1]
+    calls = _needed(recording.calls, [v for v in outputs if v is not None])
+    return replace(recording, calls=calls, outputs=outputs)
 
 
 def functional(recording: Recording, inputs: Sequence[Tensor], keep: Collection[Any]) -> Recording:

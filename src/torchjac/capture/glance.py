@@ -97,6 +97,7 @@ class Lines:
             versioned: Whether it must not have been written to.
         """
         line = len(self._text)
+        self._read(native.implementation(tensor), line)  # what is read of it comes after
         self.need(f"{place}.data_ptr() == {tensor.data_ptr()}")
         self._read(native.place(tensor), line)
         if versioned:

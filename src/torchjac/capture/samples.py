@@ -89,17 +89,28 @@ def fewer(call: Call, batch: int) -> tuple[Call, int] | None:
 
 def several_fewer(call: Call, batch: int) -> Iterator[tuple[Call, int]]:
     """The same for different numbers of samples, the smallest first."""
-    leaves, spec = flatten((call.args, call.kwargs))
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    tensors = [x for x in flatten((call.args, call.kwargs))[0] if isinstance(x, Tensor)]
     sizes = {size for x in tensors for size in x.shape}
-    if batch < MANY:
-        return
+    if batch >= MANY:
+        yield from ((with_samples(call, batch, few), few) for few in _FEW if few not in sizes)
+
+
+def with_samples(call: Call, batch: int, count: int) -> Call:
+    """The call with another number of samples: the first ones, or all of them and again the first.
+
+    Args:
+        call: A function and its arguments.
+        batch: How many samples they hold, along the leading axes of some.
+        count: How many there are to be, twice as many at most.
+    """
+    leaves, spec = flatten((call.args, call.kwargs))
     leading = [isinstance(x, Tensor) and bool(x.ndim) and x.shape[0] == batch for x in leaves]
-    for few in _FEW:
-        if few not in sizes:
-            taken = [x[:few] if lead else x for x, lead in zip(leaves, leading, strict=True)]
-            args, kwargs = unflatten(taken, spec)
-            yield Call(call.function, call.argnums, call.has_aux, args, kwargs), few
+    taken = [
+        x if not lead else x[:count] if count <= batch else torch.cat([x, x])[:count]
+        for x, lead in zip(leaves, leading, strict=True)
+    ]
+    args, kwargs = unflatten(taken, spec)
+    return Call(call.function, call.argnums, call.has_aux, args, kwargs)
 
 
 def alike(less: fx.GraphModule, more: fx.GraphModule, few: int, many: int) -> bool:

@@ -32,7 +32,9 @@ void *torchjac_unchanged(void *self, void *nothing)
   for (; r < end; r++)
   {
     const void *given = r->by_reference ? (const void *)&r->argument : r->argument;
-    number written = 0, returned = r->function(given, &written) & r->mask;
+    number written = 0, returned = 0;
+    returned = r->function ? r->function(given, &written) : *(const number *)r->argument;
+    returned &= r->mask;
     if (returned != r->returned || written != r->written) return PyBool_FromLong(0);
   }
   return PyBool_FromLong(1);
