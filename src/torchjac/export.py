@@ -110,7 +110,7 @@ def _for_any_number(call: Call, plan: Accumulated) -> _Both | None:
     if batch is None or plan.pattern is not None:
         return None
     for mode in dict.fromkeys(way.mode for way in plan.programs):
-        # Whatever is wrong, that sizes do not fit or that the function fails: it is for these sizes.
+        # Whatever is wrong, sizes that do not fit or a function that fails: it is for these sizes.
         with suppress(Exception), modes.ordinary_tensors():
             found = of_several_sizes(call, plan.derivative, batch, mode)
             counts, values, jacobians = zip(*found, strict=True)
