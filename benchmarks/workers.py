@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,7 +99,11 @@ def _torch_main(channel: Connection, job: Job) -> None:
     if job.memory:
         serve.limit_memory(job.memory)
     channel.send({"event": "ready"})
-    serve.serve(channel, backend)
+    # In a thread of its own: the one that a forked process begins with is not like others, because
+    # OpenMP takes it for the one that was forked. A user's program is not forked.
+    thread = threading.Thread(target=serve.serve, args=(channel, backend))
+    thread.start()
+    thread.join()
 
 
 def _reference_main(channel: Connection, job: Job) -> None:

@@ -174,13 +174,30 @@ def test_little_work_is_for_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _in_child(made: Kernel, x: tuple[Tensor, ...], want: Tensor) -> None:
-    for _ in range(6):
-        (found,), _ = made.run(x)
-        assert torch.equal(found, want)
+    used: list[int] = []
+    run = made._run
+
+    def noted(*arguments: int) -> bool:
+        used.append(arguments[-1])
+        return run(*arguments)
+
+    made._run = noted
+
+    def work() -> None:
+        for _ in range(6):
+            (found,), _ = made.run(x)
+            assert torch.equal(found, want)
+
+    work()
+    assert used == [1] * 6
+    other = threading.Thread(target=work)
+    other.start()
+    other.join()
+    assert used[6] == 3
 
 
 def test_after_a_fork(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads do not survive it: the child runs in one."""
+    """Threads do not survive it: the child runs in one, unless it begins another one."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     w = build("finite_volume(19, 17)")
     x = w.make(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from threading import get_ident
 from time import perf_counter
 
 import torch
@@ -106,8 +107,8 @@ class Threads:
             self._seconds = min(self._seconds, perf_counter() - started)
             return fine
         worth = int(min(self._seconds / _SHARE, self._most))
-        threads = min(torch.get_num_threads(), worth) if worth > 1 and not _forked else 1
-        if threads < 2:
+        threads = min(torch.get_num_threads(), worth) if worth > 1 else 1
+        if threads < 2 or get_ident() in _stale:
             return run(1)
         fine = run(threads)
         self._compare(perf_counter() - started)
@@ -127,9 +128,15 @@ class Threads:
         self._tried, self._shared = 0, float("inf")
 
 
-# Not empty in a process that was forked: threads do not survive that, and OpenMP would wait for
-# them forever.
-_forked: list[bool] = []
+# The thread that a forked process began with: OpenMP takes it to have the threads that it had
+# before, and would wait for them forever. Others begin with none.
+_stale: set[int] = set()
+
+
+def _in_child() -> None:
+    _stale.clear()
+    _stale.add(get_ident())
+
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+    os.register_at_fork(after_in_child=_in_child)
