@@ -29,4 +29,4 @@ os.environ["TORCHJAC_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchjac-tests-")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let torch speak about itself: forward mode scripts its decompositions on first use."""
-    config.addinivalue_line("filterwarnings", r"ignore:`torch\.jit:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", r"ignore:`torch\.jit:Warning")

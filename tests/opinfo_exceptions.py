@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from versions import TORCH
+
 # The row loop over torch.autograd.grad raises.
 NO_ORACLE: dict[str, str] = {
     "as_strided.partial_views": "reads storage outside its argument, which a leaf does not have",
@@ -19,7 +21,11 @@ NOT_FOR_CPU: dict[str, str] = {
 RESEEDED_DIFFERS: dict[str, str] = {}
 
 # torch contradicts itself: the same derivative comes out different in two correct ways of asking.
-TORCH_DISAGREES: dict[str, str] = {
-    "native_group_norm": "torch forgets the gradient of mean and rstd where only they have a "
-    "cotangent, as in a row loop, and gives the right one where the first output has one too",
-}
+TORCH_DISAGREES: dict[str, str] = (
+    {}
+    if TORCH >= (2, 15)
+    else {
+        "native_group_norm": "torch forgets the gradient of mean and rstd where only they have a "
+        "cotangent, as in a row loop, and gives the right one where the first output has one too",
+    }
+)

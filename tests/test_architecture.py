@@ -20,7 +20,7 @@ ROOT = Path(torchjac.__file__).parent
 # In the order of the flow. A stage may import the stages before it, never the ones after it.
 STAGES = ["capture", "structure", "plan", "engines", "layout"]
 # Known to all; they import nothing of torchjac but each other, in this order.
-LEAVES = ["errors", "_torch", "disk"]
+LEAVES = ["errors", "host", "_torch", "disk"]
 # What stands on top of the stages: each may import the stages, the leaves and what is named.
 ABOVE: dict[str, set[str]] = {
     "explain": set(),

@@ -2,7 +2,8 @@
 
 Laws: a pattern contains every nonzero at several points, and an entry that it calls constant is
 that number at all of them. How much more it has than it needs stands on the scoreboard
-(`data/pattern_scoreboard.json`), which fails when a pattern gets worse *and* when it gets better.
+(`data/pattern_scoreboard.json`, and files of later versions of torch: see `versions.py`), which
+fails when a pattern gets worse *and* when it gets better.
 After a change that is meant to change it:
 
     OMP_NUM_THREADS=1 python tests/test_patterns_opinfo.py
@@ -16,9 +17,7 @@ that holds for all inputs), the scopes of the patterns (`refused`: a sample cann
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,9 @@ from torchjac.capture.derivative import Derivative, trace_function, trace_graph
 from torchjac.errors import CaptureRefused
 from torchjac.structure.interpret import interpret
 from torchjac.structure.rules import RULES
+from versions import board, write_board
 
-SCOREBOARD = Path(__file__).parent / "data" / "pattern_scoreboard.json"
+SCOREBOARD = "pattern_scoreboard"
 OPS = [n for n in REAL if n not in NO_ORACLE and n not in RESEEDED_DIFFERS]
 SAMPLES = 3
 POINTS = 2  # other than the one that the function is traced at
@@ -151,24 +151,22 @@ def score(n: str) -> Entry:
 @pytest.mark.parametrize("n", OPS)
 def test_pattern_is_sound_and_as_sharp_as_it_was(n: str) -> None:
     """Both laws, and the scoreboard."""
-    now, before = score(n), json.loads(SCOREBOARD.read_text())[n]
+    now, counted = score(n), board(SCOREBOARD)
+    assert now["detected"] >= now["seen"]
+    if counted is None:  # a version of torch that was not counted
+        return
+    before = counted[n]
     # A local pattern depends on values, and so on how this machine rounds.
     counted = ("detected",) if now["scopes"] == ["global"] else ()
     for key in (*counted, "scopes", "assumed"):
         assert now[key] == before[key], f"{key} was {before[key]} and is {now[key]}: see the top"
-    assert now["detected"] >= now["seen"]
 
 
 def test_scoreboard_has_every_op() -> None:
     """No op drops out of sight."""
-    assert sorted(json.loads(SCOREBOARD.read_text())) == sorted(OPS)
-
-
-def write() -> None:
-    """Writes the scoreboard, one op a line."""
-    lines = [f"{json.dumps(n)}: {json.dumps(score(n))}" for n in sorted(OPS)]
-    SCOREBOARD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    counted = board(SCOREBOARD)
+    assert counted is None or sorted(counted) == sorted(OPS)
 
 
 if __name__ == "__main__":
-    write()
+    write_board(SCOREBOARD, {n: score(n) for n in OPS}, lines=True)

@@ -185,9 +185,9 @@ class TestEntry:
     @pytest.mark.parametrize("own", [True, False], ids=["CPython", "ctypes"])
     @pytest.mark.parametrize("batched", [False, True], ids=["single", "batched"])
     def test_both_ways_in(self, own: bool, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        if own and not entry._OWN_KIND:
+        if own and not entry.own_kind():
             pytest.skip("this interpreter is entered through ctypes")
-        monkeypatch.setattr(entry, "_OWN_KIND", own)
+        monkeypatch.setattr(entry, "own_kind", lambda: own)
         x = value(64, 3) if batched else value(3)
 
         def f(x: Tensor) -> Tensor:

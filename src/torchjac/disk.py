@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import tempfile
 from pathlib import Path
+
+from torchjac.host import system
 
 _VARIABLE = "TORCHJAC_CACHE_DIR"
 
@@ -18,20 +19,16 @@ _VARIABLE = "TORCHJAC_CACHE_DIR"
 def directory() -> Path | None:
     """The cache directory, made if it is not there; None where there is none to be trusted.
 
-    `TORCHJAC_CACHE_DIR` names it; empty, nothing is kept. Else it is `torchjac` in
-    `XDG_CACHE_HOME`, or in `~/.cache`.
+    `TORCHJAC_CACHE_DIR` names it; empty, nothing is kept. Else it is `torchjac` in the directory of
+    the user's caches: `XDG_CACHE_HOME`, or what the system has (`~/.cache` on Linux).
     """
     named = os.environ.get(_VARIABLE)
     if named == "":
         return None
     try:
-        if named is not None:
-            path = Path(named)
-        else:
-            base = os.environ.get("XDG_CACHE_HOME")
-            path = (Path(base) if base else Path.home() / ".cache") / "torchjac"
+        path = Path(named) if named is not None else system.cache_home() / "torchjac"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return path if _is_private(path.stat()) else None
+        return path if system.is_private(path.stat()) else None
     except (OSError, RuntimeError):  # no home, a file in its place, a disk that is read only
         return None
 
@@ -43,7 +40,7 @@ def read(name: str) -> bytes | None:
         return None
     try:
         with (where / name).open("rb") as file:
-            return file.read() if _is_private(os.fstat(file.fileno())) else None
+            return file.read() if system.is_private(os.fstat(file.fileno())) else None
     except OSError:
         return None
 
@@ -55,7 +52,7 @@ def place(name: str) -> Path | None:
         return None
     try:
         path = where / name
-        return path if _is_private(path.lstat()) and path.is_file() else None
+        return path if system.is_private(path.lstat()) and path.is_file() else None
     except OSError:
         return None
 
@@ -78,11 +75,3 @@ def write(name: str, data: bytes) -> bool:
             Path(temporary).unlink()
         return False
     return True
-
-
-def _is_private(about: os.stat_result) -> bool:
-    """Whether nobody but this user (and root) could have written there."""
-    if not hasattr(os, "getuid"):
-        return True
-    others = stat.S_IWGRP | stat.S_IWOTH
-    return about.st_uid in (os.getuid(), 0) and not about.st_mode & others

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from torchjac._torch.private import failures
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Record:
         counts: What an accumulated Jacobian took; None for passes.
         report: If a plan computed something else than autograd, what the issue tracker needs to
             know of it.
+        degraded: Parts of torch that are not as torchjac expects in this version of torch, and
+            what runs instead of them.
     """
 
     entry: str
@@ -89,6 +93,7 @@ class Record:
     refusals: tuple[tuple[str, str], ...] = ()
     counts: Counts | None = None
     report: str | None = None
+    degraded: tuple[str, ...] = field(default_factory=failures)
 
     def __str__(self) -> str:
         """A report of a few lines for a terminal."""
@@ -120,6 +125,7 @@ class Record:
                 lines.append(f"    {c.name:<27}{_seconds(c.predicted):>11}{done:>11}")
         for name, reason in self.refusals:
             lines.append(f"  refused  {name}: {reason}")
+        lines += [f"  degraded {part}" for part in self.degraded]
         if self.report is not None:
             lines.append("  report   the issue tracker would like to see `.report` of this record")
         return "\n".join(lines)

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.traceback import reset_grad_fn_seq_nr, set_grad_fn_seq_nr
 
-from torchjac._torch.modes import real_values
+from torchjac._torch.modes import FakeTensor, real_values
 from torchjac._torch.observer import Observer
+from torchjac._torch.private import private
+
+_reset_grad_fn_seq_nr = private("torch.fx.traceback.reset_grad_fn_seq_nr")
+_set_grad_fn_seq_nr = private("torch.fx.traceback.set_grad_fn_seq_nr")
+_DisableTorchFunction = private("torch._C.DisableTorchFunction")
 
 
 class FakeTensors:
@@ -37,10 +40,10 @@ class FakeTensors:
     def enter(self, number: int | None) -> None:
         """Torch's tracer notes it with each operation."""
         if self._entered:
-            reset_grad_fn_seq_nr()
+            _reset_grad_fn_seq_nr()
         self._entered = number is not None
         if number is not None:
-            set_grad_fn_seq_nr(number)
+            _set_grad_fn_seq_nr(number)
 
 
 class FakeObserver(Observer):
@@ -84,7 +87,7 @@ class FakeObserver(Observer):
             return False
         if leaf.requires_grad or isinstance(leaf, torch.nn.Parameter):
             return False  # training changes it
-        with torch._C.DisableTorchFunction():
+        with _DisableTorchFunction():
             return not self.aliases or all(a._version == 0 for a, _ in self.aliases.values())
 
     def _positions(self, index: Any) -> Any:

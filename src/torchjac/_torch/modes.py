@@ -10,11 +10,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
+from torchjac._torch.private import corner, private, private_function, private_type
 from torchjac._torch.recorder import Recorder
+from torchjac._torch.vmap import is_transformed
 
 _NOTHING = nullcontext()
+FakeTensor = private_type("torch._subclasses.FakeTensor")
+
+
+def _any_autocast() -> bool:
+    devices = ("cpu", "cuda", "mps", "xpu")
+    return any(torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d) for d in devices)
+
+
+is_any_autocast_enabled = private_function("torch._C._is_any_autocast_enabled", _any_autocast)
+_dispatch_depth = private_function("torch._C._len_torch_dispatch_stack", lambda: 0)
+_dispatch_depth_before = private_function(
+    "torch._ops._len_torch_dispatch_stack_pre_dispatch", lambda: 0
+)
+_mode_of_kind = private("torch._C._get_dispatch_mode")
+_kinds = private("torch._C._TorchDispatchModeKey")
+_active_modes = private("torch.utils._python_dispatch._get_current_dispatch_mode_stack")
+_disable_current_modes = private("torch.utils._python_dispatch._disable_current_modes")
 
 
 def recording() -> AbstractContextManager[None]:
@@ -48,20 +66,18 @@ def passes(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 def needs_passes_context() -> bool:
     """Whether `passes` would change anything (asking is cheaper than entering it)."""
-    return torch.is_inference_mode_enabled() or torch._C._is_any_autocast_enabled()
+    return torch.is_inference_mode_enabled() or is_any_autocast_enabled()
 
 
 def tracing(tensors: Iterable[Tensor]) -> bool:
     """Whether tensors stand for values that cannot be looked at: fake, on meta, or being traced."""
-    if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
+    if any(t.is_meta or isinstance(t, FakeTensor) or is_transformed(t) for t in tensors):
         return True
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if _dispatch_depth() == 0 or not MODES.holds():
         return False
-    keys = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
-    if any(torch._C._get_dispatch_mode(key) is not None for key in keys):
+    if any(_mode_of_kind(key) is not None for key in (_kinds.PROXY, _kinds.FAKE)):
         return True
-    active = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    return any(isinstance(mode, Recorder) for mode in active)
+    return any(isinstance(mode, Recorder) for mode in _active_modes())
 
 
 def usable_in_graph(tensor: Tensor) -> Tensor:
@@ -76,15 +92,14 @@ def ordinary_tensors() -> AbstractContextManager[None]:
 
 def real_values() -> AbstractContextManager[None]:
     """Operations run on values and record nothing, whatever mode the caller is in."""
-    stacks: int = torch._C._len_torch_dispatch_stack()
-    stacks += torch._ops._len_torch_dispatch_stack_pre_dispatch()  # type: ignore[no-untyped-call]
+    stacks: int = _dispatch_depth() + _dispatch_depth_before()
     # Nested uses are many, and leaving modes takes longer than a small operation does.
     return _without_modes() if stacks or torch.is_grad_enabled() else _NOTHING
 
 
 @contextmanager
 def _without_modes() -> Iterator[None]:
-    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+    with _disable_current_modes(), torch.no_grad():
         yield
 
 
@@ -125,3 +140,14 @@ def random_state_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
 def _same(one: Any, other: Any) -> bool:
     """Whether two states of NumPy's generator are the same."""
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@corner("the stack of dispatch modes", "nothing is planned")
+def MODES() -> bool:
+    """The active modes can be counted, told apart, and left."""
+    with Recorder((), parameters_vary=False) as mode:
+        inside = _dispatch_depth(), mode in _active_modes()
+        with _without_modes():
+            outside = _dispatch_depth(), torch.is_grad_enabled()
+    fakes = [_mode_of_kind(key) for key in (_kinds.PROXY, _kinds.FAKE)]
+    return (inside, outside) == ((1, True), (0, False)) and fakes == [None, None]

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchjac._torch.private import Gone, corner, private
+from torchjac.host.system import torch_library
+
 
 class Reading(NamedTuple):
     """A function of torch's library, called with one argument and a place for a number to write.
@@ -46,31 +49,35 @@ class Reading(NamedTuple):
 _BOOL, _BYTE, _INT, _LONG = 0xFF, 0xFF, 0xFFFFFFFF, -1
 _CONTEXT = "_ZNK2at7Context"  # const methods of at::Context, of which there is one
 
+# Functions of `torch._C`, where the library has them, and the bits that count.
+_NAMES = {
+    "is_grad_enabled": ("_ZN3c108GradMode10is_enabledEv", _BOOL),
+    "is_inference_mode_enabled": ("_ZN3c1013InferenceMode10is_enabledEv", _BOOL),
+    "_len_torch_function_stack": ("_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv", _LONG),
+    "_len_torch_dispatch_stack": ("_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv", _LONG),
+    "_get_deterministic_algorithms": (f"{_CONTEXT}23deterministicAlgorithmsEv", _BOOL),
+    "_get_float32_matmul_precision": (f"{_CONTEXT}22float32MatmulPrecisionEv", _INT),
+    "_get_mkldnn_enabled": (f"{_CONTEXT}17userEnabledMkldnnEv", _BOOL),
+    "_get_nnpack_enabled": (f"{_CONTEXT}17userEnabledNNPACKEv", _BOOL),
+    "_get_cudnn_enabled": (f"{_CONTEXT}16userEnabledCuDNNEv", _BOOL),
+    "_get_flash_sdp_enabled": (f"{_CONTEXT}19userEnabledFlashSDPEv", _BOOL),
+    "_get_mem_efficient_sdp_enabled": (f"{_CONTEXT}26userEnabledMemEfficientSDPEv", _BOOL),
+    "_get_math_sdp_enabled": (f"{_CONTEXT}18userEnabledMathSDPEv", _BOOL),
+}
 _SETTINGS: dict[Callable[[], Any], tuple[str, int]] = {
     torch.get_default_dtype: ("_ZN3c1031get_default_dtype_as_scalartypeEv", _BYTE),
-    torch._C.is_grad_enabled: ("_ZN3c108GradMode10is_enabledEv", _BOOL),
-    torch._C.is_inference_mode_enabled: ("_ZN3c1013InferenceMode10is_enabledEv", _BOOL),
-    torch._C._len_torch_function_stack: (
-        "_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv",
-        _LONG,
-    ),
-    torch._C._len_torch_dispatch_stack: ("_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv", _LONG),
-    torch._C._get_deterministic_algorithms: (f"{_CONTEXT}23deterministicAlgorithmsEv", _BOOL),
-    torch._C._get_float32_matmul_precision: (f"{_CONTEXT}22float32MatmulPrecisionEv", _INT),
-    torch._C._get_mkldnn_enabled: (f"{_CONTEXT}17userEnabledMkldnnEv", _BOOL),
-    torch._C._get_nnpack_enabled: (f"{_CONTEXT}17userEnabledNNPACKEv", _BOOL),
-    torch._C._get_cudnn_enabled: (f"{_CONTEXT}16userEnabledCuDNNEv", _BOOL),
-    torch._C._get_flash_sdp_enabled: (f"{_CONTEXT}19userEnabledFlashSDPEv", _BOOL),
-    torch._C._get_mem_efficient_sdp_enabled: (
-        f"{_CONTEXT}26userEnabledMemEfficientSDPEv",
-        _BOOL,
-    ),
-    torch._C._get_math_sdp_enabled: (f"{_CONTEXT}18userEnabledMathSDPEv", _BOOL),
+    **{private(f"torch._C.{name}"): where for name, where in _NAMES.items()},
 }
 
 
 def setting(read: Callable[[], Any]) -> Reading | None:
     """Where a setting is that a function of Python reads; None where that is not known."""
+    if not (READINGS.known or READINGS.holds()):
+        return None
+    return _setting(read)
+
+
+def _setting(read: Callable[[], Any]) -> Reading | None:
     name, mask = _SETTINGS.get(read, ("", 0))
     function = _symbol(name)
     of_context = name.startswith(_CONTEXT)
@@ -82,6 +89,12 @@ def setting(read: Callable[[], Any]) -> Reading | None:
 
 def place(tensor: Tensor) -> Reading | None:
     """Where a tensor's numbers begin. It must be alive when this is read."""
+    if not (READINGS.known or READINGS.holds()):
+        return None
+    return _place(tensor)
+
+
+def _place(tensor: Tensor) -> Reading | None:
     function = _symbol("aoti_torch_get_data_ptr")  # part of torch's stable interface for C
     if function is None or implementation(tensor) is None:
         return None
@@ -100,6 +113,12 @@ def implementation(tensor: Tensor) -> Reading | None:
 
 def version(tensor: Tensor) -> Reading | None:
     """How often it was written to; None for inference tensors. It must be alive."""
+    if not (READINGS.known or READINGS.holds()):
+        return None
+    return _version(tensor)
+
+
+def _version(tensor: Tensor) -> Reading | None:
     if tensor.is_inference() or implementation(tensor) is None:  # the library would throw
         return None
     function = _symbol("_ZNK2at10TensorBase8_versionEv")
@@ -110,7 +129,7 @@ def version(tensor: Tensor) -> Reading | None:
 def _library() -> Any:
     """The library of torch, which is loaded; None where it is another kind of file."""
     try:
-        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / torch_library()))
     except OSError:
         return None
 
@@ -130,3 +149,36 @@ def _context() -> int | None:
     """The address of what holds settings of the process."""
     address = _symbol("_ZN2at13globalContextEv")
     return None if address is None else ctypes.CFUNCTYPE(ctypes.c_void_p)(address)()
+
+
+@corner("torch's C++ library", "guards read settings and tensors in Python")
+def READINGS() -> bool:
+    """What is read there is what Python reads, before and after a tensor is written to.
+
+    A library that lacks a function has no contract to keep: that one is read in Python.
+    """
+    for read in _SETTINGS:
+        reading = None if isinstance(read, Gone) else _setting(read)
+        if reading is not None and reading.now()[0] != _number(read()):
+            return False
+    tensor = torch.zeros(3)
+    where, written = _place(tensor), _version(tensor)
+    for _ in range(2):
+        if where is not None and where.now()[1] != tensor.data_ptr():
+            return False
+        if written is not None and written.now()[0] != tensor._version:
+            return False
+        tensor.add_(1)
+    return True
+
+
+def _number(value: Any) -> int:
+    """A setting as the number that the library has for it."""
+    if isinstance(value, torch.dtype):
+        return _SCALAR_TYPES[value]
+    return _PRECISIONS[value] if isinstance(value, str) else int(value)
+
+
+# c10::ScalarType and at::Float32MatmulPrecision.
+_SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+_PRECISIONS = {"highest": 0, "high": 1, "medium": 2}

@@ -14,12 +14,19 @@ from torch.overrides import TorchFunctionMode
 
 from torchjac._torch.modes import real_values
 from torchjac._torch.notes import NotRecorded
+from torchjac._torch.private import corner, private
 from torchjac._torch.recorder import weighted
+
+_sequence_number = private("torch._C._autograd._get_sequence_nr")
+_is_wrapped = private("torch._C._functorch.is_functorch_wrapped_tensor")
+_DisableTorchFunction = private("torch._C.DisableTorchFunction")
+_DisableFuncTorch = private("torch._C._DisableFuncTorch")
+_hooks = private("torch._C._autograd._top_saved_tensors_default_hooks")
 
 
 def next_sequence() -> int:
     """Number that the next recorded operation of this thread will get."""
-    number: int = torch._C._autograd._get_sequence_nr()
+    number: int = _sequence_number()
     return number
 
 
@@ -108,12 +115,12 @@ class Watch(TorchFunctionMode):
         """Whether it is a tensor, and not one from elsewhere."""
         if not isinstance(value, Tensor):
             return False
-        return torch._C._functorch.is_functorch_wrapped_tensor(value) or self._known.knows(value)
+        return _is_wrapped(value) or self._known.knows(value)
 
     def _varies(self, value: Any) -> bool:
         if not isinstance(value, Tensor):
             return False
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if _is_wrapped(value):
             return True
         return self._known.varies(value)
 
@@ -219,7 +226,7 @@ class Observer(Watch):
         if id(leaf) not in self.aliases:
             if leaf.requires_grad and not self._writes:
                 return leaf  # or what a user's cache keeps would not lead to it
-            with torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch():
+            with _DisableTorchFunction(), _DisableFuncTorch():
                 alias = leaf.data  # with a version of its own
                 if leaf.requires_grad:
                     alias.requires_grad_()
@@ -291,7 +298,7 @@ _MAKING = frozenset({"as_tensor", "asarray", "new", "new_tensor", "scalar_tensor
 
 def _saving_hooks() -> Any:
     """What a user's code does with tensors that the graph saves, or None."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return _hooks(False)
 
 
 def _one_hot(classes: Tensor, number: int) -> Tensor:
@@ -319,3 +326,39 @@ def _user_frame(frame: FrameType | None) -> FrameType | None:
 
 
 _NOT_THE_USER = frozenset({"torch", "torchjac", "functorch"})
+
+
+@corner("torch's function mode", "nothing is planned")
+def OBSERVING() -> bool:
+    """Autograd numbers operations in order, and a function mode sees what has no operation."""
+    x = torch.ones(2, requires_grad=True)
+    before = next_sequence()
+    y = x.sin()
+    number: int = y.grad_fn._sequence_nr()  # type: ignore[union-attr]
+    numbered = before <= number < next_sequence()
+    seen: list[str] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(getattr(func, "__name__", ""))
+            same = func in (_SET_DATA, _GET_GRAD)
+            seen.extend(["known"] if same else [])
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        y.detach().numpy()
+        x.detach().tolist()
+        x.data = torch.zeros(2)
+        with _DisableTorchFunction(), _DisableFuncTorch():
+            x.exp()
+        _ = x.grad
+    return (
+        numbered
+        and {"detach", "numpy", "tolist"} <= set(seen)
+        and "exp" not in seen
+        and seen.count("known") == 2
+        and not _is_wrapped(x)
+        and _saving_hooks() is None
+    )

@@ -8,27 +8,28 @@ import torch
 from torch import fx
 
 from torchjac._torch.notes import Value
+from torchjac._torch.operators import aten, known
 from torchjac._torch.reuse import LARGE, Reused
 
-aten = torch.ops.aten
-
 # What can write where its result would be copied to; it takes what it writes to last.
-_WRITERS: dict[Any, Any] = {
-    aten.mul.Tensor: torch.mul,
-    torch.mul: torch.mul,
-    aten.add.Tensor: torch.add,
-    torch.add: torch.add,
-    aten.sub.Tensor: torch.sub,
-    torch.sub: torch.sub,
-    aten.neg.default: torch.neg,
-    torch.neg: torch.neg,
-    aten.mm.default: torch.mm,
-    torch.mm: torch.mm,
-}
+_WRITERS: dict[Any, Any] = known(
+    {
+        aten.mul.Tensor: torch.mul,
+        torch.mul: torch.mul,
+        aten.add.Tensor: torch.add,
+        torch.add: torch.add,
+        aten.sub.Tensor: torch.sub,
+        torch.sub: torch.sub,
+        aten.neg.default: torch.neg,
+        torch.neg: torch.neg,
+        aten.mm.default: torch.mm,
+        torch.mm: torch.mm,
+    }
+)
 # Bytes that no cache holds: to write them twice takes longer than anything.
 _FAR = 8 * 2**20
-_FRESH = frozenset({aten.empty.memory_format, aten.zeros.default})
-_PRODUCTS = frozenset({aten.mul.Tensor, torch.mul})
+_FRESH = known({aten.empty.memory_format, aten.zeros.default})
+_PRODUCTS = known({aten.mul.Tensor, torch.mul})
 
 
 def fused(graph: fx.Graph) -> None:

@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import decomposition_table
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import _MakefxTracer
-from torch.fx.traceback import _preserve_node_seq_nr, preserve_node_meta
-from torch.utils import _pytree as pytree
 
 from torchjac._torch.fakes import FakeObserver
+from torchjac._torch.modes import FakeTensor
 from torchjac._torch.notes import NotRecorded
+from torchjac._torch.operators import aten
+from torchjac._torch.private import corner, private
 from torchjac._torch.traits import OpOverload
+from torchjac._torch.traits import decompositions as torch_decompositions
+
+_FakeTensorMode = private("torch._subclasses.fake_tensor.FakeTensorMode")
+_MakefxTracer = private("torch.fx.experimental.proxy_tensor._MakefxTracer")
+_preserve_node_seq_nr = private("torch.fx.traceback._preserve_node_seq_nr")
+_preserve_node_meta = private("torch.fx.traceback.preserve_node_meta")
+_pytree = private("torch.utils._pytree")
 
 
 def uncompiled() -> AbstractContextManager[Any]:
@@ -51,12 +56,14 @@ def traced(
     Raises:
         NotRecorded: The graph cannot be read, or does not stand for the function.
     """
+    if not TRACER.holds():
+        raise NotRecorded(f"{TRACER}")
     observer = FakeObserver()
-    with warnings.catch_warnings(), preserve_node_meta(), ExitStack() as stack:
+    with warnings.catch_warnings(), _preserve_node_meta(), ExitStack() as stack:
         warnings.simplefilter("ignore")  # torch's notes on its own tracing
         if fake:
             # Without symbolic shapes: what depends on values raises at once.
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            mode = _FakeTensorMode(allow_non_fake_inputs=True)
             tensors = [mode.from_tensor(t) for t in tensors]
             stack.enter_context(mode)
         module = _tracer(keep).trace(lambda *given: function(observer, *given), *tensors)
@@ -68,7 +75,7 @@ def traced(
     return _functional(module), observer
 
 
-def _tracer(keep: Collection[Any]) -> _MakefxTracer:
+def _tracer(keep: Collection[Any]) -> Any:
     """What `make_fx` makes, but for an import of Inductor to read one of its settings.
 
     "real" means that it takes the tensors as they come: fake ones stay fake.
@@ -123,11 +130,11 @@ def _functional(module: fx.GraphModule) -> fx.GraphModule:
         lifted = dict(zip(constants, values[len(inputs) :], strict=True))
         return _Lifted(module, lifted).run(*values[: len(inputs)])
 
-    with warnings.catch_warnings(), preserve_node_meta(), _preserve_node_seq_nr():
+    with warnings.catch_warnings(), _preserve_node_meta(), _preserve_node_seq_nr():
         warnings.simplefilter("ignore")
         mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), None)
         if mode is None:
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            mode = _FakeTensorMode(allow_non_fake_inputs=True)
         mode.allow_non_fake_inputs = True
         with mode:
             given = [*inputs, *(mode.from_tensor(c.detach()) for c in constants.values())]
@@ -153,7 +160,7 @@ def _with_constants(module: fx.GraphModule, constants: Mapping[str, Tensor]) -> 
     """Puts constants in the places of the last inputs; nothing is written back to inputs."""
     graph = module.graph
     for node in reversed(graph.nodes):
-        if node.target is torch.ops.aten.copy_.default and not node.users:
+        if node.target is aten.copy_.default and not node.users:
             graph.erase_node(node)
     holders = [n for n in graph.nodes if n.op == "placeholder"]
     first = len(holders) - len(constants)
@@ -188,7 +195,7 @@ def _written(module: fx.GraphModule) -> list[str]:
             for about in node.target._schema.arguments
             if about.name in node.kwargs and about.alias_info is not None
         ]
-        for root in pytree.tree_leaves(written):
+        for root in _pytree.tree_leaves(written):
             while isinstance(root, fx.Node) and _is_view(root):
                 root = root.args[0]
             if isinstance(root, fx.Node) and root.op == "get_attr":
@@ -216,9 +223,25 @@ def decompositions(keep: frozenset[Any]) -> Mapping[Any, Callable[..., Any]]:
     """
     return {
         op: decompose
-        for op, decompose in decomposition_table.items()
+        for op, decompose in torch_decompositions().items()
         if isinstance(op, OpOverload)
         and op not in keep
         and "backward" in op._schema.name
         and op._overloadname == "default"
     }
+
+
+@corner("torch's own tracer", "functions with control flow operators are not planned")
+def TRACER() -> bool:
+    """It writes operations down on fake tensors, each with a value that has a shape."""
+    mode = _FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, _preserve_node_meta():
+        given = mode.from_tensor(torch.ones(3))
+        module = _tracer(()).trace(lambda x: x.sin() * 2, given)
+    called = [node for node in module.graph.nodes if node.op == "call_function"]
+    return (
+        isinstance(given, FakeTensor)
+        and [str(node.target) for node in called] == ["aten.sin.default", "aten.mul.Tensor"]
+        and all(tuple(node.meta["val"].shape) == (3,) for node in called)
+        and all(isinstance(node.target, OpOverload) for node in called)
+    )

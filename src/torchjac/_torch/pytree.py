@@ -6,20 +6,50 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree
 
-TreeSpec = _pytree.TreeSpec
-LEAF: TreeSpec = _pytree.tree_structure(0)
+from torchjac._torch import containers
+from torchjac._torch.private import corner, private, private_type
+
+_torch = private("torch.utils._pytree")
+TreeSpec = private_type("torch.utils._pytree.TreeSpec")
 
 
-def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+def children(spec: Any) -> list[Any]:
+    """The parts of a structure (a method since torch 2.10, an attribute before)."""
+    found: list[Any] = spec.children() if hasattr(spec, "children") else spec.children_specs
+    return found
+
+
+@corner("torch's pytree", "only tuples, lists and dicts are containers")
+def TREES() -> bool:
+    """Leaves of containers, what they came from, and where they stood."""
+    tree = {"b": [1, (2, None)], "a": 3}
+    leaves, spec = _torch.tree_flatten(tree)
+    paths, _ = _torch.tree_flatten_with_path(tree)
+    return (
+        sorted(map(str, leaves)) == ["1", "2", "3", "None"]
+        and _torch.tree_unflatten(leaves, spec) == tree
+        and (spec.num_leaves, spec.is_leaf(), spec.type) == (4, False, dict)
+        and [c.num_leaves for c in children(spec)] in ([3, 1], [1, 3])
+        and "['b'][1][0]" in [_torch.keystr(path) for path, _ in paths]
+        and _torch.tree_structure(0).is_leaf()
+        and _torch.SUPPORTED_NODES[list].unflatten_fn([1], None) == [1]
+    )
+
+
+_pytree: Any = _torch if TREES.holds() else containers
+LEAF: Any = _pytree.tree_structure(0)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Leaves of a tree and the structure they came from."""
     if isinstance(tree, Tensor):
         return [tree], LEAF
-    return _pytree.tree_flatten(tree)
+    leaves, spec = _pytree.tree_flatten(tree)
+    return leaves, spec
 
 
-def unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
+def unflatten(leaves: Sequence[Any], spec: Any) -> Any:
     """The tree with these leaves: inverse of `flatten`."""
     if spec is LEAF:
         return leaves[0]
@@ -35,3 +65,9 @@ def leaf_names(root: str, tree: Any) -> list[str]:
     """Where each leaf stands, as one would write it in Python: `inputs['w'][0]`."""
     paths, _ = _pytree.tree_flatten_with_path(tree)
     return [root + _pytree.keystr(path) for path, _ in paths]
+
+
+def functions(cls: type) -> tuple[Any, ...]:
+    """How objects of a class are taken apart and put together where they stand in a tree."""
+    node = _pytree.SUPPORTED_NODES.get(cls)
+    return () if node is None else (node.flatten_fn, node.unflatten_fn)

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchjac._torch.notes import Called, DependsOnValues, NeedsTracing, NotRecorded, Value
+from torchjac._torch.private import private, private_type
 from torchjac._torch.traits import (
     COPIED,
     FILLED,
     INDEX,
     LIFTED,
     UNROLLED,
+    WRITTEN_OUT,
     OpOverload,
     Traits,
     decomposition,
@@ -30,8 +30,14 @@ from torchjac._torch.traits import (
     unrolled,
 )
 
+_TorchDispatchMode: Any = private_type("torch.utils._python_dispatch.TorchDispatchMode")
+_disable_current_modes = private("torch.utils._python_dispatch._disable_current_modes")
+_DisableTorchFunction = private("torch._C.DisableTorchFunction")
+_StorageWeakRef = private("torch.multiprocessing.reductions.StorageWeakRef")
+_WeakTensorRef = private("torch._C._WeakTensorRef")
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+
+class Recorder(_TorchDispatchMode):  # type: ignore[misc]
     """Notes the operations that run while it is active.
 
     Args:
@@ -52,7 +58,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, keep: Collection[Any], parameters_vary: bool):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls: list[Called] = []
         self.constants: list[Tensor] = []
         self.inputs: list[Value] = []
@@ -65,7 +71,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._depth = 0
         self._steps: set[Value] = set()
         # By their memory, whose address is not given away while there is a reference to it.
-        self._mine: dict[int, tuple[StorageWeakRef, Value]] = {}
+        self._mine: dict[int, tuple[Any, Value]] = {}
         self._keep = keep
         self._parameters_vary = parameters_vary
         self._values: dict[int, tuple[Any, Value]] = {}
@@ -121,7 +127,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         No zeros: what a pass takes out of the graph must not look like one.
         """
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             made = weighted(output)
         self.input(made)
         self.cotangents.append(made)
@@ -173,7 +179,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = (*args, *(kwargs or {}).values())
         self._depth += 1
         try:
-            with torch._C.DisableTorchFunction():  # what happens inside is not the user's doing
+            with _DisableTorchFunction():  # what happens inside is not the user's doing
                 made = self._ran(func, args, kwargs or {})
         except (DependsOnValues, NotRecorded, NeedsTracing) as refusal:
             self.refusals.append(refusal)
@@ -212,6 +218,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if traits.is_composite:
             with self:
                 made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        if func in WRITTEN_OUT:
+            with self:
+                made = WRITTEN_OUT[func](*args, **kwargs)
             if made is not NotImplemented:
                 return made
         decompose = decomposition(func)
@@ -292,13 +303,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 value.varies = varies
                 memory = part.untyped_storage()
-                kept = StorageWeakRef(memory)  # type: ignore[no-untyped-call]
+                kept = _StorageWeakRef(memory)
                 self._mine[memory._cdata] = kept, value
             results.append(self._enter(part, value))
         return tuple(results)
 
     def _enter(self, tensor: Tensor, value: Value) -> Value:
-        self._values[tensor._cdata] = (torch._C._WeakTensorRef(tensor), value)  # type: ignore[attr-defined]
+        self._values[tensor._cdata] = (_WeakTensorRef(tensor), value)
         return value
 
     def _note(self, argument: Any, values: list[Value]) -> Any:

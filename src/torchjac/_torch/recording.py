@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import decomposition_table
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
+from torchjac._torch import traits
 from torchjac._torch.notes import Called, NotRecorded, Value
+from torchjac._torch.operators import aten, known
+from torchjac._torch.private import Gone, private
 from torchjac._torch.recorder import Recorder
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +267,18 @@ def graph_of(recording: Recording) -> fx.GraphModule:
                 nodes[id(part)] = _with_value(taken, part)
     graph.output([None if v is None else node_of(v) for v in recording.outputs])
     graph.eliminate_dead_code(_is_pure)
-    with _use_lazy_graph_module(True):  # its code is seldom run
-        return _make_graph_module(attributes, graph)
+    return _module(attributes, graph)
+
+
+def _module(attributes: dict[str, Tensor], graph: fx.Graph) -> fx.GraphModule:
+    if isinstance(_lazy, Gone):
+        return fx.GraphModule(attributes, graph)
+    with _lazy._use_lazy_graph_module(True):  # its code is seldom run
+        made: fx.GraphModule = _lazy._make_graph_module(attributes, graph)
+    return made
+
+
+_lazy = private("torch.fx._lazy_graph_module")
 
 
 def decomposed(call: Called) -> Recording | None:
@@ -277,7 +286,7 @@ def decomposed(call: Called) -> Recording | None:
 
     Its inputs are the tensors that the call takes, in order.
     """
-    decompose = _OWN.get(call.operation) or decomposition_table.get(call.operation)
+    decompose = _OWN.get(call.operation) or traits.decompositions().get(call.operation)
     if decompose is None or call.written or call.drawn_from is not None:
         return None
     recorder = Recorder((), parameters_vary=False)
@@ -309,9 +318,9 @@ def _addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: 
 
 
 # What is met often is said here: the first decomposition of torch's takes 0.3 s of imports.
-_OWN: dict[Any, Callable[..., Tensor]] = {aten.addmm.default: _addmm}
+_OWN: dict[Any, Callable[..., Tensor]] = known({aten.addmm.default: _addmm})
 
-SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
+SAME = known((aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default))
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.notes import Called, Value
+from torchjac._torch.operators import aten
 from torchjac._torch.recording import Recording, used_constants
-
-aten = torch.ops.aten
 
 
 class NotResized(Exception):

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchjac._torch.private import corner, private
+
+_users = private("torch._C._storage_Use_Count")
 # Bytes from which on an allocator maps memory for itself (glibc: DEFAULT_MMAP_THRESHOLD_MAX).
 LARGE = 32 * 2**20
 
@@ -42,10 +45,10 @@ class Reused:
         with self._lock:  # two threads never get the same
             kept = self._kept
             fits = kept is not None and kept.dtype == dtype and kept.numel() == math.prod(size)
-            if kept is None or not fits or _state(kept) != self._alone:
+            if kept is None or not fits or not STORAGES.holds() or _state(kept) != self._alone:
                 make = torch.zeros if self._zeros else torch.empty
                 kept = self._kept = make(size, dtype=dtype)
-                self._alone = _state(kept)
+                self._alone = _state(kept) if STORAGES.holds() else ()
             elif self._zeros:
                 kept.zero_()
             # A tensor of its own: history and version of what was there before are not its.
@@ -65,5 +68,19 @@ def _state(tensor: Tensor) -> tuple[int, ...]:
     size.
     """
     memory = tensor.untyped_storage()
-    count: int = torch._C._storage_Use_Count(memory._cdata)
+    count: int = _users(memory._cdata)
     return count, sys.getrefcount(memory), memory.nbytes(), memory.data_ptr()
+
+
+@corner("the count of tensors that share memory", "memory of large results is not used again")
+def STORAGES() -> bool:
+    """The count tells whether another tensor or array shares memory."""
+    tensor = torch.zeros(4)
+    alone = _state(tensor)
+    view = tensor[1:]
+    shared = _state(tensor)
+    del view
+    again = _state(tensor)
+    array = tensor.numpy()
+    lent = _state(tensor)
+    return alone == again and alone not in (shared, lent) and array.shape == (4,)

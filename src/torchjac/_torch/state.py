@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
-from torch.utils._device import DeviceContext
+
+from torchjac._torch import pytree
+from torchjac._torch.modes import is_any_autocast_enabled
+from torchjac._torch.private import Gone, corner, private, private_function, private_type
 
 # Settings that decide what operations do.
 AMBIENT = (
@@ -34,7 +34,7 @@ def ambient() -> tuple[Any, ...]:
         _default_dtype(),
         _grad_enabled(),
         _inference_enabled(),
-        _autocast() if _any_autocast() else (),
+        _autocast() if is_any_autocast_enabled() else (),
         _deterministic(),
         _matmul_precision(),
         [is_enabled() for is_enabled in _KERNELS],
@@ -44,29 +44,40 @@ def ambient() -> tuple[Any, ...]:
     )
 
 
+_DeviceContext = private_type("torch.utils._device.DeviceContext")
 _default_dtype = torch.get_default_dtype
-_grad_enabled = torch._C.is_grad_enabled
-_inference_enabled = torch._C.is_inference_mode_enabled
-_any_autocast = torch._C._is_any_autocast_enabled
-_deterministic = torch._C._get_deterministic_algorithms
-_matmul_precision = torch._C._get_float32_matmul_precision
-_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_function_depth = torch._C._len_torch_function_stack
-_dispatch_depth = torch._C._len_torch_dispatch_stack
+_grad_enabled = private_function("torch._C.is_grad_enabled", torch.is_grad_enabled)
+_inference_enabled = private_function(
+    "torch._C.is_inference_mode_enabled", torch.is_inference_mode_enabled
+)
+_deterministic = private_function(
+    "torch._C._get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
+_matmul_precision = private_function(
+    "torch._C._get_float32_matmul_precision", torch.get_float32_matmul_precision
+)
+_hooks = private_function(
+    "torch._C._autograd._top_saved_tensors_default_hooks", lambda tracing: None
+)
+_function_depth = private_function("torch._C._len_torch_function_stack", lambda: 0)
+_function_mode_at = private("torch._C._get_function_stack_at")
+_dispatch_depth = private_function("torch._C._len_torch_dispatch_stack", lambda: 0)
 # Whether kernels may be chosen that compute in another way.
 _KERNELS = (
-    torch._C._get_mkldnn_enabled,
-    torch._C._get_nnpack_enabled,
-    torch._C._get_cudnn_enabled,
-    torch._C._get_flash_sdp_enabled,
-    torch._C._get_mem_efficient_sdp_enabled,
-    torch._C._get_math_sdp_enabled,
+    private_function("torch._C._get_mkldnn_enabled", lambda: torch.backends.mkldnn.enabled),
+    private_function("torch._C._get_nnpack_enabled", lambda: None),
+    private_function("torch._C._get_cudnn_enabled", lambda: torch.backends.cudnn.enabled),
+    private_function("torch._C._get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled),
+    private_function(
+        "torch._C._get_mem_efficient_sdp_enabled", torch.backends.cuda.mem_efficient_sdp_enabled
+    ),
+    private_function("torch._C._get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled),
     torch.backends.mha.get_fastpath_enabled,
 )
 
 
 _USUAL: tuple[Any, ...] = (
-    _any_autocast,
+    is_any_autocast_enabled,
     _function_depth,
     _dispatch_depth,
     _default_dtype,
@@ -92,7 +103,7 @@ def usual_one_by_one() -> list[tuple[Any, Any]] | None:
 
 
 def _saved_tensor_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return _hooks(False)
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
@@ -107,7 +118,7 @@ def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
 def _function_modes() -> tuple[str, ...]:
     """Types of the active modes, and the default device, which is one of them."""
     depth = _function_depth()
-    kinds = [type(torch._C._get_function_stack_at(i)).__name__ for i in range(depth)]
+    kinds = [type(_function_mode_at(i)).__name__ for i in range(depth)]
     return (*kinds, str(torch.get_default_device()))
 
 
@@ -115,31 +126,30 @@ def foreign_mode() -> str | None:
     """An active mode whose own state decides what operations do; the default device is none."""
     if _saved_tensor_hooks() is not None:
         return "hooks of saved tensors"
-    depth = torch._C._len_torch_function_stack()
-    active = [torch._C._get_function_stack_at(i) for i in range(depth)]
+    active = [_function_mode_at(i) for i in range(_function_depth())]
     for mode in active:
-        if isinstance(mode, TorchFunctionMode) and type(mode) is not DeviceContext:
+        if isinstance(mode, TorchFunctionMode) and type(mode) is not _DeviceContext:
             return type(mode).__name__
-    return "a dispatch mode" if torch._C._len_torch_dispatch_stack() else None
+    return "a dispatch mode" if _dispatch_depth() else None
+
+
+_operator_names = private("torch._C._dispatch_get_all_op_names")
 
 
 def registered_namespaces() -> frozenset[str]:
     """The namespaces that hold operators: `aten`, and whatever was added to it."""
-    return frozenset(name.split("::")[0] for name in torch._C._dispatch_get_all_op_names())
+    return frozenset(name.split("::")[0] for name in _operator_names())
 
 
 def tree_functions(cls: type) -> tuple[Any, ...]:
     """How objects of a class are taken apart and put together where they stand in a tree."""
-    node = _pytree.SUPPORTED_NODES.get(cls)
-    return () if node is None else (node.flatten_fn, node.unflatten_fn)
+    return pytree.functions(cls)
 
 
 # Hooks that run for every module.
-GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
-    modules._global_forward_hooks,
-    modules._global_forward_pre_hooks,
-    modules._global_backward_hooks,
-    modules._global_backward_pre_hooks,
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
+    private(f"torch.nn.modules.module._global_{when}_hooks")
+    for when in ("forward", "forward_pre", "backward", "backward_pre")
 )
 
 # Hooks of a module that only run while it is saved or loaded.
@@ -154,6 +164,42 @@ SAVING_HOOKS = frozenset(
 PLAIN_TENSORS: frozenset[type] = frozenset({Tensor, nn.Parameter, nn.Buffer})
 
 
+_is_wrapped = private("torch._C._functorch.is_functorch_wrapped_tensor")
+
+
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a tensor belongs to a torch.func transform."""
-    return bool(_functorch.is_functorch_wrapped_tensor(tensor))
+    return bool(_is_wrapped(tensor))
+
+
+@corner("a setting or a mode of torch", "nothing is planned")
+def SETTINGS() -> bool:
+    """Settings of the thread, modes, hooks and namespaces can be read, and show what is set."""
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    before = usual()
+    if before is None or _saved_tensor_hooks() is not None or foreign_mode() is not None:
+        return False
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        shown = not _grad_enabled() and _saved_tensor_hooks() is not None
+    with torch.inference_mode():
+        shown &= bool(_inference_enabled())
+    with torch.autocast("cpu"):
+        shown &= bool(is_any_autocast_enabled()) and bool(_autocast())
+    with Mode():
+        shown &= _function_depth() == 1 and foreign_mode() == "Mode"
+    with torch.device("cpu"):
+        shown &= foreign_mode() is None
+    hooks = all(isinstance(found, dict) for found in GLOBAL_HOOKS)
+    return (
+        shown
+        and hooks
+        and usual() == before
+        and not isinstance(_operator_names, Gone)
+        and not is_wrapped(torch.ones(1))
+    )

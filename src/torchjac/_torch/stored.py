@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.notes import Called, Value
+from torchjac._torch.operators import aten
 from torchjac._torch.recording import Recording, values_in
 from torchjac._torch.traits import OpOverload, traits_of
 
@@ -182,7 +183,7 @@ def _named(operation: OpOverload) -> str:
 
 def _operation(name: str) -> OpOverload:
     packet, overload = name.split(".")
-    found: Any = getattr(getattr(torch.ops.aten, packet), overload)
+    found: Any = getattr(getattr(aten, packet), overload)
     if not isinstance(found, OpOverload):
         raise NotStorable(f"there is no operation {name}")
     return found

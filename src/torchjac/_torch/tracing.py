@@ -11,26 +11,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 
 from torchjac._torch import modes, proxies
+from torchjac._torch.autograd import ENGINE, NODES
+from torchjac._torch.modes import MODES
 from torchjac._torch.notes import DependsOnValues, NeedsTracing, NotRecorded
-from torchjac._torch.observer import Observer, Unwatched, next_sequence
+from torchjac._torch.observer import OBSERVING, Observer, Unwatched, next_sequence
+from torchjac._torch.private import corner, private_type
 from torchjac._torch.recorder import Recorder
 from torchjac._torch.recording import Recording, agree, functional, graph_of, recorded, rerun
-from torchjac._torch.traits import HigherOrderOperator, OpOverload
+from torchjac._torch.state import SETTINGS
+from torchjac._torch.traits import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torchjac._torch.vmap import TRANSFORMS
 
 # What tracing raises where the values of tensors decide what happens next.
 DATA_DEPENDENT: tuple[type[Exception], ...] = (
     DependsOnValues,
-    DataDependentOutputException,
-    DynamicOutputShapeException,
+    private_type("torch._subclasses.fake_tensor.DataDependentOutputException", Exception),
+    private_type("torch._subclasses.fake_tensor.DynamicOutputShapeException", Exception),
 )
-UNSUPPORTED: tuple[type[Exception], ...] = (NotRecorded, UnsupportedOperatorException)
+UNSUPPORTED: tuple[type[Exception], ...] = (
+    NotRecorded,
+    private_type("torch._subclasses.fake_tensor.UnsupportedOperatorException", Exception),
+)
 
 
 def trace(
@@ -64,6 +67,9 @@ def trace(
         DependsOnValues: Values decide what is done next (one of `DATA_DEPENDENT`).
         NotRecorded: Something happened that a graph cannot say (one of `UNSUPPORTED`).
     """
+    for part in _NEEDED:
+        if not (part.known or part.holds()):
+            raise NotRecorded(str(part))
     # One at a time: warning filters and random states belong to the whole process. (Not for ever: a
     # function may wait for a thread that traces too.)
     locked = _ONE.acquire(timeout=_PATIENCE)
@@ -78,6 +84,33 @@ def trace(
     return module, _lines(observer)
 
 
+@corner("torch's dispatch mode", "nothing is planned")
+def RECORDING() -> bool:
+    """A recorder notes the operations that run, and only those, with what they take and give."""
+    x = torch.linspace(1.0, 2.0, 3, dtype=torch.float64)
+    outside = torch.ones(3, dtype=torch.float64)
+    recorder = Recorder((), parameters_vary=False)
+    taken = recorder.input(x)
+    with recorder:
+        y = torch.mul(x.sin(), outside)
+        view = y[1:]
+        y.add_(1.0)
+    x.cos()
+    names = [str(call.operation) for call in recorder.calls]
+    first, *_, last = recorder.calls
+    return (
+        names == ["aten.sin.default", "aten.mul.Tensor", "aten.slice.Tensor", "aten.add_.Tensor"]
+        and first.args == (taken,)
+        and recorder.calls[1].args[0] is first.results[0]
+        and recorder.value(view).base is recorder.value(y).base
+        and last.written == (recorder.value(y).base,)
+        and recorder.value(y).base.varies
+        and [c is outside for c in recorder.constants] == [True]
+    )
+
+
+# The corners of torch that a trace, and the guards that say whether it still holds, rely on.
+_NEEDED = (ENGINE, NODES, MODES, SETTINGS, TRANSFORMS, RECORDING, OBSERVING)
 _ONE = threading.RLock()
 _PATIENCE = 10.0
 
@@ -272,6 +305,7 @@ __all__ = [
     "HigherOrderOperator",
     "Observer",
     "OpOverload",
+    "OpOverloadPacket",
     "is_random",
     "next_sequence",
     "numbered",

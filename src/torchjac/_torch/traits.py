@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._decomp import decomposition_table
 
-OpOverload = torch._ops.OpOverload
-HigherOrderOperator = torch._ops.HigherOrderOperator
-aten = torch.ops.aten
+from torchjac._torch import attention
+from torchjac._torch.operators import aten, known
+from torchjac._torch.private import Gone, private, private_type
+
+if TYPE_CHECKING:
+    from torch._ops import HigherOrderOperator as HigherOrderOperator
+    from torch._ops import OpOverload as OpOverload
+    from torch._ops import OpOverloadPacket as OpOverloadPacket
+else:
+    OpOverload = private_type("torch._ops.OpOverload")
+    OpOverloadPacket = private_type("torch._ops.OpOverloadPacket")
+    HigherOrderOperator = private_type("torch._ops.HigherOrderOperator")
+_decompositions = private("torch._decomp.decomposition_table")
+
+
+def decompositions() -> Mapping[Any, Any]:
+    """What torch says of operations in terms of others; nothing where it does not say."""
+    return {} if isinstance(_decompositions, Gone) else _decompositions
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +55,7 @@ class Traits:
 
 
 # Operations that take the shape of a tensor, and none of its numbers.
-FILLED = frozenset(
+FILLED = known(
     {
         aten.zeros_like.default,
         aten.ones_like.default,
@@ -55,23 +70,27 @@ FILLED = frozenset(
 )
 LIFTED, COPIED = aten.lift_fresh.default, aten.lift_fresh_copy.default
 # They write to these arguments, running statistics, though their schemas do not say so.
-_SILENT = {
-    aten.native_batch_norm.default: (3, 4),
-    aten.cudnn_batch_norm.default: (3, 4),
-    aten.miopen_batch_norm.default: (3, 4),
-}
+_SILENT = known(
+    {
+        aten.native_batch_norm.default: (3, 4),
+        aten.cudnn_batch_norm.default: (3, 4),
+        aten.miopen_batch_norm.default: (3, 4),
+    }
+)
 INDEX = aten.index.Tensor
-_INDEXING = (
-    INDEX,
-    aten.index_put.default,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-    aten._unsafe_index.Tensor,
-    aten._unsafe_index_put.default,
+_INDEXING = known(
+    (
+        INDEX,
+        aten.index_put.default,
+        aten.index_put_.default,
+        aten._index_put_impl_.default,
+        aten._unsafe_index.Tensor,
+        aten._unsafe_index_put.default,
+    )
 )
 # They change the memory or the kind of a tensor: who shares it then is not followed.
 _CHANGING = frozenset({"set_", "resize_", "resize_as_", "_resize_output_", "set_data", "swap_"})
-_QUESTIONS = (aten.size.default, aten.stride.default, aten.storage_offset.default)
+_QUESTIONS = known((aten.size.default, aten.stride.default, aten.storage_offset.default))
 
 
 @lru_cache(maxsize=4096)
@@ -106,6 +125,15 @@ def unrolled(func: HigherOrderOperator) -> Any:
     return func.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]
 
 
+# Operations that are written out wherever they are met.
+WRITTEN_OUT = known(
+    {
+        aten._scaled_dot_product_flash_attention_for_cpu.default: attention.forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention.backward,
+    }
+)
+
+
 @lru_cache(maxsize=4096)
 def decomposition(func: OpOverload) -> Any:
     """How torch writes a backward operation in terms of others, or None.
@@ -114,4 +142,4 @@ def decomposition(func: OpOverload) -> Any:
     """
     if "backward" not in func._schema.name or func._overloadname != "default":
         return None
-    return decomposition_table.get(func)
+    return decompositions().get(func)

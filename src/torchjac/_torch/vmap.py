@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch import predispatch
 
 from torchjac._torch.autograd import backward
+from torchjac._torch.operators import aten, known
+from torchjac._torch.private import Gone, corner, private, private_function
 
 # `torch.autograd.grad(..., is_grads_batched=True)` does the same through two layers of pytree
 # handling, which cost more than the pass itself on small graphs (2->4 example: 50 us, this 26 us).
 
 _NOTHING = nullcontext()
 
+_functorch = private("torch._C._functorch")
+_predispatch = private("torch._functorch.predispatch")
+
 # Operations whose batching rule is wrong in torch 2.13.
-WRONGLY_BATCHED = frozenset({torch.ops.aten._cdist_backward.default})
+WRONGLY_BATCHED = known({aten._cdist_backward.default})
 
 
 def batched_backward(
@@ -38,8 +41,21 @@ def batched_backward(
     Returns:
         One stack of gradients per input, `None` where no output depends on it.
     """
-    if not getattr(predispatch, "DECOMPOSITIONS_LOADED", False):  # to ask it takes 3 us
-        predispatch.lazy_load_decompositions()
+    if not (BATCHING.known or BATCHING.holds()):
+        with around:
+            return public_batched_backward(outputs, cotangents, inputs, create_graph)
+    return _batched_backward(outputs, cotangents, inputs, create_graph, around)
+
+
+def _batched_backward(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    create_graph: bool = False,
+    around: AbstractContextManager[object] = _NOTHING,
+) -> tuple[Tensor | None, ...]:
+    if not getattr(_predispatch, "DECOMPOSITIONS_LOADED", False):  # to ask it takes 3 us
+        _load_decompositions()
     size = cotangents[0].shape[0]
     level = _functorch._vmap_increment_nesting(size, "error")
     try:
@@ -65,6 +81,8 @@ def strict_batched_backward(
     threads, so it is held down for as long as any thread needs it and then put back; use this only
     for the first pass of a program.
     """
+    if not (BATCHING.known or BATCHING.holds()):
+        return public_batched_backward(outputs, cotangents, inputs, create_graph)
     with _fallback_off:
         return batched_backward(outputs, cotangents, inputs, create_graph)
 
@@ -76,6 +94,8 @@ def looping_batched_backward(
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """As `batched_backward`, without torch's warning at every operation that is looped over."""
+    if not (BATCHING.known or BATCHING.holds()):
+        return public_batched_backward(outputs, cotangents, inputs, create_graph)
     with _warning_off:
         return batched_backward(outputs, cotangents, inputs, create_graph)
 
@@ -103,8 +123,8 @@ class _Off:
                 self._switch(True)
 
 
-_fallback_off = _Off(_functorch._set_vmap_fallback_enabled)  # type: ignore[attr-defined]
-_warning_off = _Off(_functorch._set_vmap_fallback_warning_enabled)  # type: ignore[attr-defined]
+_fallback_off = _Off(private("torch._C._functorch._set_vmap_fallback_enabled"))
+_warning_off = _Off(private("torch._C._functorch._set_vmap_fallback_warning_enabled"))
 
 
 def legacy_batched_backward(
@@ -137,10 +157,84 @@ def missing_rule(error: BaseException) -> str | None:
     return found.group(1) if found else None
 
 
+def public_batched_backward(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """As `batched_backward`, by public functions, which take twice as long."""
+    used: list[bool] = []
+
+    def one(*seeds: Tensor) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(
+            outputs, inputs, seeds, True, create_graph, allow_unused=True
+        )
+        used[:] = [g is not None for g in gradients]
+        return tuple(g for g in gradients if g is not None)
+
+    size = cotangents[0].shape[0]
+    if not size:  # torch.vmap takes no empty stack
+        return tuple(x.new_zeros((0, *x.shape)) for x in inputs)
+    found = iter(torch.vmap(one)(*cotangents))
+    return tuple(next(found) if there else None for there in used)
+
+
+def _load_decompositions() -> None:
+    """Lets torch load what batched passes need, wherever this version keeps it."""
+    for module in (_predispatch, private("torch._functorch.vmap")):
+        load = getattr(module, "lazy_load_decompositions", None)
+        if load is not None and not isinstance(load, Gone):
+            load()
+            return
+
+
+@corner("a level of torch's vmap", "torch.vmap and torch.autograd.grad batch the passes")
+def BATCHING() -> bool:
+    """A stack of cotangents gives a stack of gradients; the fallback can be switched off."""
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    stack = torch.eye(4, dtype=torch.float64)
+    unused = torch.ones(3, requires_grad=True)
+    gradient, none = _batched_backward([torch.cat([2 * x, x * x])], [stack], [x, unused])
+    rows = [[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 4.0]]
+    if gradient is None or gradient.tolist() != rows or none is not None:
+        return False
+    with _fallback_off, _warning_off:
+        off = not _functorch._is_vmap_fallback_enabled()
+    return off and bool(_functorch._is_vmap_fallback_enabled()) and transform() is None
+
+
+# The transform that the caller runs inside of, if there is one.
+transform: Callable[[], Any] = private_function(
+    "torch._C._functorch.peek_interpreter_stack", lambda: None
+)
+
+
 def inside_transform() -> bool:
     """Whether the caller runs inside `torch.vmap` or a `torch.func` transform."""
     return transform() is not None
 
 
-# The transform that the caller runs inside of, if there is one.
-transform: Callable[[], Any] = _functorch.peek_interpreter_stack
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a torch.func transform, where `inside_transform` cannot tell.
+
+    Its text says so, which takes long.
+    """
+    return not (TRANSFORMS.known or TRANSFORMS.holds()) and repr(tensor).startswith(_WRAPPED)
+
+
+_WRAPPED = ("BatchedTensor(", "GradTrackingTensor(", "FunctionalTensor(")
+
+
+@corner("the stack of torch.func transforms", "the text of a tensor tells, and nothing is planned")
+def TRANSFORMS() -> bool:
+    """There is a transform inside of a level of vmap and of grad, and none outside."""
+    seen = [inside_transform()]
+    _functorch._vmap_increment_nesting(2, "error")
+    seen.append(inside_transform())
+    _functorch._vmap_decrement_nesting()
+    _functorch._grad_increment_nesting()
+    seen.append(inside_transform())
+    _functorch._grad_decrement_nesting()
+    seen.append(inside_transform())
+    return seen == [False, True, True, False]

@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from torchjac._torch.notes import Called, Value
+from torchjac._torch.operators import aten, known
 from torchjac._torch.recording import values_in
-
-aten = torch.ops.aten
 
 # Tensors larger than this do not stay in cache.
 _CACHED = 2**20
@@ -98,7 +96,7 @@ def _bytes(values: Iterable[Value]) -> int:
     return total
 
 
-_PRODUCTS = frozenset(
+_PRODUCTS = known(
     {
         aten.mm.default,
         aten.bmm.default,
@@ -108,7 +106,7 @@ _PRODUCTS = frozenset(
         aten.matmul.default,
     }
 )
-_MOVES = frozenset(
+_MOVES = known(
     {
         aten.cat.default,
         aten.clone.default,

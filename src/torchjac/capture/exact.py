@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchjac._torch.tracing import HigherOrderOperator, OpOverload
+from torchjac._torch.tracing import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torchjac.capture.reads import VOLATILE_BUILTINS, is_volatile
 
 Same = Callable[[Any], bool]
@@ -51,7 +51,7 @@ _EQUAL = (
     types.GenericAlias,
     types.UnionType,
 )
-_OPERATORS = (OpOverload, type(torch.ops.aten.add))
+_OPERATORS = (OpOverload, OpOverloadPacket)
 # There is one object for each value, or the object cannot change.
 _IDENTICAL = (
     HigherOrderOperator,

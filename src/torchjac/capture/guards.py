@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjac._torch.pytree import LEAF, TreeSpec, flatten, leaf_names
+from torchjac._torch.pytree import LEAF, TreeSpec, children, flatten, leaf_names
 from torchjac._torch.state import (
     AMBIENT,
     PLAIN_TENSORS,
@@ -339,4 +339,4 @@ def _contexts(spec: TreeSpec) -> list[Any]:
     if spec == LEAF:
         return []
     own = [] if spec.type in (tuple, list, dict) else [spec.type, spec.context]
-    return own + [part for child in spec.children() for part in _contexts(child)]
+    return own + [part for child in children(spec) for part in _contexts(child)]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from torchjac.errors import ArgumentError
+from torchjac.host import system
 
 # A quarter leaves room for the result, for the rest of the program and for what the estimate of a
 # pass misses (temporaries inside operations).
@@ -39,27 +37,4 @@ def check_budget(budget: int | None) -> int | None:
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(_free_in_system(), _free_in_cgroup())
-
-
-def _free_in_system() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, ValueError, OSError):
-        return 4 * 2**30  # no way to ask: what a small laptop has to spare
-
-
-def _free_in_cgroup() -> int:
-    """What a container still allows (cgroup v2); a very large number where there is no limit."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return int(limit) - used
-    except (OSError, ValueError):
-        return 2**62
+    return system.free_memory()

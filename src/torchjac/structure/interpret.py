@@ -16,7 +16,7 @@ from torchjac.structure.control import BodyValues, Control
 from torchjac.structure.dependence import Dependence, apply, everything, joined, nothing, seed
 from torchjac.structure.maps import dense, reshape
 from torchjac.structure.precision import coarse
-from torchjac.structure.rules import RULES, Beside, NotLinear, Op, Operand
+from torchjac.structure.rules import RULES, Beside, NoRule, NotLinear, Op, Operand
 from torchjac.structure.values import HALF, SHAPE_ONLY, UNINITIALIZED, Values
 
 
@@ -149,8 +149,8 @@ class _Run:
                 raise
             why = str(reason) or "its result need not be zero where the cotangent is"
             made = self._for_each(node, lambda s: everything(s, self._m))
-        except LookupError:
-            why = "there is no rule for it"
+        except LookupError as missing:
+            why = str(missing) if isinstance(missing, NoRule) else "there is no rule for it"
             made = self._for_each(node, lambda s: self._all_to_all(node, s))
         made = self._rounded(node, made)
         if why is not None:

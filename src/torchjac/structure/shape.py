@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from torchjac._torch.autograd import NODES
 from torchjac.capture import Program
 from torchjac.structure.graph import Graph, survey
 from torchjac.structure.pattern import Pattern
@@ -24,7 +25,8 @@ class Structure:
         row_starts: First row of each output leaf, and m at the end.
         column_starts: First column of each input leaf, and n at the end.
         batch: Number of independent samples, or None.
-        graph: The operations behind it; None where a single plain pass gives the whole Jacobian.
+        graph: The operations behind it; None where a single plain pass gives the whole Jacobian,
+            or torch does not tell.
         pattern: Its structural nonzeros, all leaves together; None where they are not known.
         independent: Whether the samples of the batch are proved to be independent.
     """
@@ -87,7 +89,7 @@ def analyze(
     columns, column_starts = _numbered(program.inputs, divisor)
     single_pass = row_starts[-1] <= 1 or column_starts[-1] == 0
     simple = single_pass and samples is None and not program.create_graph and pattern is None
-    graph = None if simple else survey(program)
+    graph = survey(program) if not simple and (NODES.known or NODES.holds()) else None
     return Structure(rows, columns, row_starts, column_starts, samples, graph, pattern, independent)
 
 

@@ -17,10 +17,9 @@ from torch import Tensor, fx
 
 from torchjac._torch import tracing
 from torchjac._torch.modes import real_values
+from torchjac._torch.operators import aten, known
 from torchjac.capture.derivative import Derivative
 from torchjac.structure.maps import UNKNOWN, Factors, Numbers, times
-
-aten = torch.ops.aten
 
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:
@@ -32,12 +31,14 @@ def _laid_out(value: Tensor, like: Tensor) -> Tensor:
 
 
 # Operations that go by the strides of their argument.
-_BY_STRIDES = {
-    aten.as_strided.default,
-    aten.as_strided_copy.default,
-    aten.view.default,
-    aten._unsafe_view.default,
-}
+_BY_STRIDES = known(
+    {
+        aten.as_strided.default,
+        aten.as_strided_copy.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+    }
+)
 
 
 class Values:
@@ -240,15 +241,17 @@ def unknown(shape: tuple[int, ...]) -> Tensor:
 HALF = frozenset({torch.float16, torch.bfloat16})
 
 # Operations that read the shape of their argument only, and what they fill the result with.
-SHAPE_ONLY: dict[Any, float | None] = {
-    aten.zeros_like.default: 0.0,
-    aten.new_zeros.default: 0.0,
-    aten.ones_like.default: 1.0,
-    aten.new_ones.default: 1.0,
-    aten.full_like.default: None,
-    aten.new_full.default: None,
-}
-UNINITIALIZED = frozenset(
+SHAPE_ONLY: dict[Any, float | None] = known(
+    {
+        aten.zeros_like.default: 0.0,
+        aten.new_zeros.default: 0.0,
+        aten.ones_like.default: 1.0,
+        aten.new_ones.default: 1.0,
+        aten.full_like.default: None,
+        aten.new_full.default: None,
+    }
+)
+UNINITIALIZED = known(
     {
         aten.empty.memory_format,
         aten.empty_strided.default,
@@ -334,52 +337,54 @@ def _softened(values: Values, node: fx.Node) -> Tensor:
     return torch.where(scores == -math.inf, 0.0, unknown(tuple(scores.shape)))
 
 
-PARTIAL: dict[Any, Any] = {
-    aten.add.Tensor: _masked,
-    aten._softmax.default: _softened,
-    aten._safe_softmax.default: _softened,
-    **dict.fromkeys(
-        [
-            aten.view.default,
-            aten._unsafe_view.default,
-            aten.reshape.default,
-            aten.t.default,
-            aten.transpose.int,
-            aten.permute.default,
-            aten.expand.default,
-            aten.unsqueeze.default,
-            aten.squeeze.dim,
-            aten.squeeze.dims,
-            aten.squeeze.default,
-            aten.slice.Tensor,
-            aten.select.int,
-            aten.diagonal.default,
-            aten.flip.default,
-            aten.roll.default,
-            aten.cat.default,
-            aten.stack.default,
-            aten.repeat.default,
-            aten.tril.default,
-            aten.triu.default,
-            aten.slice_scatter.default,
-            aten.select_scatter.default,
-            aten.diagonal_scatter.default,
-            aten.diag_embed.default,
-            aten.index.Tensor,
-            aten.neg.default,
-            aten.index_select.default,
-            aten.constant_pad_nd.default,
-        ],
-        _moved,
-    ),
-    **dict.fromkeys(
-        [aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default],
-        _converted,
-    ),
-    aten.mul.Tensor: _multiplied,
-    aten.mul.Scalar: _multiplied,
-    aten.where.self: _chosen,
-    aten.copy.default: lambda values, node: values.factors(node.args[1]).expand(
-        tuple(node.meta["val"].shape)
-    ),
-}
+PARTIAL: dict[Any, Any] = known(
+    {
+        aten.add.Tensor: _masked,
+        aten._softmax.default: _softened,
+        aten._safe_softmax.default: _softened,
+        **dict.fromkeys(
+            [
+                aten.view.default,
+                aten._unsafe_view.default,
+                aten.reshape.default,
+                aten.t.default,
+                aten.transpose.int,
+                aten.permute.default,
+                aten.expand.default,
+                aten.unsqueeze.default,
+                aten.squeeze.dim,
+                aten.squeeze.dims,
+                aten.squeeze.default,
+                aten.slice.Tensor,
+                aten.select.int,
+                aten.diagonal.default,
+                aten.flip.default,
+                aten.roll.default,
+                aten.cat.default,
+                aten.stack.default,
+                aten.repeat.default,
+                aten.tril.default,
+                aten.triu.default,
+                aten.slice_scatter.default,
+                aten.select_scatter.default,
+                aten.diagonal_scatter.default,
+                aten.diag_embed.default,
+                aten.index.Tensor,
+                aten.neg.default,
+                aten.index_select.default,
+                aten.constant_pad_nd.default,
+            ],
+            _moved,
+        ),
+        **dict.fromkeys(
+            [aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default],
+            _converted,
+        ),
+        aten.mul.Tensor: _multiplied,
+        aten.mul.Scalar: _multiplied,
+        aten.where.self: _chosen,
+        aten.copy.default: lambda values, node: values.factors(node.args[1]).expand(
+            tuple(node.meta["val"].shape)
+        ),
+    }
+)

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 
-aten = torch.ops.aten
+from torchjac._torch.operators import aten, known
 
 # Multiplications that could be made in the time that the operations of one product take to start.
 _PRODUCT = 60_000
@@ -164,4 +163,4 @@ def _cost(node: fx.Node) -> int:
     return max([int(value.numel()), *(int(t.numel()) for t in tensors[:1])])
 
 
-_PRODUCTS = frozenset({aten.mm.default, aten.bmm.default, aten.mv.default})
+_PRODUCTS = known({aten.mm.default, aten.bmm.default, aten.mv.default})

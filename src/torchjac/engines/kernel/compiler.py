@@ -6,7 +6,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -18,26 +17,10 @@ from typing import Any
 
 from torchjac import disk
 from torchjac.errors import PlanRefused
+from torchjac.host import system, toolchain
 
 # Seconds that a compiler may take.
 LIMIT = 60.0
-_FLAGS = (
-    *("-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
-    "-ffp-contract=off",  # what cancels exactly must not leave what a product was rounded by
-    "-DTORCHJAC_LOOPS",
-    *("-fno-builtin-sin", "-fno-builtin-cos", "-w"),  # else both become one that has no vectors
-)
-# For this machine, and with the simpler coloring of registers by GCC, whose other one is quadratic
-# in the length of a function: a third of the time for 15 000 statements, and no slower code.
-_CHOICES = tuple(
-    tuple(choice.split())
-    for choice in (
-        "-march=native --param=ira-max-conflict-table-size=0 -lm -lmvec",
-        "-march=native -lm -lmvec",
-        "-march=native -lm",
-        "-lm",
-    )
-)
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -52,10 +35,13 @@ def compiled(text: str, level: int, limit: float = LIMIT) -> Any:
     Raises:
         PlanRefused: There is no compiler, or it fails, or takes too long.
     """
+    refused = toolchain.refused()
+    if refused is not None:
+        raise PlanRefused(refused)
     command = _command()
     if command is None:
         raise PlanRefused("there is no C compiler (CC, cc, gcc, clang)")
-    flags = [f"-O{level}", *_FLAGS]
+    flags = [f"-O{level}", *toolchain.flags()]
     if "#pragma omp parallel" in text:
         try:
             return _by_choice(text, command, [*flags, "-fopenmp"], limit)
@@ -72,21 +58,21 @@ def _by_choice(text: str, command: tuple[str, ...], flags: list[str], limit: flo
     if tuned is not None:
         return _compiled(text, command, [*flags, *tuned], limit)
     try:  # most probably the first choice: this text tells as well as any other
-        found = _compiled(text, command, [*flags, *_CHOICES[0]], limit)
+        found = _compiled(text, command, [*flags, *toolchain.choices()[0]], limit)
     except _TooLong:
         raise
     except PlanRefused:
         tuned = _tuned(command)
-        if tuned == _CHOICES[0]:
+        if tuned == toolchain.choices()[0]:
             raise
         return _compiled(text, command, [*flags, *tuned], limit)
-    _keep(command, _CHOICES[0])
+    _keep(command, toolchain.choices()[0])
     return found
 
 
 def _compiled(text: str, command: Sequence[str], flags: Sequence[str], limit: float) -> Any:
-    about = "\0".join([text, *command, *flags, _version(tuple(command)), _machine()])
-    file = f"kernel-{hashlib.sha256(about.encode()).hexdigest()[:32]}.so"
+    about = "\0".join([text, *command, *flags, _version(tuple(command)), system.processor()])
+    file = f"kernel-{hashlib.sha256(about.encode()).hexdigest()[:32]}{system.shared_suffix()}"
     found = _kept(file)
     if found is None:
         made = _made(command, flags, text, limit)
@@ -99,7 +85,7 @@ def _compiled(text: str, command: Sequence[str], flags: Sequence[str], limit: fl
 def _command() -> tuple[str, ...] | None:
     """The compiler."""
     given = os.environ.get("CC")
-    for candidate in ([given] if given else []) + ["cc", "gcc", "clang"]:
+    for candidate in ([given] if given else []) + list(toolchain.COMPILERS):
         words = shlex.split(candidate)
         if words and shutil.which(words[0]):
             return tuple(words)
@@ -116,7 +102,8 @@ def _version(command: tuple[str, ...]) -> str:
 
 @functools.cache
 def _flags_file(command: tuple[str, ...]) -> str:
-    about = "\0".join([*command, _version(command), _machine(), *map(" ".join, _CHOICES)])
+    known = map(" ".join, toolchain.choices())
+    about = "\0".join([*command, _version(command), system.processor(), *known])
     return f"flags-{hashlib.sha256(about.encode()).hexdigest()[:32]}"
 
 
@@ -125,7 +112,7 @@ def _known(command: tuple[str, ...]) -> tuple[str, ...] | None:
     if command in _found:
         return _found[command]
     known = (disk.read(_flags_file(command)) or b"").decode(errors="replace")
-    return next((flags for flags in _CHOICES if " ".join(flags) == known), None)
+    return next((flags for flags in toolchain.choices() if " ".join(flags) == known), None)
 
 
 def _keep(command: tuple[str, ...], flags: tuple[str, ...]) -> None:
@@ -134,7 +121,7 @@ def _keep(command: tuple[str, ...], flags: tuple[str, ...]) -> None:
     Others may be due to a machine that was busy.
     """
     _found[command] = flags
-    if flags == _CHOICES[0]:
+    if flags == toolchain.choices()[0]:
         disk.write(_flags_file(command), " ".join(flags).encode())
 
 
@@ -143,7 +130,7 @@ _found: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 def _tuned(command: tuple[str, ...]) -> tuple[str, ...]:
     """Flags that the compiler takes, by trial."""
-    for flags in _CHOICES:
+    for flags in toolchain.choices():
         try:
             _made(command, flags, "int torchjac_nothing(void) { return 1; }\n", 10.0)
         except PlanRefused:
@@ -155,21 +142,10 @@ def _tuned(command: tuple[str, ...]) -> tuple[str, ...]:
     return flags
 
 
-@functools.cache
-def _machine() -> str:
-    """What the processor can do, as far as that is to be known."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        words = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
-        return "\n".join(dict.fromkeys(words))
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-
-
 def _made(command: Sequence[str], flags: Sequence[str], text: str, limit: float) -> bytes:
     """A shared object."""
     with tempfile.TemporaryDirectory(prefix="torchjac-") as folder:
-        source, target = Path(folder) / "kernel.c", Path(folder) / "kernel.so"
+        source, target = Path(folder) / "kernel.c", Path(folder) / f"kernel{system.shared_suffix()}"
         source.write_text(text, encoding="utf-8")
         before = [f for f in flags if not f.startswith("-l")]
         libraries = [f for f in flags if f.startswith("-l")]
@@ -242,7 +218,7 @@ def _kept(file: str) -> Any:
 def _loaded_from_memory(made: bytes) -> Any:
     """A shared object that is not kept."""
     with tempfile.TemporaryDirectory(prefix="torchjac-") as folder:
-        path = Path(folder) / "kernel.so"
+        path = Path(folder) / f"kernel{system.shared_suffix()}"
         path.write_bytes(made)
         try:
             return ctypes.CDLL(str(path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.notes import Value
+from torchjac._torch.operators import aten, known, prims
 from torchjac.engines.kernel.codes import BITS, Expanding, apart, dtype_of, groups
 from torchjac.engines.kernel.expressions import ONE, Places
 from torchjac.errors import PlanRefused
 
-aten, prims = torch.ops.aten, torch.ops.prims
 # Sums, and products of matrices, up to this length are written out.
 _LONG, _INNER = 9, 64
 
@@ -305,7 +304,7 @@ def _add_at(do: Expanding, to: Tensor, dim: int, index: Tensor, source: Tensor, 
     to[where] = do.apply("add", dtype, [to[where], sums.reshape(to[where].shape)])
 
 
-CONTRACTIONS: Mapping[Any, Callable[..., Any]] = MappingProxyType(
+CONTRACTIONS: Mapping[Any, Callable[..., Any]] = known(
     {
         aten.copy_.default: _copy,
         aten.sum.default: _sum,

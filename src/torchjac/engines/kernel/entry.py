@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
-# Whether what is loaded later finds names of the interpreter: not where that is embedded privately.
-_OWN_KIND = (
-    sys.platform.startswith("linux")
-    and sys.implementation.name == "cpython"
-    and hasattr(ctypes.CDLL(None), "PyEval_SaveThread")
-)
+from torchjac.host.system import calls_natively
+
 # How CPython hands arguments over: as an array (METH_FASTCALL), or none (METH_NOARGS).
 _ARRAY, _NONE = 0x80, 0x04
+
+
+# Whether functions are of CPython's own kind.
+own_kind = functools.cache(calls_natively)
 
 
 def entry(name: str, inputs: int, outputs: int, numbers: int) -> str:
@@ -32,7 +31,7 @@ def entry(name: str, inputs: int, outputs: int, numbers: int) -> str:
         outputs: How many it writes.
         numbers: How many numbers follow.
     """
-    return (_of_python if _OWN_KIND else _of_ctypes)(name, max(inputs, 1), outputs, numbers)
+    return (_of_python if own_kind() else _of_ctypes)(name, max(inputs, 1), outputs, numbers)
 
 
 def entered(library: Any, name: str, arrays: int, numbers: int) -> Callable[..., bool]:
@@ -47,7 +46,7 @@ def entered(library: Any, name: str, arrays: int, numbers: int) -> Callable[...,
         numbers: How many numbers follow.
     """
     function: Any = getattr(library, f"{name}_entry")
-    if not _OWN_KIND:
+    if not own_kind():
         function.argtypes = [ctypes.c_void_p] * (arrays + 2) + [ctypes.c_long] * numbers
         function.restype = ctypes.c_bool
         return function  # type: ignore[no-any-return]
@@ -61,7 +60,7 @@ def bound(function: Any, data: bytes) -> Callable[[], Any] | None:
         function: In a compiled library: takes the object that holds the data, and nothing else.
         data: Any.
     """
-    return _own_kind(function, _NONE, data) if _OWN_KIND else None
+    return _own_kind(function, _NONE, data) if own_kind() else None
 
 
 def _own_kind(function: Any, flags: int, data: bytes | None) -> Callable[..., Any]:

@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from torchjac._torch.notes import Called
+from torchjac._torch.operators import aten, known
 from torchjac._torch.recording import Recording, values_in
 from torchjac.engines.kernel.contract import CONTRACTIONS
 from torchjac.engines.kernel.expansion import EXPRESSIONS, INPLACE, Expansion, Form
@@ -25,7 +25,6 @@ from torchjac.engines.kernel.factor import FACTORS
 from torchjac.engines.kernel.pointwise import POINTWISE
 from torchjac.errors import PlanRefused
 
-aten = torch.ops.aten
 # Elements of operations up to which every element is an expression of its own; up to which that may
 # be; expressions and results up to which it is preferred, and how much shorter one with lanes is
 # otherwise.
@@ -33,7 +32,7 @@ _SMALL, _UNROLLED, _BRIEF, _SHORTER = 500, 60_000, 1500, 6
 # Products of a sample with matrices that all share, from which on these are kept whole.
 _SHARED = 1500
 # Products of matrices, and how many numbers they multiply and add for each of theirs to be kept so.
-_MULTIPLIED = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.mv.default)
+_MULTIPLIED = known((aten.mm.default, aten.bmm.default, aten.addmm.default, aten.mv.default))
 _INNER = 8
 # Elements of all operations together.
 _ELEMENTS = 200_000_000

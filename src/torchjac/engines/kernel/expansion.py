@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.notes import Called, Value
+from torchjac._torch.operators import aten, known
 from torchjac._torch.recording import Recording, decomposed, mapped, values_in
 from torchjac._torch.straight import folded
 from torchjac.engines.kernel.codes import BITS, apart, dtype_of, groups, laid_out
@@ -22,7 +23,6 @@ from torchjac.engines.kernel.pointwise import POINTWISE
 from torchjac.engines.kernel.scalars import CTYPES, TRUTHS
 from torchjac.errors import PlanRefused
 
-aten = torch.ops.aten
 # Expressions there may be.
 EXPRESSIONS = 40_000
 # Constants with as many elements, or as many different ones, are numbers in the code.
@@ -351,14 +351,16 @@ class Expansion:
         return np.array(made, dtype=np.int64)
 
 
-INPLACE = {
-    aten.add_.Tensor: aten.add.Tensor,
-    aten.sub_.Tensor: aten.sub.Tensor,
-    aten.mul_.Tensor: aten.mul.Tensor,
-    aten.mul_.Scalar: aten.mul.Scalar,
-    aten.div_.Tensor: aten.div.Tensor,
-    aten.neg_.default: aten.neg.default,
-}
+INPLACE = known(
+    {
+        aten.add_.Tensor: aten.add.Tensor,
+        aten.sub_.Tensor: aten.sub.Tensor,
+        aten.mul_.Tensor: aten.mul.Tensor,
+        aten.mul_.Scalar: aten.mul.Scalar,
+        aten.div_.Tensor: aten.div.Tensor,
+        aten.neg_.default: aten.neg.default,
+    }
+)
 
 
 def _met(call: Called) -> str:

@@ -8,17 +8,16 @@ Matrices that are singular, or not positive definite, give what is not finite.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchjac._torch.notes import Value
+from torchjac._torch.operators import aten, known
 from torchjac.engines.kernel.codes import Expanding, dtype_of
 from torchjac.errors import PlanRefused
 
-aten = torch.ops.aten
 # Matrices up to this size are written out.
 _LARGEST = 8
 # Rows of a matrix; an element is the codes of all matrices of a batch.
@@ -304,7 +303,7 @@ def _cholesky_solve(do: Expanding, b: Value, factor: Value, upper: bool = False)
     return torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
 
 
-FACTORS: Mapping[Any, Callable[..., Any]] = MappingProxyType(
+FACTORS: Mapping[Any, Callable[..., Any]] = known(
     {
         aten._linalg_solve_ex.default: _solve_ex,
         aten.linalg_lu_factor_ex.default: _lu_factor_ex,

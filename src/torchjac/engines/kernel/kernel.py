@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjac._torch.empty import empty
+from torchjac._torch.empty import allocator
 from torchjac._torch.notes import Value
 from torchjac._torch.recording import Recording
 from torchjac.engines.kernel.compiler import LIMIT, compiled
@@ -248,6 +248,7 @@ class Kernel:
         self._where = ctypes.addressof(self._table)
         self._threads = Threads(samples or _THREADS) if numbers else None
         self._turns = samples or 0
+        self._allocate = allocator()
         self._apart = samples is not None  # threads have memory of their own to work in
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
@@ -278,7 +279,7 @@ class Kernel:
         run, where, (about,), address = self._run, self._where, self._outputs, Tensor.data_ptr
 
         def launched(given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
-            made = empty(*about)
+            made = self._allocate(*about)
             fine = run(*map(address, given), address(made), where, 0)
             return (made,), fine or _finite((made,))
 
@@ -287,7 +288,7 @@ class Kernel:
     def _on(self, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
         if self._live:
             given = [*given, *[_dense(x.detach()) for x in self._live]]
-        made = [empty(*about) for about in self._outputs]
+        made = [self._allocate(*about) for about in self._outputs]
         arrays = (
             *([x.data_ptr() for x in given] or (0,)),
             *[x.data_ptr() for x in made],

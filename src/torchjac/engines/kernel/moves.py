@@ -1,9 +1,8 @@
 """Operations that move elements, or make others of one value."""
 
-import torch
+from torchjac._torch.operators import aten, known
 
-aten = torch.ops.aten
-FILLS = frozenset(
+FILLS = known(
     {
         aten.full.default,
         aten.full_like.default,
@@ -14,44 +13,47 @@ FILLS = frozenset(
         aten.empty.memory_format,
     }
 )
-MOVES = FILLS | frozenset(
-    {
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.expand.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.unsqueeze.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.as_strided.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.cat.default,
-        aten.stack.default,
-        aten.index_select.default,
-        aten.index.Tensor,
-        aten.gather.default,
-        aten.scatter.src,
-        aten.scatter.value,
-        aten.roll.default,
-        aten.flip.default,
-        aten.unbind.int,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.diagonal.default,
-        aten.repeat.default,
-        aten.select_scatter.default,
-        aten.slice_scatter.default,
-        aten.detach.default,
-        aten.alias.default,
-        aten.lift_fresh_copy.default,
-        aten._to_copy.default,
-        aten.unfold.default,
-    }
+MOVES = known(
+    FILLS
+    | frozenset(
+        {
+            aten.view.default,
+            aten._unsafe_view.default,
+            aten.reshape.default,
+            aten.expand.default,
+            aten.permute.default,
+            aten.transpose.int,
+            aten.t.default,
+            aten.unsqueeze.default,
+            aten.squeeze.default,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.slice.Tensor,
+            aten.select.int,
+            aten.as_strided.default,
+            aten.clone.default,
+            aten.contiguous.default,
+            aten.cat.default,
+            aten.stack.default,
+            aten.index_select.default,
+            aten.index.Tensor,
+            aten.gather.default,
+            aten.scatter.src,
+            aten.scatter.value,
+            aten.roll.default,
+            aten.flip.default,
+            aten.unbind.int,
+            aten.split.Tensor,
+            aten.split_with_sizes.default,
+            aten.diagonal.default,
+            aten.repeat.default,
+            aten.select_scatter.default,
+            aten.slice_scatter.default,
+            aten.detach.default,
+            aten.alias.default,
+            aten.lift_fresh_copy.default,
+            aten._to_copy.default,
+            aten.unfold.default,
+        }
+    )
 )

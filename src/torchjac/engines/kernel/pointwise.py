@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, Protocol
 
-import torch
-
+from torchjac._torch.operators import aten, known, prims
 from torchjac.errors import PlanRefused
 
-aten = torch.ops.aten
 # Operands are codes of elements (`expand`) or numbers of Python.
 Operand = Any
 
@@ -155,10 +152,9 @@ def _polygamma(do: Builder, order: int, x: Operand) -> Operand:
 def _both(name: str) -> list[Any]:
     """The overloads of a binary operation that take a tensor and a number, or two tensors."""
     found = []
-    for packet in (getattr(aten, name, None), getattr(torch.ops.prims, name, None)):
-        if packet is not None:
-            overloads = [o for o in packet.overloads() if o in ("default", "Tensor", "Scalar")]
-            found += [getattr(packet, o) for o in overloads]
+    for packet in (getattr(aten, name), getattr(prims, name)):
+        overloads = [o for o in packet.overloads() if o in ("default", "Tensor", "Scalar")]
+        found += [getattr(packet, o) for o in overloads]
     return found
 
 
@@ -180,7 +176,7 @@ _OTHERS = {
     "bitwise_not": "not",
     "sign": "sign",
 }
-POINTWISE: Mapping[Any, Callable[..., Operand]] = MappingProxyType(
+POINTWISE: Mapping[Any, Callable[..., Operand]] = known(
     {o: _plain(name) for name in _SAME for o in _both(name)}
     | {o: _plain(kind) for name, kind in _OTHERS.items() for o in _both(name)}
     | dict.fromkeys(_both("add"), _add)

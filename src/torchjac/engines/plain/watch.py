@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from torchjac._torch.autograd import ENGINE
+
 
 class Watch(TorchFunctionMode):
     """Context around a backward pass; afterwards `saw_user_code` tells.
@@ -29,6 +31,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, device: torch.device):
         super().__init__()
+        ENGINE.holds()  # its check, at the first pass of a process, is not code of the user
         self._profiling = device.type == "cpu"
         self._calls = 0
         self._functions = 0

@@ -8,11 +8,21 @@ from torchjac.structure.rules import nonlinear as _nonlinear
 from torchjac.structure.rules import opaque as _opaque
 from torchjac.structure.rules import pool as _pool
 from torchjac.structure.rules import transform as _transform
-from torchjac.structure.rules.registry import RULES, Beside, NotLinear, Op, Operand, Vanishing, rule
+from torchjac.structure.rules.registry import (
+    RULES,
+    Beside,
+    NoRule,
+    NotLinear,
+    Op,
+    Operand,
+    Vanishing,
+    rule,
+)
 
 __all__ = [
     "RULES",
     "Beside",
+    "NoRule",
     "NotLinear",
     "Op",
     "Operand",

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchjac._torch.operators import aten
 from torchjac.structure.maps import broadcast, index_map
-from torchjac.structure.rules.registry import Beside, Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Beside, Local, NotLinear, Op, Operand, rule
 from torchjac.structure.rules.scale import scaled
 from torchjac.structure.values import UNINITIALIZED
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchjac._torch.operators import aten
 from torchjac.structure.maps import (
     LinearMap,
     Shape,
@@ -20,7 +21,7 @@ from torchjac.structure.maps import (
     reshape,
     times,
 )
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, rule
 
 
 def contraction(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchjac._torch.operators import aten
 from torchjac.structure.maps import (
     LinearMap,
     Shape,
@@ -32,7 +33,7 @@ from torchjac.structure.maps import (
 )
 from torchjac.structure.maps.factors import moved
 from torchjac.structure.rules.places import along
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, rule
 
 # More products than this (8 bytes each, for a moment): samples stay apart, nothing else does.
 _PRODUCTS = 2**27

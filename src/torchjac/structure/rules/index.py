@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchjac._torch.operators import aten
 from torchjac.structure.maps import (
     UNKNOWN,
     Factors,
@@ -26,7 +27,7 @@ from torchjac.structure.maps import (
 )
 from torchjac.structure.rules.combine import vanishes
 from torchjac.structure.rules.places import Places, Slot, places, put, spared, take
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, rule
 
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchjac._torch.operators import aten
 from torchjac.structure.maps import (
     UNKNOWN,
     Factors,
@@ -20,7 +21,7 @@ from torchjac.structure.maps import (
 )
 from torchjac.structure.maps.factors import moved, on_axis
 from torchjac.structure.rules.reduce import along_pairs
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, rule
 
 
 def solved(op: Op, operand: Operand, axis: int, shape: Shape) -> LinearMap:

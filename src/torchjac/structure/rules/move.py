@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchjac._torch.operators import aten
 from torchjac.structure.maps import UNKNOWN, axis_sum, broadcast, diagonal, index_map, product
 from torchjac.structure.maps import reshape as reshaped
 from torchjac.structure.maps import scatter as scattered
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, rule
 
 
 def moved(op: Op, name: str = "self", *, fills: bool = False) -> Local:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torchjac._torch.operators import aten
 from torchjac.structure.maps import UNKNOWN, LinearMap, dense, product, reshape
 from torchjac.structure.rules.registry import (
     Local,
@@ -18,7 +19,6 @@ from torchjac.structure.rules.registry import (
     Op,
     Operand,
     Vanishing,
-    aten,
     rule,
 )
 from torchjac.structure.rules.scale import scaled, vanishing

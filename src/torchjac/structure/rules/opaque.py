@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchjac._torch.operators import aten, known
 from torchjac._torch.tracing import OpOverload
 from torchjac.structure.maps import (
     UNKNOWN,
@@ -25,7 +26,7 @@ from torchjac.structure.maps import (
     reshape,
     scatter,
 )
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, rule
 
 Axes = tuple[int, ...]
 
@@ -44,35 +45,37 @@ class Opaque:
     results: tuple[tuple[Axes, Axes] | None, ...]
 
 
-# Of a query's cotangent: the gradient of that query; the gradients of all keys and values of the
-# same head. (batch, head, position, feature)
-_ATTENTION = (((-1,), (-1,)), ((-2, -1), (-2, -1)), ((-2, -1), (-2, -1)))
+# Of a query's cotangent: the gradient of that query; the gradients of all keys of the same head; of
+# all values of the same head, feature by feature. (batch, head, position, feature)
+_ATTENTION = (((-1,), (-1,)), ((-2, -1), (-2, -1)), ((-2,), (-2,)))
 
 # The gradient of the image: within a channel. Of the grid: at that point, from all channels.
 _GRID_2D = (((-2, -1), (-2, -1)), ((-1,), (1,)))
 _GRID_3D = (((-3, -2, -1), (-3, -2, -1)), ((-1,), (1,)))
 
-TABLE: dict[OpOverload, Opaque] = {
-    aten._cdist_backward.default: Opaque("grad", (((-1,), (-1,)),)),
-    aten._ctc_loss_backward.default: Opaque("grad", (((0, 2), ()),)),
-    aten._ctc_loss_backward.Tensor: Opaque("grad", (((0, 2), ()),)),
-    aten.grid_sampler_2d_backward.default: Opaque("grad_output", _GRID_2D),
-    aten.grid_sampler_3d_backward.default: Opaque("grad_output", _GRID_3D),
-    aten.multi_margin_loss_backward.default: Opaque("grad_output", (((-1,), ()),)),
-    aten.multilabel_margin_loss_backward.default: Opaque("grad_output", (((-1,), ()),)),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: Opaque(
-        "grad_out", _ATTENTION
-    ),
-    aten._scaled_dot_product_flash_attention_backward.default: Opaque("grad_out", _ATTENTION),
-    aten._scaled_dot_product_cudnn_attention_backward.default: Opaque("grad_out", _ATTENTION),
-    aten._scaled_dot_product_efficient_attention_backward.default: Opaque(
-        "grad_out_", (*_ATTENTION, None)
-    ),
-    aten._scaled_dot_product_fused_attention_overrideable_backward.default: Opaque(
-        "grad_out", (*_ATTENTION, None)
-    ),
-    aten._to_dense.default: Opaque("self", (None,)),
-}
+TABLE: dict[OpOverload, Opaque] = known(
+    {
+        aten._cdist_backward.default: Opaque("grad_output", (((-1,), (-1,)),)),
+        aten._ctc_loss_backward.default: Opaque("grad", (((0, 2), ()),)),
+        aten._ctc_loss_backward.Tensor: Opaque("grad", (((0, 2), ()),)),
+        aten.grid_sampler_2d_backward.default: Opaque("grad_output", _GRID_2D),
+        aten.grid_sampler_3d_backward.default: Opaque("grad_output", _GRID_3D),
+        aten.multi_margin_loss_backward.default: Opaque("grad_output", (((-1,), ()),)),
+        aten.multilabel_margin_loss_backward.default: Opaque("grad_output", (((-1,), ()),)),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: Opaque(
+            "grad_out", _ATTENTION
+        ),
+        aten._scaled_dot_product_flash_attention_backward.default: Opaque("grad_out", _ATTENTION),
+        aten._scaled_dot_product_cudnn_attention_backward.default: Opaque("grad_out", _ATTENTION),
+        aten._scaled_dot_product_efficient_attention_backward.default: Opaque(
+            "grad_out_", (*_ATTENTION, None)
+        ),
+        aten._scaled_dot_product_fused_attention_overrideable_backward.default: Opaque(
+            "grad_out", (*_ATTENTION, None)
+        ),
+        aten._to_dense.default: Opaque("self", (None,)),
+    }
+)
 
 
 @rule(*TABLE)
@@ -126,7 +129,7 @@ def log_softmax_backward(op: Op) -> Local:
 @rule(aten._pdist_backward.default)
 def pdist_backward(op: Op) -> Local:
     """The cotangent of a distance goes to the two points of the pair."""
-    operand = op.only("grad")
+    operand = op.only("grad_output")
     count = op.shape[0]
     first, second = torch.triu_indices(count, count, 1)
     pair = torch.arange(len(first)).repeat(2)

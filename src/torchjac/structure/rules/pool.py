@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.modes import real_values
+from torchjac._torch.operators import aten, known
 from torchjac.structure.maps import (
     UNKNOWN,
     LinearMap,
@@ -26,7 +27,7 @@ from torchjac.structure.rules.convolve import gathered, same_for_all, windows
 from torchjac.structure.rules.index import laned
 from torchjac.structure.rules.places import along, put
 from torchjac.structure.rules.probe import AxisMatrix, planes, probed, separable
-from torchjac.structure.rules.registry import Local, Op, Operand, aten, rule
+from torchjac.structure.rules.registry import Local, Op, Operand, rule
 
 Forward = Callable[[int, Tensor], Tensor]
 
@@ -105,12 +106,14 @@ def _line(value: Any, axis: int, ndim: int, other: int) -> list[int]:
     return [given[i] if i == axis else other for i in range(ndim)]
 
 
-AVERAGES = {
-    aten.avg_pool2d.default: (aten.avg_pool2d.default, 2),
-    aten.avg_pool3d.default: (aten.avg_pool3d.default, 3),
-    aten.avg_pool2d_backward.default: (aten.avg_pool2d.default, 2),
-    aten.avg_pool3d_backward.default: (aten.avg_pool3d.default, 3),
-}
+AVERAGES = known(
+    {
+        aten.avg_pool2d.default: (aten.avg_pool2d.default, 2),
+        aten.avg_pool3d.default: (aten.avg_pool3d.default, 3),
+        aten.avg_pool2d_backward.default: (aten.avg_pool2d.default, 2),
+        aten.avg_pool3d_backward.default: (aten.avg_pool3d.default, 3),
+    }
+)
 
 
 @rule(*AVERAGES)
@@ -134,12 +137,14 @@ def avg_pool(op: Op) -> Local:
     return _along_axes(op, name, fine, forward, same_for_all(op["kernel_size"], ndim))
 
 
-ADAPTIVE = {
-    aten._adaptive_avg_pool2d.default: (aten._adaptive_avg_pool2d.default, 2),
-    aten._adaptive_avg_pool3d.default: (aten._adaptive_avg_pool3d.default, 3),
-    aten._adaptive_avg_pool2d_backward.default: (aten._adaptive_avg_pool2d.default, 2),
-    aten._adaptive_avg_pool3d_backward.default: (aten._adaptive_avg_pool3d.default, 3),
-}
+ADAPTIVE = known(
+    {
+        aten._adaptive_avg_pool2d.default: (aten._adaptive_avg_pool2d.default, 2),
+        aten._adaptive_avg_pool3d.default: (aten._adaptive_avg_pool3d.default, 3),
+        aten._adaptive_avg_pool2d_backward.default: (aten._adaptive_avg_pool2d.default, 2),
+        aten._adaptive_avg_pool3d_backward.default: (aten._adaptive_avg_pool3d.default, 3),
+    }
+)
 
 
 @rule(*ADAPTIVE)
@@ -161,12 +166,14 @@ def _adaptive(op: Op, name: str, operation: Any, fine: Shape, coarse: Shape) -> 
     return _along_axes(op, name, fine, forward, reach)
 
 
-PADS = {
-    getattr(aten, f"{kind}_pad{ndim}d{suffix}").default: (getattr(aten, f"{kind}_pad1d"), ndim)
-    for kind in ("reflection", "replication")
-    for ndim in (1, 2, 3)
-    for suffix in ("", "_backward")
-}
+PADS = known(
+    {
+        getattr(aten, f"{kind}_pad{ndim}d{suffix}").default: (getattr(aten, f"{kind}_pad1d"), ndim)
+        for kind in ("reflection", "replication")
+        for ndim in (1, 2, 3)
+        for suffix in ("", "_backward")
+    }
+)
 
 
 @rule(*PADS)
@@ -200,12 +207,14 @@ _UPSAMPLES = [
     ("_upsample_bicubic2d_aa", 2, 96),
     ("_upsample_lanczos2d_aa", 2, 96),
 ]
-UPSAMPLES = {
-    getattr(aten, name + suffix).default: (getattr(aten, name).default, [reach] * ndim)
-    for name, ndim, reach in _UPSAMPLES
-    for suffix in ("", "_backward")
-    if hasattr(aten, name)  # not all of them are in every torch
-}
+UPSAMPLES = known(
+    {
+        getattr(aten, name + suffix).default: (getattr(aten, name).default, [reach] * ndim)
+        for name, ndim, reach in _UPSAMPLES
+        for suffix in ("", "_backward")
+        if hasattr(aten, name)  # not all of them are in every torch
+    }
+)
 
 
 @rule(*UPSAMPLES)
@@ -229,14 +238,16 @@ def upsample(op: Op) -> Local:
     return _along_axes(op, name, fine, forward, reach)
 
 
-MAXIMA = {
-    aten.max_pool2d_with_indices_backward.default: 2,
-    aten.max_pool3d_with_indices_backward.default: 3,
-    aten.adaptive_max_pool2d_backward.default: 2,
-    aten.adaptive_max_pool3d_backward.default: 3,
-    aten.fractional_max_pool2d_backward.default: 2,
-    aten.fractional_max_pool3d_backward.default: 3,
-}
+MAXIMA = known(
+    {
+        aten.max_pool2d_with_indices_backward.default: 2,
+        aten.max_pool3d_with_indices_backward.default: 3,
+        aten.adaptive_max_pool2d_backward.default: 2,
+        aten.adaptive_max_pool3d_backward.default: 3,
+        aten.fractional_max_pool2d_backward.default: 2,
+        aten.fractional_max_pool3d_backward.default: 3,
+    }
+)
 
 
 @rule(*MAXIMA)

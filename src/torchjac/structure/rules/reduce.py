@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from torchjac._torch.operators import aten
 from torchjac.structure.maps import (
     UNKNOWN,
     LinearMap,
@@ -19,7 +20,7 @@ from torchjac.structure.maps import (
     product,
     reshape,
 )
-from torchjac.structure.rules.registry import Local, Op, aten, rule
+from torchjac.structure.rules.registry import Local, Op, rule
 
 
 def summed(op: Op, factor: float = 1.0) -> LinearMap:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
-import torch
 from torch import Tensor, fx
 
+from torchjac._torch.operators import known
 from torchjac._torch.tracing import OpOverload
 from torchjac.structure.maps import UNKNOWN, Factors, LinearMap, Numbers, Shape
 from torchjac.structure.values import Values
@@ -22,6 +22,10 @@ from torchjac.structure.values import Values
 
 class NotLinear(Exception):
     """The result of an operation need not be zero where the cotangent is."""
+
+
+class NoRule(LookupError):
+    """An operation has no rule, or its rule is for another version of the operation."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +106,13 @@ class Op:
             self._arguments[name] = self._wrapped(value)
 
     def __getitem__(self, name: str) -> Any:
-        """An argument: an `Operand` (or a list of them) for tensors, else the Python value."""
+        """An argument: an `Operand` (or a list of them) for tensors, else the Python value.
+
+        Raises:
+            NoRule: This version of torch has no argument of that name.
+        """
+        if name not in self._arguments:
+            raise NoRule(f"its rule expects an argument {name!r}, which this torch has not")
         return self._arguments[name]
 
     def __contains__(self, name: str) -> bool:
@@ -201,30 +211,36 @@ def _name(target: OpOverload) -> str:
 @lru_cache(maxsize=4096)
 def _arguments(target: OpOverload) -> tuple[tuple[str, Any], ...]:
     """Names and defaults (asking a schema takes longer than anything else about a node)."""
+    schema = target._schema
+    renamed = _RENAMED.get(schema.name, {})
     return tuple(
-        (a.name, a.default_value if a.has_default_value() else None)
-        for a in target._schema.arguments
+        (renamed.get(a.name, a.name), a.default_value if a.has_default_value() else None)
+        for a in schema.arguments
     )
+
+
+# Arguments that have another name in some version of torch, and the name that rules use.
+_RENAMED: dict[str, dict[str, str]] = {
+    "aten::_cdist_backward": {"grad": "grad_output"},  # before torch 2.14
+    "aten::_pdist_backward": {"grad": "grad_output"},
+}
 
 
 RULES: dict[OpOverload, Rule] = {}
 
 
 def rule(*operations: OpOverload) -> Callable[[Rule], Rule]:
-    """Registers a rule for operations.
+    """Registers a rule for operations; those that this torch lacks are left out.
 
     Raises:
         ValueError: An operation has a rule already.
     """
 
     def register(function: Rule) -> Rule:
-        for operation in operations:
+        for operation in known(operations):
             if operation in RULES:
                 raise ValueError(f"{operation} has a rule already: {RULES[operation].__name__}")
             RULES[operation] = function
         return function
 
     return register
-
-
-aten = torch.ops.aten

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.modes import real_values
+from torchjac._torch.operators import aten
 from torchjac.structure.maps import (
     UNKNOWN,
     Factors,
@@ -16,7 +17,7 @@ from torchjac.structure.maps import (
     times,
 )
 from torchjac.structure.maps.factors import is_single
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, Vanishing, aten, rule
+from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, Vanishing, rule
 from torchjac.structure.values import device_of
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from torchjac._torch.operators import aten
 from torchjac.structure.maps import dense
-from torchjac.structure.rules.registry import Local, Op, aten, rule
+from torchjac.structure.rules.registry import Local, Op, rule
 
 
 @rule(aten._fft_c2c.default, aten._fft_r2c.default, aten._fft_c2r.default)

@@ -1,0 +1,83 @@
+"""Attention of the CPU's fused kernel, written out in matrix products and a softmax.
+
+The fused operations have no rule that multiplies them out, and their backward has no batching rule.
+torch takes them for inputs of four axes, and since 2.14 for those of three as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchjac._torch.operators import aten
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    """The output, and the logarithms of the sums of exponentials.
+
+    Memory is laid out as that of the fused operation: heads are next to features.
+    """
+    scores = _scores(query, key, is_causal, attn_mask, scale)
+    if scores is None or dropout_p:
+        return NotImplemented
+    made = torch.softmax(scores, -1) @ value
+    laid_out = made.transpose(1, 2).contiguous().transpose(1, 2)
+    return laid_out, torch.logsumexp(scores, -1)
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    """The gradients of query, key and value."""
+    scores = _scores(query, key, is_causal, attn_mask, scale)
+    if scores is None or dropout_p:
+        return NotImplemented
+    weights = torch.softmax(scores, -1)
+    among = aten._softmax_backward_data.default(
+        grad_out @ value.transpose(-2, -1), weights, -1, weights.dtype
+    )
+    factor = _scale(query, scale)
+    return (
+        (among @ key) * factor,
+        (among.transpose(-2, -1) @ query) * factor,
+        weights.transpose(-2, -1) @ grad_out,
+    )
+
+
+def _scores(
+    query: Tensor, key: Tensor, is_causal: bool, mask: Tensor | None, scale: float | None
+) -> Tensor | None:
+    """Scores of queries and keys; None where heads share keys or the mask has another dtype."""
+    if query.shape[:-2] != key.shape[:-2] or (mask is not None and mask.dtype != query.dtype):
+        return None
+    scores = (query @ key.transpose(-2, -1)) * _scale(query, scale)
+    if is_causal:
+        later = torch.full(scores.shape[-2:], -math.inf, dtype=query.dtype, device=query.device)
+        scores = scores + later.triu(1)
+    return scores if mask is None else scores + mask
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale

@@ -1,0 +1,106 @@
+"""Operators of torch by name. A torch that lacks one gives a placeholder, never an error at import.
+
+torch adds and removes operators between versions (2.14 has no `aten.cholesky`). Tables of this
+library name operators when modules are imported; `known` leaves out the ones that are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+
+
+class MissingOperator:
+    """An operator that this version of torch lacks. No graph holds it."""
+
+    def __init__(self, name: str):
+        """Keeps the name of the operator."""
+        self._name = name
+
+    def __getattr__(self, overload: str) -> MissingOperator:
+        """An overload of a missing operator is missing."""
+        if overload.startswith("__"):  # protocols of Python, such as copy and pickle
+            raise AttributeError(overload)
+        return MissingOperator(f"{self._name}.{overload}")
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises an error, as there is nothing to run.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(f"torch {torch.__version__} has no operator {self._name}")
+
+    def overloads(self) -> list[str]:
+        """Names of its overloads: none."""
+        return []
+
+    def __repr__(self) -> str:
+        """Name of the operator."""
+        return f"<missing operator {self._name}>"
+
+
+class Namespace:
+    """Operators of one namespace of `torch.ops`.
+
+    Attributes are the operators of torch, or `MissingOperator` for a name that torch lacks. An
+    operator that torch has, without the overload that is asked for, has a missing overload.
+    """
+
+    def __init__(self, name: str):
+        """Names the namespace, such as `aten`."""
+        self._name = name
+
+    def __getattr__(self, operator: str) -> Any:
+        """Finds an operator."""
+        if operator.startswith("__"):
+            raise AttributeError(operator)
+        packet = getattr(getattr(torch.ops, self._name), operator, None)
+        name = f"{self._name}.{operator}"
+        found = MissingOperator(name) if packet is None else _Packet(name, packet)
+        setattr(self, operator, found)  # found at once from now on
+        return found
+
+
+class _Packet:
+    """The overloads of one operator."""
+
+    def __init__(self, name: str, packet: Any):
+        self._name = name
+        self._packet = packet
+        self.overloads = packet.overloads
+
+    def __getattr__(self, overload: str) -> Any:
+        if overload.startswith("__"):
+            raise AttributeError(overload)
+        found = getattr(self._packet, overload, None)
+        if found is None:
+            found = MissingOperator(f"{self._name}.{overload}")
+        setattr(self, overload, found)
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._packet(*args, **kwargs)
+
+
+aten: Any = Namespace("aten")
+prims: Any = Namespace("prims")
+
+
+def known(table: Any) -> Any:
+    """A table without the operators that this version of torch lacks.
+
+    Args:
+        table: Set or tuple of operators, or dict with operators as keys.
+
+    Returns:
+        A frozen table of the same kind: frozenset, tuple or read-only mapping.
+    """
+    if isinstance(table, Mapping):
+        there = {k: v for k, v in table.items() if not isinstance(k, MissingOperator)}
+        return MappingProxyType(there)
+    found = [entry for entry in table if not isinstance(entry, MissingOperator)]
+    return tuple(found) if isinstance(table, tuple) else frozenset(found)

@@ -1,0 +1,176 @@
+"""Parts of torch that torch does not promise, and whether this version of torch has them.
+
+torch renames and changes private parts between versions. `private` finds one by its path and gives
+a placeholder where it is gone, so that importing this package never fails. A `Corner` is a private
+part together with its contract: a check at the first use tells whether that part still does what
+torchjac relies on. Where the check fails, the caller takes a slower public way, one log line says
+so, and every `Record` of this process names the corner.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+_log = logging.getLogger("torchjac")
+
+
+class Gone:
+    """A private part that this version of torch lacks."""
+
+    def __init__(self, path: str):
+        """Keeps the path."""
+        self._path = path
+
+    def __getattr__(self, name: str) -> Gone:
+        """Everything in it is gone as well."""
+        if name.startswith("__"):  # protocols of Python, such as copy and pickle
+            raise AttributeError(name)
+        return Gone(f"{self._path}.{name}")
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises an error, as there is nothing to run.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(f"torch {torch.__version__} has no {self._path}")
+
+    def __repr__(self) -> str:
+        """Names the path."""
+        return f"<gone: {self._path}>"
+
+
+@functools.cache  # one object a path: tables may have it as a key
+def private(path: str) -> Any:
+    """What torch has at a private path; a `Gone` where it has nothing there.
+
+    Args:
+        path: Dotted names, beginning with `torch`.
+    """
+    return _found(path, Gone(path))
+
+
+@functools.cache
+def private_type(path: str, base: type = object) -> Any:
+    """As `private`, for a class: an empty class, of which there are no objects, where it is gone.
+
+    Args:
+        path: As for `private`.
+        base: What the empty class derives from.
+    """
+    name = path.rsplit(".", 1)[-1]
+    return _found(path, type(name, (base,), {"__doc__": f"Not in torch {torch.__version__}."}))
+
+
+def private_function(path: str, public: Callable[..., Any]) -> Callable[..., Any]:
+    """As `private`, for a function that has a public equivalent.
+
+    Args:
+        path: Dotted names of the private function, which is faster.
+        public: The public function, which does the same.
+    """
+    found: Callable[..., Any] = _found(path, public)
+    return found
+
+
+def _found(path: str, instead: Any) -> Any:
+    names = path.split(".")
+    found: Any = torch
+    for count, name in enumerate(names[1:], start=2):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            try:
+                found = importlib.import_module(".".join(names[:count]))
+            except ImportError:
+                return instead
+    return found
+
+
+class Corner:
+    """A private part of torch with a contract, checked once, when the part is first used.
+
+    Attributes:
+        name: The part, in words.
+        instead: What runs where the contract does not hold, in words.
+        known: Whether the contract holds; None before it was checked. Callers on a hot path read
+            this first: `if corner.known or corner.holds():`.
+    """
+
+    def __init__(self, name: str, instead: str, check: Callable[[], bool]):
+        """Enters the corner into `CORNERS`."""
+        self.name = name
+        self.instead = instead
+        self.known: bool | None = None
+        self.check = check
+        CORNERS.append(self)
+
+    def holds(self) -> bool:
+        """Whether this version of torch keeps the contract."""
+        if self.known is None:
+            reason = _failure(self.check)
+            if reason is not None:
+                _log.warning(
+                    "torch %s: %s is not as torchjac expects (%s), so %s",
+                    torch.__version__,
+                    self.name,
+                    reason,
+                    self.instead,
+                )
+            self.known = reason is None
+        return self.known
+
+    def __str__(self) -> str:
+        """The corner and what runs instead, for a record."""
+        return f"{self.name} is not as expected in torch {torch.__version__}, so {self.instead}"
+
+
+CORNERS: list[Corner] = []
+
+
+def corner(name: str, instead: str) -> Callable[[Callable[[], bool]], Corner]:
+    """Makes a corner of a function that checks its contract.
+
+    The function returns whether the contract holds. An error says that it does not.
+
+    Args:
+        name: The part of torch, in words.
+        instead: What runs where the contract does not hold, in words: "Jacobians are ...".
+    """
+    return lambda check: Corner(name, instead, check)
+
+
+def failures() -> tuple[str, ...]:
+    """The corners whose contract was found not to hold, in words."""
+    return tuple(str(c) for c in CORNERS if c.known is False)
+
+
+def _failure(check: Callable[[], bool]) -> str | None:
+    """Why a contract does not hold; None if it does.
+
+    The check runs in a thread of its own: modes, transforms and settings that surround the caller
+    belong to the caller's thread.
+    """
+    found: list[str | None] = []
+
+    def run() -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch about itself
+                found.append(None if check() else "its contract does not hold")
+        except Exception as error:
+            first = str(error).strip().split("\n", 1)[0]
+            found.append(f"{type(error).__name__}: {first}")
+
+    thread = threading.Thread(target=run, name="torchjac-contract")
+    thread.start()
+    thread.join()
+    return found[0] if found else "its check did not end"

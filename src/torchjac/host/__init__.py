@@ -1,0 +1,1 @@
+"""What differs between operating systems, processors and interpreters: all of it is here."""
