@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -122,18 +123,18 @@ class TestCorners:
             hidden.check()
             hidden.check_inside()
         assert [r.getMessage() for r in caplog.records if part.instead in r.getMessage()] == [
-            f"torch {torch.__version__}: {part.name} is not as torchjac expects "
-            f"(its contract does not hold), so {part.instead}"
+            f"torch {torch.__version__}, Python {platform.python_version()}: {part.name} is not as "
+            f"torchjac expects (its contract does not hold), so {part.instead}"
         ]
         x = value(3)
         J = torchjac.jacobian(lambda x: x.sin() * x.sum(), compile=True)
         same(J(x), oracle_jacobian(lambda x: x.sin() * x.sum())(x))
         record = J.explain(x)
         assert record.degraded == (str(part),)
-        assert f"degraded {part.name}" in str(record)
+        assert f"degraded {part}" in str(record)
         if "nothing is planned" in part.instead:
             assert record.engine == "plain"
-            assert part.name in dict(record.refusals)["accumulate"]
+            assert part.name in str(record.refusals)
 
     def test_an_error_is_a_failure(self, caplog: pytest.LogCaptureFixture) -> None:
         def check() -> bool:

@@ -252,13 +252,13 @@ class TestModes:
 
 class TestWhatIsOfTheStandardLibrary:
     def test_by_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert is_trusted("sndhdr")
+        assert is_trusted("wave")
         assert is_trusted("collections.abc")
-        for file in ("/home/me/sndhdr.py", os.path.dirname(torch.__file__) + "/../sndhdr.py"):
-            mine = types.ModuleType("sndhdr")
+        for file in ("/home/me/wave.py", os.path.dirname(torch.__file__) + "/../wave.py"):
+            mine = types.ModuleType("wave")
             mine.__file__ = file
-            monkeypatch.setitem(sys.modules, "sndhdr", mine)
-            assert not is_trusted("sndhdr")
+            monkeypatch.setitem(sys.modules, "wave", mine)
+            assert not is_trusted("wave")
 
     def test_others(self) -> None:
         assert is_trusted("torch.nn")

@@ -79,12 +79,15 @@ def test_jacobians(name: str, tmp_path: Path) -> None:
             same(J(x + k), oracle_jacobian(f)(x + k))
         same(torchjac.jacobian(f, layout=torch.sparse_csr)(x).to_dense(), oracle_jacobian(f)(x))
         record = J.explain(x)
-    reasons = dict(record.refusals)
+        if name == "windows":
+            with pytest.raises(PlanRefused, match="kernels are not compiled on Windows"):
+                compiler.compiled("int f(void) { return 7; }", 1)
     if name == "windows":
         assert "kernel" not in record.mode
-        assert "kernels are not compiled on Windows" in reasons["kernel"]
+        if record.engine == "accumulate":  # where passes are faster there is no need of a kernel
+            assert "not compiled on Windows" in dict(record.refusals)["kernel"]
     else:
-        assert "kernel" in record.mode, reasons
+        assert "kernel" in record.mode, record
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -163,7 +166,8 @@ class TestFreeThreaded:
         same(J(x), oracle_jacobian(f)(x))
         record = J.explain(x)
         assert "kernel" not in record.mode
-        assert "free-threaded" in dict(record.refusals)["kernel"]
+        if record.engine == "accumulate":
+            assert "free-threaded" in dict(record.refusals)["kernel"]
         with pytest.raises(PlanRefused, match="free-threaded"):
             compiler.compiled("int f(void) { return 7; }", 1)
         assert readings._library() is None

@@ -1,4 +1,4 @@
-"""Parts of torch that torch does not promise, and whether this version of torch has them.
+"""Private parts of torch (and of Python), and whether the version that runs has them.
 
 torch renames and changes private parts between versions. `private` finds one by its path and gives
 a placeholder where it is gone, so that importing this package never fails. A `Corner` is a private
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import platform
 import threading
 import warnings
 from collections.abc import Callable
@@ -119,18 +120,17 @@ class Corner:
             reason = _failure(self.check)
             if reason is not None:
                 _log.warning(
-                    "torch %s: %s is not as torchjac expects (%s), so %s",
-                    torch.__version__,
-                    self.name,
-                    reason,
-                    self.instead,
+                    "%s is not as torchjac expects (%s), so %s", self._here(), reason, self.instead
                 )
             self.known = reason is None
         return self.known
 
     def __str__(self) -> str:
         """The corner and what runs instead, for a record."""
-        return f"{self.name} is not as expected in torch {torch.__version__}, so {self.instead}"
+        return f"{self._here()} is not as torchjac expects, so {self.instead}"
+
+    def _here(self) -> str:
+        return f"torch {torch.__version__}, Python {platform.python_version()}: {self.name}"
 
 
 CORNERS: list[Corner] = []

@@ -19,6 +19,7 @@ from torchjac.capture.glance import Lines, inlined
 from torchjac.capture.memory import remembered
 from torchjac.capture.modules import ModuleWatcher, identical
 from torchjac.capture.reads import (
+    BYTECODE,
     VOLATILE_BUILTINS,
     escapes,
     is_trusted,
@@ -83,6 +84,8 @@ class CodeWatcher(ModuleWatcher):
         if trusted and _is_public(value):
             return identical(value, path)
         if not trusted:
+            if not (BYTECODE.known or BYTECODE.holds()):
+                self.refuse(f"{path} is not looked into: {BYTECODE}")
             name = escapes(reads(code).names)
             if name is not None:
                 self.refuse(f"{path} uses {name}, by which it reaches what cannot be seen")

@@ -13,6 +13,8 @@ from functools import lru_cache
 from types import CodeType
 from typing import Any
 
+from torchjac._torch.private import corner
+
 # Code that is taken never to change: it is replaced with the whole installation.
 _TRUSTED = sys.stdlib_module_names | {
     "einops",
@@ -162,6 +164,10 @@ class Reads:
     used: dict[str, frozenset[str]]
 
 
+# Instructions that load variables which are not a function's own.
+_LOADING = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
+
+
 @lru_cache(maxsize=4096)
 def reads(code: CodeType) -> Reads:
     """What a code object, and the functions that are defined in it, can read."""
@@ -171,7 +177,7 @@ def reads(code: CodeType) -> Reads:
     names = {*code.co_names, *_strings(code.co_consts)}
     instructions = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
     for position, instruction in enumerate(instructions):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if instruction.opname in _LOADING:
             chain = _chain(instructions, position + 1)
             used.setdefault(instruction.argval, set()).add(chain)
         elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
@@ -296,3 +302,74 @@ def volatile_in(module: str, names: frozenset[str]) -> str | None:
 def computed(names: frozenset[str] | set[str], of: str = "objects") -> bool:
     """Whether attributes of objects, or of modules, may be read by names that are computed."""
     return not (_DYNAMIC if of == "objects" else _OF_MODULES).isdisjoint(names)
+
+
+# Instructions of CPython 3.10 to 3.15 whose names tell that they have to do with variables,
+# attributes and imports. One that is not among them may read what nobody looks for.
+_KNOWN = frozenset(
+    {
+        "CALL_METHOD",
+        "DELETE_ATTR",
+        "DELETE_DEREF",
+        "DELETE_GLOBAL",
+        "DELETE_NAME",
+        "IMPORT_FROM",
+        "IMPORT_NAME",
+        "IMPORT_STAR",
+        "KW_NAMES",
+        "LOAD_ATTR",
+        "LOAD_CLASSDEREF",
+        "LOAD_DEREF",
+        "LOAD_FROM_DICT_OR_DEREF",
+        "LOAD_FROM_DICT_OR_GLOBALS",
+        "LOAD_GLOBAL",
+        "LOAD_LOCALS",
+        "LOAD_METHOD",
+        "LOAD_NAME",
+        "LOAD_SUPER_ATTR",
+        "LOAD_SUPER_METHOD",
+        "LOAD_ZERO_SUPER_ATTR",
+        "LOAD_ZERO_SUPER_METHOD",
+        "SET_FUNCTION_ATTRIBUTE",
+        "STORE_ATTR",
+        "STORE_DEREF",
+        "STORE_GLOBAL",
+        "STORE_NAME",
+    }
+)
+_TELLING = re.compile("GLOBAL|NAME|IMPORT|ATTR|METHOD|LOCALS|DEREF")
+_EXAMPLE = """
+def f(x):
+    global counter, gone
+    import numpy.linalg as la
+    from .beside import thing
+    counter = counter + 1
+    del gone
+    def g(y):
+        return scale * y + np.random.rand(3) + box.inner.value + box.method(y)
+    class C:
+        inside = table["key"]
+    match x:
+        case Point(k):
+            return g(k)
+    return [f"{other}" for _ in items]
+"""
+
+
+@corner("the bytecode of Python", "functions that are not PyTorch's own are not planned")
+def BYTECODE() -> bool:
+    """The variables, attributes and imports of an example are found, and no instruction is new."""
+    if any(_TELLING.search(n) and n not in _KNOWN for n in dis.opmap if "INSTRUMENTED" not in n):
+        return False
+    module = compile(_EXAMPLE, "<example>", "exec")
+    (code,) = (c for c in module.co_consts if isinstance(c, CodeType))
+    found = reads(code)
+    expected = {"Point", "box", "counter", "items", "np", "other", "scale", "table"}
+    return (
+        expected <= set(found.variables) <= expected | {"__name__"}
+        and set(found.assigned) == {"counter", "gone"}
+        and set(found.imports) == {"numpy.linalg", ".beside"}
+        and {"inner", "value", "method", "key", "getattr", "isinstance"} <= found.names
+        and found.used["np"] == {"random.rand"}
+        and found.used["box"] == {"inner.value", "method"}
+    )
