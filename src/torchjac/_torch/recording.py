@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torchjac._torch import traits
 from torchjac._torch.notes import Called, NotRecorded, Value
 from torchjac._torch.operators import aten, known
-from torchjac._torch.private import Gone, private
+from torchjac._torch.private import corner, private
 from torchjac._torch.recorder import Recorder
 
 
@@ -271,14 +271,28 @@ def graph_of(recording: Recording) -> fx.GraphModule:
 
 
 def _module(attributes: dict[str, Tensor], graph: fx.Graph) -> fx.GraphModule:
-    if isinstance(_lazy, Gone):
+    if not (LAZY_GRAPHS.known or LAZY_GRAPHS.holds()):
         return fx.GraphModule(attributes, graph)
+    return _lazy_module(attributes, graph)
+
+
+def _lazy_module(attributes: dict[str, Tensor], graph: fx.Graph) -> fx.GraphModule:
     with _lazy._use_lazy_graph_module(True):  # its code is seldom run
         made: fx.GraphModule = _lazy._make_graph_module(attributes, graph)
     return made
 
 
 _lazy = private("torch.fx._lazy_graph_module")
+
+
+@corner("torch's lazy graph module", "the code of every graph is written at once")
+def LAZY_GRAPHS() -> bool:
+    """It holds attributes and a graph, and runs."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.mul, (x, graph.create_node("get_attr", "two"))))
+    module = _lazy_module({"two": torch.tensor(2.0)}, graph)
+    return bool(module(torch.tensor(3.0)) == 6.0) and module.graph.nodes is not None
 
 
 def decomposed(call: Called) -> Recording | None:

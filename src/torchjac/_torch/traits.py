@@ -11,7 +11,7 @@ import torch
 
 from torchjac._torch import attention
 from torchjac._torch.operators import aten, known
-from torchjac._torch.private import Gone, private, private_type
+from torchjac._torch.private import corner, private, private_type
 
 if TYPE_CHECKING:
     from torch._ops import HigherOrderOperator as HigherOrderOperator
@@ -26,7 +26,18 @@ _decompositions = private("torch._decomp.decomposition_table")
 
 def decompositions() -> Mapping[Any, Any]:
     """What torch says of operations in terms of others; nothing where it does not say."""
-    return {} if isinstance(_decompositions, Gone) else _decompositions
+    found: Mapping[Any, Any] = _decompositions
+    return found if DECOMPOSITIONS.known or DECOMPOSITIONS.holds() else {}
+
+
+@corner("torch's table of decompositions", "operations that are written in terms of others are not")
+def DECOMPOSITIONS() -> bool:
+    """It has functions by overload, backward operations among them.
+
+    None of them is run: the first takes 0.3 s of imports. What they give is compared with passes.
+    """
+    found = _decompositions[torch.ops.aten.tanh_backward.default]
+    return callable(found) and isinstance(_decompositions, Mapping)
 
 
 @dataclass(frozen=True, slots=True)
