@@ -9,6 +9,8 @@ import zlib
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["pytester"]
+
 settings.register_profile(
     "ci",
     derandomize=True,  # the same programs on every run: a failure is never a matter of luck
