@@ -358,6 +358,13 @@ class TestJacobian:
                 return True
         return False
 
+    def test_planning_says_nothing(self, recwarn: pytest.WarningsRecorder, capfd: Any) -> None:
+        """Of operations that torch.vmap loops over while a plan is made: neither Python nor C++."""
+        J = torchjac.jacobian(lambda x: torch.view_as_real(torch.fft.ihfft2(x)), compile=True)
+        J(value(3, 4))
+        assert not recwarn.list
+        assert "performance drop" not in capfd.readouterr().err
+
     def test_comes_into_use(self) -> None:
         J = torchjac.jacobian(pairs)
         x = value(24)

@@ -127,6 +127,11 @@ _fallback_off = _Off(private("torch._C._functorch._set_vmap_fallback_enabled"))
 _warning_off = _Off(private("torch._C._functorch._set_vmap_fallback_warning_enabled"))
 
 
+def without_loop_warnings() -> AbstractContextManager[object]:
+    """Within it torch.vmap says nothing of operations that it loops over."""
+    return _warning_off if BATCHING.known or BATCHING.holds() else _NOTHING
+
+
 def legacy_batched_backward(
     outputs: Sequence[Tensor],
     cotangents: Sequence[Tensor],

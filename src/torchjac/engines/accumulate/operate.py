@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.modes import real_values
+from torchjac._torch.vmap import without_loop_warnings
 from torchjac.engines.accumulate import terms as t
 from torchjac.engines.accumulate.act import by_element
 from torchjac.engines.accumulate.terms import Adjoint, Term
@@ -100,8 +101,11 @@ def _run(
     sizes = small.shape[ndim:]
     flat = small.reshape((*small.shape[:ndim], -1))
     flat = flat.movedim(-1, 0).contiguous().to(dtype)
-    together = torch.func.vmap(run, out_dims=-1)
-    made = run(flat[0]).unsqueeze(-1) if len(flat) == 1 else together(flat)
+    if len(flat) == 1:
+        made = run(flat[0]).unsqueeze(-1)
+    else:
+        with without_loop_warnings():
+            made = torch.func.vmap(run, out_dims=-1)(flat)
     loop = (*map_.shape_out, *rest)
     made = made.reshape((*map_.shape_out, *sizes)).expand(loop)
     return Term(loop, rows, term.dtype, (made,), table=term.table)
