@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 import hidden
 import torchjac
 from laws import oracle_jacobian, same, value
-from torchjac._torch import private, pytree
+from torchjac._torch import private, pytree, state
 from torchjac._torch.operators import MissingOperator, aten, known
 from torchjac._torch.private import CORNERS, Corner
 
@@ -161,6 +162,86 @@ class TestCorners:
             torch.vmap(checked)(torch.zeros(2, device="cpu"))
         with torch.autocast("cpu"), torch.no_grad():
             checked(torch.zeros(2))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+    def test_settings_of_the_process_do_not_matter(self, dtype: torch.dtype) -> None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert not [c.name for c in CORNERS if private._failure(c.check)]
+        finally:
+            torch.set_default_dtype(before)
+            torch.use_deterministic_algorithms(False)
+
+    def test_precisions_that_differ(self) -> None:
+        """torch raises where it is asked for one precision: that is a setting like others."""
+        matmul = torch.backends.mkldnn.matmul
+        before = matmul.fp32_precision
+        x = value(3)
+        J = torchjac.jacobian(lambda x: x.sin() * x.sum(), compile=True)
+        J(x)
+        matmul.fp32_precision = "bf16"
+        try:
+            assert not [c.name for c in CORNERS if private._failure(c.check)]
+            for _ in range(5):
+                same(J(x), oracle_jacobian(lambda x: x.sin() * x.sum())(x))
+            different = state.usual()
+        finally:
+            matmul.fp32_precision = before
+        assert state.usual() != different
+
+    def test_many_threads_at_once(self) -> None:
+        """The first use of a process: no contract fails, and warnings are as they were."""
+        text = (
+            "import sys, threading, warnings, torch, torchjac\n"
+            "from torchjac._torch.private import CORNERS\n"
+            "sys.setswitchinterval(1e-5)\n"
+            "before = list(warnings.filters)\n"
+            "start = threading.Barrier(4)\n"
+            "def work():\n"
+            "    start.wait()\n"
+            "    x = torch.ones(3, requires_grad=True)\n"
+            "    torchjac.jac(x.sin() * x.sum(), x)\n"
+            "    torchjac.jacobian(lambda x: x.sin() * x.sum(), compile=True)(torch.ones(3))\n"
+            "threads = [threading.Thread(target=work) for _ in range(4)]\n"
+            "[t.start() for t in threads], [t.join() for t in threads]\n"
+            "assert not [c.name for c in CORNERS if c.known is False]\n"
+            "assert sum(c.known is True for c in CORNERS) > 5\n"
+            "assert ('ignore', None, Warning, None, 0) not in warnings.filters\n"
+        )
+        for _ in range(3):
+            done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+    def test_where_no_thread_can_be_started(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Results are right; nothing is found out, so that it is asked again."""
+
+        def fail(self: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        for part in CORNERS:
+            monkeypatch.setattr(part, "known", None)
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "torchjac"):
+            patch.setattr(threading.Thread, "start", fail)
+            hidden.check()
+            hidden.check_inside()
+        assert not caplog.records
+        assert all(part.known is None for part in CORNERS)
+        assert all(part.holds() for part in CORNERS)
+
+    def test_after_a_fork_during_a_check(self) -> None:
+        """A lock that another thread held is not held in the child."""
+        private._lock.acquire()
+        try:
+            if not os.fork():
+                part = Corner("a part", "another runs", lambda: True)
+                os._exit(0 if part.holds() else 1)
+            assert os.wait()[1] == 0
+        finally:
+            private._lock.release()
 
 
 class TestPytree:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -154,3 +155,52 @@ def test_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[s
     found = ran(files, {"x": y}, {"jacobian": 15, "value": 5})
     same(found["jacobian"].view(5, 3), oracle_jacobian(net)(y))
     same(found["value"], net(y).detach())
+
+
+class TestFusedAttention:
+    """Attention in torch's fused kernel for the CPU, which is written out while it is recorded."""
+
+    MASKS: ClassVar[dict[str, Any]] = {
+        "none": {},
+        "causal": {"is_causal": True},
+        "numbers": {"attn_mask": torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)},
+        "bool": {"attn_mask": torch.ones(3, 4, dtype=torch.bool).tril()},
+        "a row of large numbers": {
+            "attn_mask": torch.zeros(3, 4, dtype=torch.float64).index_fill(
+                0, torch.tensor([1]), torch.finfo(torch.float64).min
+            )
+        },
+        "scale": {"scale": 0.3},
+    }
+
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("shape", [(2, 3, 5), (1, 2, 3, 5)], ids=["3", "4"])
+    def test_is_planned(self, mask: str, shape: tuple[int, ...]) -> None:
+        keys = value(*shape[:-2], 4, 5, seed=1)
+
+        def f(x: Tensor) -> Tensor:
+            k = keys * x[..., :1, :]
+            return F.scaled_dot_product_attention(x, k, k.sin(), **self.MASKS[mask])
+
+        J = torchjac.jacobian(f, compile=True)
+        for seed in range(2):
+            x = value(*shape, seed=seed)
+            same(J(x), oracle_jacobian(f)(x))
+        assert J.explain(x).engine == "accumulate"
+
+    # Where numbers are not finite passes are taken, in which torch loops over the fused kernel.
+    @pytest.mark.filterwarnings("ignore:torchjac. torch has no batching rule for aten.._scaled_dot")
+    def test_a_mask_that_comes_later(self) -> None:
+        """A plan made with small numbers in a mask, and a row of large ones: as torch has it."""
+
+        def f(x: Tensor, mask: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x.sin(), x.cos(), attn_mask=mask)
+
+        x, mask = value(1, 1, 4, 3), torch.zeros(4, 4, dtype=torch.float64)
+        J = torchjac.jacobian(f, compile=True)
+        J(x, mask)
+        for large in (-1e9, -1e30, torch.finfo(torch.float64).min, -math.inf):
+            mask[1] = large
+            got, want = J(x, mask), oracle_jacobian(f)(x, mask)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)
+            assert J.explain(x, mask).report is None

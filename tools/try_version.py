@@ -88,8 +88,14 @@ def candidates(minor: int) -> list[str]:
     """Where an interpreter may be: on the path, and where pyenv keeps its own."""
     name = f"python3.{minor}"
     kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    others = sorted(kept.glob(f"3.{minor}.*/bin/{name}"), reverse=True)
+    others = sorted(kept.glob(f"3.{minor}.*/bin/{name}"), key=_patch, reverse=True)
     return [*filter(None, [shutil.which(name)]), *map(str, others)]
+
+
+def _patch(path: Path) -> int:
+    """The 10 of `.../3.13.10/bin/python3.13`."""
+    digits = re.match(r"\d+", path.parts[-3].rsplit(".", 1)[-1])
+    return int(digits[0]) if digits else -1
 
 
 def version(command: str) -> str | None:
@@ -97,7 +103,7 @@ def version(command: str) -> str | None:
     about = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
     try:
         done = subprocess.run([command, "-c", about], capture_output=True, text=True, timeout=60)
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 

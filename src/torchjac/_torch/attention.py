@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjac._torch.operators import aten
-
 
 def forward(
     query: Tensor,
@@ -29,9 +27,10 @@ def forward(
 
     Memory is laid out as that of the fused operation: heads are next to features.
     """
-    scores = _scores(query, key, is_causal, attn_mask, scale)
-    if scores is None or dropout_p:
+    found = _scores(query, key, is_causal, attn_mask, scale)
+    if found is None or dropout_p:
         return NotImplemented
+    scores, _ = found
     made = torch.softmax(scores, -1) @ value
     laid_out = made.transpose(1, 2).contiguous().transpose(1, 2)
     return laid_out, torch.logsumexp(scores, -1)
@@ -51,13 +50,17 @@ def backward(
     scale: float | None = None,
 ) -> Any:
     """The gradients of query, key and value."""
-    scores = _scores(query, key, is_causal, attn_mask, scale)
-    if scores is None or dropout_p:
+    found = _scores(query, key, is_causal, attn_mask, scale)
+    if found is None or dropout_p:
         return NotImplemented
-    weights = torch.softmax(scores, -1)
-    among = aten._softmax_backward_data.default(
-        grad_out @ value.transpose(-2, -1), weights, -1, weights.dtype
-    )
+    scores, hidden = found
+    # As the fused operation has them: the softmax itself is another one where a row of a mask holds
+    # nothing but large negative numbers, of which the logarithm of their sum loses the difference.
+    weights = (scores - logsumexp.unsqueeze(-1)).exp()
+    for mask in hidden:
+        weights = torch.where(mask == -math.inf, 0.0, weights)
+    along = (grad_out * out).sum(-1, keepdim=True)
+    among = weights * (grad_out @ value.transpose(-2, -1) - along)
     factor = _scale(query, scale)
     return (
         (among @ key) * factor,
@@ -68,15 +71,24 @@ def backward(
 
 def _scores(
     query: Tensor, key: Tensor, is_causal: bool, mask: Tensor | None, scale: float | None
-) -> Tensor | None:
-    """Scores of queries and keys; None where heads share keys or the mask has another dtype."""
-    if query.shape[:-2] != key.shape[:-2] or (mask is not None and mask.dtype != query.dtype):
+) -> tuple[Tensor, list[Tensor]] | None:
+    """Scores of queries and keys, and the masks that were added.
+
+    None where heads share keys, the mask has another dtype, or numbers are of half precision: the
+    fused operation sums these in single precision.
+    """
+    if query.dtype not in (torch.float32, torch.float64) or query.shape[:-2] != key.shape[:-2]:
         return None
+    if mask is not None and mask.dtype != query.dtype:
+        return None
+    masks = [] if mask is None else [mask]
     scores = (query @ key.transpose(-2, -1)) * _scale(query, scale)
     if is_causal:
         later = torch.full(scores.shape[-2:], -math.inf, dtype=query.dtype, device=query.device)
-        scores = scores + later.triu(1)
-    return scores if mask is None else scores + mask
+        masks.append(later.triu(1))
+    for added in masks:
+        scores = scores + added
+    return scores, masks
 
 
 def _scale(query: Tensor, scale: float | None) -> float:

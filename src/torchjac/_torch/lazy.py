@@ -27,7 +27,7 @@ def copied_when_written(tensor: Tensor) -> Tensor:
 @corner("torch's copy on write", "indices of sparse results are copied each time")
 def LAZY() -> bool:
     """Neither tensor sees what is written to the other."""
-    one = torch.zeros(3)
+    one = torch.zeros(3, dtype=torch.float64)
     other, third = _lazy_clone(one), _lazy_clone(one)
     other.add_(1)
     one.sub_(1)

@@ -49,14 +49,14 @@ class Reading(NamedTuple):
 _BOOL, _BYTE, _INT, _LONG = 0xFF, 0xFF, 0xFFFFFFFF, -1
 _CONTEXT = "_ZNK2at7Context"  # const methods of at::Context, of which there is one
 
-# Functions of `torch._C`, where the library has them, and the bits that count.
+# Functions of `torch._C`, where the library has them, and the bits that count. None may throw: that
+# would end the process (`float32MatmulPrecision` does, where backends differ in precision).
 _NAMES = {
     "is_grad_enabled": ("_ZN3c108GradMode10is_enabledEv", _BOOL),
     "is_inference_mode_enabled": ("_ZN3c1013InferenceMode10is_enabledEv", _BOOL),
     "_len_torch_function_stack": ("_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv", _LONG),
     "_len_torch_dispatch_stack": ("_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv", _LONG),
     "_get_deterministic_algorithms": (f"{_CONTEXT}23deterministicAlgorithmsEv", _BOOL),
-    "_get_float32_matmul_precision": (f"{_CONTEXT}22float32MatmulPrecisionEv", _INT),
     "_get_mkldnn_enabled": (f"{_CONTEXT}17userEnabledMkldnnEv", _BOOL),
     "_get_nnpack_enabled": (f"{_CONTEXT}17userEnabledNNPACKEv", _BOOL),
     "_get_cudnn_enabled": (f"{_CONTEXT}16userEnabledCuDNNEv", _BOOL),
@@ -161,7 +161,7 @@ def READINGS() -> bool:
         reading = None if isinstance(read, Gone) else _setting(read)
         if reading is not None and reading.now()[0] != _number(read()):
             return False
-    tensor = torch.zeros(3)
+    tensor = torch.zeros(3, dtype=torch.float64)
     where, written = _place(tensor), _version(tensor)
     for _ in range(2):
         if where is not None and where.now()[1] != tensor.data_ptr():
@@ -174,11 +174,8 @@ def READINGS() -> bool:
 
 def _number(value: Any) -> int:
     """A setting as the number that the library has for it."""
-    if isinstance(value, torch.dtype):
-        return _SCALAR_TYPES[value]
-    return _PRECISIONS[value] if isinstance(value, str) else int(value)
+    return _SCALAR_TYPES[value] if isinstance(value, torch.dtype) else int(value)
 
 
-# c10::ScalarType and at::Float32MatmulPrecision.
+# c10::ScalarType.
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
-_PRECISIONS = {"highest": 0, "high": 1, "medium": 2}

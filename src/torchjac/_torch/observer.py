@@ -331,7 +331,7 @@ _NOT_THE_USER = frozenset({"torch", "torchjac", "functorch"})
 @corner("torch's function mode", "nothing is planned")
 def OBSERVING() -> bool:
     """Autograd numbers operations in order, and a function mode sees what has no operation."""
-    x = torch.ones(2, requires_grad=True)
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
     before = next_sequence()
     y = x.sin()
     number: int = y.grad_fn._sequence_nr()  # type: ignore[union-attr]
@@ -350,7 +350,7 @@ def OBSERVING() -> bool:
     with Mode():
         y.detach().numpy()
         x.detach().tolist()
-        x.data = torch.zeros(2)
+        x.data = torch.zeros(2, dtype=torch.float64)
         with _DisableTorchFunction(), _DisableFuncTorch():
             x.exp()
         _ = x.grad

@@ -12,10 +12,12 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 import platform
+import sys
 import threading
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -117,13 +119,21 @@ class Corner:
     def holds(self) -> bool:
         """Whether this version of torch keeps the contract."""
         if self.known is None:
+            with _one_at_a_time():
+                if self.known is None and not sys.is_finalizing():
+                    self._find_out()
+        return bool(self.known)
+
+    def _find_out(self) -> None:
+        try:
             reason = _failure(self.check)
-            if reason is not None:
-                _log.warning(
-                    "%s is not as torchjac expects (%s), so %s", self._here(), reason, self.instead
-                )
-            self.known = reason is None
-        return self.known
+        except RuntimeError:  # no thread can be started: nothing is found out, and nothing is said
+            return
+        if reason is not None:
+            _log.warning(
+                "%s is not as torchjac expects (%s), so %s", self._here(), reason, self.instead
+            )
+        self.known = reason is None
 
     def __str__(self) -> str:
         """The corner and what runs instead, for a record."""
@@ -153,24 +163,70 @@ def failures() -> tuple[str, ...]:
     return tuple(str(c) for c in CORNERS if c.known is False)
 
 
+class _Checks(threading.local):
+    """Whether this thread checks a contract, whose check may ask for another one."""
+
+    active = False
+
+
+_checks = _Checks()
+_lock = threading.Lock()
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """One check at a time; a check within a check goes on."""
+    if _checks.active:
+        yield
+        return
+    with _lock:
+        yield
+
+
+@contextmanager
+def checking_here() -> Iterator[None]:
+    """Within it contracts are checked in this thread: those that no mode of a caller matters to."""
+    before, _checks.active = _checks.active, True
+    try:
+        yield
+    finally:
+        _checks.active = before
+
+
+def _in_child() -> None:
+    """A process that was forked during a check of another thread."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
 def _failure(check: Callable[[], bool]) -> str | None:
     """Why a contract does not hold; None if it does.
 
     The check runs in a thread of its own: modes, transforms and settings that surround the caller
-    belong to the caller's thread.
+    belong to the caller's thread. A check must not depend on settings of the process: it names
+    dtypes and devices.
+
+    Raises:
+        RuntimeError: No thread can be started.
     """
     found: list[str | None] = []
 
     def run() -> None:
+        _checks.active = True
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch about itself
-                found.append(None if check() else "its contract does not hold")
+            found.append(None if check() else "its contract does not hold")
         except Exception as error:
             first = str(error).strip().split("\n", 1)[0]
             found.append(f"{type(error).__name__}: {first}")
 
-    thread = threading.Thread(target=run, name="torchjac-contract")
-    thread.start()
-    thread.join()
+    if _checks.active:  # of a thread of that kind
+        run()
+    else:
+        thread = threading.Thread(target=run, name="torchjac-contract", daemon=True)
+        thread.start()
+        thread.join()
     return found[0] if found else "its check did not end"

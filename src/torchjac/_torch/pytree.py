@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from torchjac._torch import containers
-from torchjac._torch.private import corner, private, private_type
+from torchjac._torch.private import checking_here, corner, private, private_type
 
 _torch = private("torch.utils._pytree")
 TreeSpec = private_type("torch.utils._pytree.TreeSpec")
@@ -37,7 +37,8 @@ def TREES() -> bool:
     )
 
 
-_pytree: Any = _torch if TREES.holds() else containers
+with checking_here():  # while this is imported no thread may be waited for
+    _pytree: Any = _torch if TREES.holds() else containers
 LEAF: Any = _pytree.tree_structure(0)
 
 

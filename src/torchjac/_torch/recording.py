@@ -291,8 +291,8 @@ def LAZY_GRAPHS() -> bool:
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output(graph.call_function(torch.mul, (x, graph.create_node("get_attr", "two"))))
-    module = _lazy_module({"two": torch.tensor(2.0)}, graph)
-    return bool(module(torch.tensor(3.0)) == 6.0) and module.graph.nodes is not None
+    module = _lazy_module({"two": torch.tensor(2.0, dtype=torch.float64)}, graph)
+    return bool(module(torch.tensor(3.0, dtype=torch.float64)) == 6.0)
 
 
 def decomposed(call: Called) -> Recording | None:

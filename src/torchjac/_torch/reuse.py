@@ -75,7 +75,7 @@ def _state(tensor: Tensor) -> tuple[int, ...]:
 @corner("the count of tensors that share memory", "memory of large results is not used again")
 def STORAGES() -> bool:
     """The count tells whether another tensor or array shares memory."""
-    tensor = torch.zeros(4)
+    tensor = torch.zeros(4, dtype=torch.float64)
     alone = _state(tensor)
     view = tensor[1:]
     shared = _state(tensor)

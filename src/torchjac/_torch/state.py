@@ -53,8 +53,27 @@ _inference_enabled = private_function(
 _deterministic = private_function(
     "torch._C._get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
 )
-_matmul_precision = private_function(
+_precision = private_function(
     "torch._C._get_float32_matmul_precision", torch.get_float32_matmul_precision
+)
+
+
+def _matmul_precision() -> Any:
+    """The precision of matrix products; of each backend where these differ: torch raises there."""
+    try:
+        return _precision()
+    except RuntimeError:
+        return tuple(getattr(backend, "fp32_precision", None) for backend in _PRECISE)
+
+
+_PRECISE = (
+    torch.backends,
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn,
+    torch.backends.mkldnn,
+    getattr(torch.backends.mkldnn, "matmul", None),
+    getattr(torch.backends.mkldnn, "conv", None),
+    getattr(torch.backends.mkldnn, "rnn", None),
 )
 _hooks = private_function(
     "torch._C._autograd._top_saved_tensors_default_hooks", lambda tracing: None

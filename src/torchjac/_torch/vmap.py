@@ -180,7 +180,9 @@ def public_batched_backward(
 
     size = cotangents[0].shape[0]
     if not size:  # torch.vmap takes no empty stack
-        return tuple(x.new_zeros((0, *x.shape)) for x in inputs)
+        one(*(c.new_zeros(c.shape[1:]) for c in cotangents))
+        none = (x.new_zeros((0, *x.shape)) for x in inputs)
+        return tuple(z if there else None for z, there in zip(none, used, strict=True))
     found = iter(torch.vmap(one)(*cotangents))
     return tuple(next(found) if there else None for there in used)
 
@@ -206,7 +208,7 @@ def BATCHING() -> bool:
         return False
     with _fallback_off, _warning_off:
         off = not _functorch._is_vmap_fallback_enabled()
-    return off and bool(_functorch._is_vmap_fallback_enabled()) and transform() is None
+    return off and transform() is None
 
 
 # The transform that the caller runs inside of, if there is one.
