@@ -17,7 +17,7 @@ import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -119,16 +119,11 @@ class Corner:
     def holds(self) -> bool:
         """Whether this version of torch keeps the contract."""
         if self.known is None:
-            with _one_at_a_time():
-                if self.known is None and not sys.is_finalizing():
-                    self._find_out()
+            find_out(self)
         return bool(self.known)
 
-    def _find_out(self) -> None:
-        try:
-            reason = _failure(self.check)
-        except RuntimeError:  # no thread can be started: nothing is found out, and nothing is said
-            return
+    def told(self, reason: str | None) -> None:
+        """Notes why the contract does not hold; None: it does."""
         if reason is not None:
             _log.warning(
                 "%s is not as torchjac expects (%s), so %s", self._here(), reason, self.instead
@@ -203,30 +198,92 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
 
 
-def _failure(check: Callable[[], bool]) -> str | None:
-    """Why a contract does not hold; None if it does.
+def find_out(*corners: Corner) -> None:
+    """Checks contracts that were not checked yet.
 
-    The check runs in a thread of its own: modes, transforms and settings that surround the caller
-    belong to the caller's thread. A check must not depend on settings of the process: it names
-    dtypes and devices.
+    Where that would take a thread and none can be started (at the end of the process), nothing is
+    found out, and nothing is said.
+    """
+    with _one_at_a_time():
+        unknown = [c for c in corners if c.known is None]
+        if not unknown or sys.is_finalizing():
+            return
+
+        def run() -> None:
+            for part in unknown:
+                if part.known is None:  # not found out on the way
+                    part.told(_reason(part.check))
+
+        with suppress(RuntimeError):
+            _apart(run)
+
+
+def reason(check: Callable[[], bool]) -> str | None:
+    """Why a contract does not hold; None if it does.
 
     Raises:
         RuntimeError: No thread can be started.
     """
     found: list[str | None] = []
+    _apart(lambda: found.append(_reason(check)))
+    return found[0] if found else "its check did not end"
 
-    def run() -> None:
-        _checks.active = True
-        try:
-            found.append(None if check() else "its contract does not hold")
-        except Exception as error:
-            first = str(error).strip().split("\n", 1)[0]
-            found.append(f"{type(error).__name__}: {first}")
 
-    if _checks.active:  # of a thread of that kind
+def _reason(check: Callable[[], bool]) -> str | None:
+    try:
+        return None if check() else "its contract does not hold"
+    except Exception as error:
+        first = str(error).strip().split("\n", 1)[0]
+        return f"{type(error).__name__}: {first}"
+
+
+def _apart(run: Callable[[], None]) -> None:
+    """Runs checks where no modes, transforms and settings surround them.
+
+    That is here if there are none, else a thread of its own, to which those of the caller do not
+    belong: to start one takes 0.1 ms, and several on a busy machine. Settings of the process are
+    everywhere: a check names dtypes and devices.
+
+    Raises:
+        RuntimeError: No thread can be started.
+    """
+    if _checks.active:  # a check within a check
         run()
+    elif _nothing_surrounds():
+        with checking_here():
+            run()
     else:
-        thread = threading.Thread(target=run, name="torchjac-contract", daemon=True)
+        thread = threading.Thread(target=_active, args=(run,), name="torchjac-contract")
+        thread.daemon = True
         thread.start()
         thread.join()
-    return found[0] if found else "its check did not end"
+
+
+def _active(run: Callable[[], None]) -> None:
+    _checks.active = True
+    run()
+
+
+def _nothing_surrounds() -> bool:
+    """Whether this thread is in no mode and no transform; False where torch does not tell."""
+    try:
+        return (
+            torch.is_grad_enabled()
+            and not torch.is_inference_mode_enabled()
+            and not any(read() for read in _DEPTHS)
+            and _hooks(False) is None
+        )
+    except Exception:
+        return False
+
+
+_DEPTHS = tuple(
+    private(f"torch._C.{name}")
+    for name in (
+        "_len_torch_function_stack",
+        "_len_torch_dispatch_stack",
+        "_is_any_autocast_enabled",
+        "_functorch.peek_interpreter_stack",
+    )
+)
+_hooks = private("torch._C._autograd._top_saved_tensors_default_hooks")

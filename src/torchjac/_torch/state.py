@@ -103,15 +103,18 @@ _USUAL: tuple[Any, ...] = (
     _grad_enabled,
     _inference_enabled,
     _deterministic,
-    _matmul_precision,
+    _precision,
     functools.partial(_hooks, False),
     *_KERNELS,
 )
 
 
 def usual() -> list[Any] | None:
-    """The same where there is no autocast and there are no modes, in less time; else None."""
-    found = [f() for f in _USUAL]
+    """The same in less time; None where there is autocast, or a mode, or precisions differ."""
+    try:
+        found = [f() for f in _USUAL]
+    except RuntimeError:  # of `_precision`
+        return None
     return None if found[0] or found[1] else found
 
 
@@ -201,8 +204,8 @@ def SETTINGS() -> bool:
         ) -> Any:
             return func(*args, **(kwargs or {}))
 
-    before = usual()
-    if before is None or _saved_tensor_hooks() is not None or foreign_mode() is not None:
+    before = ambient()
+    if _saved_tensor_hooks() is not None or foreign_mode() is not None:
         return False
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         shown = not _grad_enabled() and _saved_tensor_hooks() is not None
@@ -218,7 +221,7 @@ def SETTINGS() -> bool:
     return (
         shown
         and hooks
-        and usual() == before
+        and ambient() == before
         and not isinstance(_operator_names, Gone)
         and not is_wrapped(torch.ones(1))
     )

@@ -17,11 +17,19 @@ from torchjac._torch.autograd import ENGINE, NODES
 from torchjac._torch.modes import MODES
 from torchjac._torch.notes import DependsOnValues, NeedsTracing, NotRecorded
 from torchjac._torch.observer import OBSERVING, Observer, Unwatched, next_sequence
-from torchjac._torch.private import corner, private_type
+from torchjac._torch.private import corner, find_out, private_type
 from torchjac._torch.recorder import Recorder
-from torchjac._torch.recording import Recording, agree, functional, graph_of, recorded, rerun
+from torchjac._torch.recording import (
+    LAZY_GRAPHS,
+    Recording,
+    agree,
+    functional,
+    graph_of,
+    recorded,
+    rerun,
+)
 from torchjac._torch.state import SETTINGS
-from torchjac._torch.traits import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torchjac._torch.traits import DECOMPOSITIONS, HigherOrderOperator, OpOverload, OpOverloadPacket
 from torchjac._torch.vmap import TRANSFORMS
 
 # What tracing raises where the values of tensors decide what happens next.
@@ -67,9 +75,11 @@ def trace(
         DependsOnValues: Values decide what is done next (one of `DATA_DEPENDENT`).
         NotRecorded: Something happened that a graph cannot say (one of `UNSUPPORTED`).
     """
-    for part in _NEEDED:
-        if not (part.known or part.holds()):
-            raise NotRecorded(str(part))
+    if not all(part.known for part in _NEEDED):
+        find_out(*_NEEDED, DECOMPOSITIONS, LAZY_GRAPHS)
+        for part in _NEEDED:
+            if not part.holds():
+                raise NotRecorded(str(part))
     # One at a time: warning filters and random states belong to the whole process. (Not for ever: a
     # function may wait for a thread that traces too.)
     locked = _ONE.acquire(timeout=_PATIENCE)

@@ -7,7 +7,9 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from torchjac._torch.autograd import NODES
+from torchjac._torch.autograd import ENGINE, NODES
+from torchjac._torch.private import find_out
+from torchjac._torch.vmap import BATCHING, TRANSFORMS
 from torchjac.capture import Program
 from torchjac.structure.graph import Graph, survey
 from torchjac.structure.pattern import Pattern
@@ -89,8 +91,14 @@ def analyze(
     columns, column_starts = _numbered(program.inputs, divisor)
     single_pass = row_starts[-1] <= 1 or column_starts[-1] == 0
     simple = single_pass and samples is None and not program.create_graph and pattern is None
-    graph = survey(program) if not simple and (NODES.known or NODES.holds()) else None
+    graph = survey(program) if not simple and (NODES.known or _nodes_tell()) else None
     return Structure(rows, columns, row_starts, column_starts, samples, graph, pattern, independent)
+
+
+def _nodes_tell() -> bool:
+    """Whether nodes of the graph tell what is needed; what passes need is found out on the way."""
+    find_out(ENGINE, NODES, BATCHING, TRANSFORMS)
+    return NODES.holds()
 
 
 def _numbered(leaves: tuple[Tensor, ...], divisor: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
