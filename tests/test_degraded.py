@@ -160,8 +160,14 @@ class TestCorners:
 
         with torch.inference_mode(), torch.device("meta"):
             torch.vmap(checked)(torch.zeros(2, device="cpu"))
-        with torch.autocast("cpu"), torch.no_grad():
-            checked(torch.zeros(2))
+        for surrounding in (
+            torch.autocast("cpu"),
+            torch.no_grad(),
+            torch.autograd.graph.save_on_cpu(),
+            torch.autograd.graph.disable_saved_tensors_hooks("none here"),
+        ):
+            with surrounding:
+                checked(torch.zeros(2))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
     def test_settings_of_the_process_do_not_matter(self, dtype: torch.dtype) -> None:

@@ -272,6 +272,7 @@ def _nothing_surrounds() -> bool:
             and not torch.is_inference_mode_enabled()
             and not any(read() for read in _DEPTHS)
             and _hooks(False) is None
+            and bool(_hooks_are_enabled())
         )
     except Exception:
         return False
@@ -287,3 +288,4 @@ _DEPTHS = tuple(
     )
 )
 _hooks = private("torch._C._autograd._top_saved_tensors_default_hooks")
+_hooks_are_enabled = private("torch._C._autograd._saved_tensors_hooks_is_enabled")
