@@ -138,7 +138,8 @@ class TestCorners:
             assert part.name in str(record.refusals)
 
     def test_each_is_documented(self) -> None:
-        text = (ROOT.parents[1] / "docs" / "versions.md").read_text(encoding="utf-8")
+        page = Path(__file__).parents[1] / "docs" / "versions.md"
+        text = page.read_text(encoding="utf-8")
         assert not [c.name for c in CORNERS if f"| {c.name} | {c.instead} |" not in text]
 
     def test_an_error_is_a_failure(self, caplog: pytest.LogCaptureFixture) -> None:
