@@ -45,7 +45,7 @@ BESIDE = (
 
 
 def preloaded(name: str) -> ModuleType:
-    """A module of torchjac that knows no other one, before torchjac itself is imported."""
+    """A module that knows no other one but preloaded ones, before torchjac is imported."""
     path = ROOT / Path(*name.split(".")).with_suffix(".py")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -58,6 +58,7 @@ def preloaded(name: str) -> ModuleType:
 
 def hide_operator(name: str) -> None:
     """Hides an overload (`aten.sin.default`) from torchjac, and from it alone."""
+    preloaded("torchjac._torch.private")
     operators: Any = preloaded("torchjac._torch.operators")
     namespace, packet, overload = name.split(".")
     found = getattr(getattr(operators, namespace), packet)

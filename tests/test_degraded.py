@@ -69,7 +69,7 @@ class TestOperators:
         for missing in (aten.no_such_operator.default, aten.sin.no_such_overload):
             assert isinstance(missing, MissingOperator)
             assert missing is not torch.ops.aten.sin.default
-            with pytest.raises(NotImplementedError, match=r"has no operator aten\.\w+\.\w+"):
+            with pytest.raises(NotImplementedError, match=r"has no aten\.\w+\.\w+"):
                 missing(torch.zeros(1))
         assert aten.no_such_operator.overloads() == []
         assert aten.no_such_operator is aten.no_such_operator

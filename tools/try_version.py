@@ -50,7 +50,7 @@ def main() -> int:
     try:
         python = found_python(asked.python)
         with Environment(python, asked.torch, asked.keep) as folder:
-            return tried(folder, asked.torch)
+            return tried(folder)
     except Unavailable as reason:
         print(f"skipped: {reason}", flush=True)
         return 0
@@ -165,7 +165,7 @@ def run(command: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
-def tried(folder: Path, torch: str) -> int:
+def tried(folder: Path) -> int:
     """Runs the first screen of the README and the tests."""
     python = str(interpreter(folder))
     about = "import sys, torch; print(sys.version.split()[0], 'with torch', torch.__version__)"

@@ -8,39 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from torchjac._torch.private import Gone
 
-class MissingOperator:
+
+class MissingOperator(Gone):
     """An operator that this version of torch lacks. No graph holds it."""
-
-    def __init__(self, name: str):
-        """Keeps the name of the operator."""
-        self._name = name
-
-    def __getattr__(self, overload: str) -> MissingOperator:
-        """An overload of a missing operator is missing."""
-        if overload.startswith("__"):  # protocols of Python, such as copy and pickle
-            raise AttributeError(overload)
-        return MissingOperator(f"{self._name}.{overload}")
-
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises an error, as there is nothing to run.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError(f"torch {torch.__version__} has no operator {self._name}")
 
     def overloads(self) -> list[str]:
         """Names of its overloads: none."""
         return []
-
-    def __repr__(self) -> str:
-        """Name of the operator."""
-        return f"<missing operator {self._name}>"
 
 
 class Namespace:

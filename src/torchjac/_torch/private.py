@@ -36,7 +36,7 @@ class Gone:
         """Everything in it is gone as well."""
         if name.startswith("__"):  # protocols of Python, such as copy and pickle
             raise AttributeError(name)
-        return Gone(f"{self._path}.{name}")
+        return type(self)(f"{self._path}.{name}")
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         """Raises an error, as there is nothing to run.

@@ -30,7 +30,7 @@ def decompositions() -> Mapping[Any, Any]:
     return found if DECOMPOSITIONS.known or DECOMPOSITIONS.holds() else {}
 
 
-@corner("torch's table of decompositions", "operations that are written in terms of others are not")
+@corner("torch's table of decompositions", "no operation is written in terms of others")
 def DECOMPOSITIONS() -> bool:
     """It has functions by overload, backward operations among them.
 
