@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torchjac.engines.accumulate import Emitted, Mode
 from torchjac.engines.accumulate.check import Reference
 from torchjac.errors import PlanRefused
 from torchjac.explain import Candidate, Counts, Record, remember
+from torchjac.host.clock import now
 from torchjac.plan.machine import machine
 from torchjac.structure import Pattern
 
@@ -203,11 +203,11 @@ def to_differentiate(call: Call) -> list[Tensor]:
 
 def accumulate(plan: Accumulated, call: Call, entry: str, layout: torch.layout) -> Any:
     """Computes a Jacobian by its plan, and leaves a record of it; None where it is not finite."""
-    started = perf_counter()
+    started = now()
     value = plan(call)
     if value is None:
         return None
-    took = perf_counter() - started
+    took = now() - started
     plan.ran(took, call)
     note(plan, entry, layout, took)
     return value

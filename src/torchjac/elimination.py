@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torchjac.compilation import faster, with_kernel
 from torchjac.engines.accumulate import Emitted, Mode, Target, elsewhere, evaluated
 from torchjac.engines.accumulate.check import Reference
 from torchjac.errors import CaptureRefused, Disagrees, PlanRefused
+from torchjac.host.clock import now
 from torchjac.layout.nested import finisher
 from torchjac.orders import Limits, ranked, ways
 from torchjac.plan import default_budget
@@ -86,7 +86,7 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
         PlanRefused: It cannot be accumulated, or would take too much.
         Disagrees: It gives something else than autograd.
     """
-    started = perf_counter()
+    started = now()
     derivative = trace_function(call, KEEP)
     _refuse_beforehand(derivative)
     if wanted.differentiable and derivative.stops_gradients:

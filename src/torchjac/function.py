@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torchjac.errors import (
 )
 from torchjac.explain import Record, last_run
 from torchjac.export import export, is_package
+from torchjac.host.clock import now
 from torchjac.layout import Arranged, Layout, check_layout, converted, torch_layout
 from torchjac.plan import is_forced
 from torchjac.plan.memory import check_budget
@@ -262,7 +262,7 @@ class Jacobian:
         create_graph = self._create_graph or differentiating()
         check_layout(self._layout, create_graph, self._given)
         layout = torch_layout(self._layout)
-        entered = perf_counter()
+        entered = now()
         accumulates = not differentiating() and self._given is None and not is_forced()
         plan = self._accumulation.find(call) if accumulates else None
         if plan is not None and plan.wins() and not is_checking():
@@ -284,7 +284,7 @@ class Jacobian:
             planned = self._accumulation.checked(plan, call, program, before)
             if planned is not None:
                 plan, value = planned
-                note(plan, self._entry, layout, perf_counter() - entered)
+                note(plan, self._entry, layout, now() - entered)
                 returned = returned if create_graph else detached(returned)
                 return returned, converted(value, self._layout)
         request = Request(self._entry, layout, self._memory_budget, self._identity)
@@ -293,12 +293,12 @@ class Jacobian:
             request = with_pattern(request, program, self._given, find)
         elif self._batched and program.outputs:
             request = replace(request, independent=self._remembered.independent(call))
-        started = perf_counter()
+        started = now()
         arranged = solve(program, request)
-        self._remembered.spent(perf_counter() - started)
-        self._accumulation.spent(perf_counter() - started)
+        self._remembered.spent(now() - started)
+        self._accumulation.spent(now() - started)
         if plan is not None:
-            plan.passed(perf_counter() - entered, call)
+            plan.passed(now() - entered, call)
         self._report_unused(program, arranged)
         value = converted(arranged.value, self._layout)
         return (returned if create_graph else detached(returned)), value

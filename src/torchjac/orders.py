@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from time import perf_counter
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from torchjac.capture.derivative import Derivative, arguments, trace_transposed
 from torchjac.compilation import timed
 from torchjac.engines.accumulate import Emitted, Mode, Target, emit
 from torchjac.errors import CaptureRefused, NotKnownLinear, PlanRefused, RefusedHere
+from torchjac.host.clock import now
 from torchjac.plan.machine import calibrated
 from torchjac.structure.detect import KEEP
 
@@ -49,7 +49,7 @@ def ways(
         orders: The orders.
         limits: What this may take.
     """
-    started, inputs = perf_counter(), arguments(call)
+    started, inputs = now(), arguments(call)
 
     def trace(mode: Mode) -> Derivative:
         if mode == "reverse":
@@ -59,15 +59,15 @@ def ways(
         return trace_transposed(call, KEEP)
 
     for mode in orders:
-        now = perf_counter()
-        if mode != orders[0] and now - started > _SHARE * (limits.deadline - now):
+        read = now()
+        if mode != orders[0] and read - started > _SHARE * (limits.deadline - read):
             yield mode, "there was no time left to try it"
             return
         try:
             traced = trace(mode)
             if any(g is None for g in traced.cotangents):
                 raise PlanRefused("a gradient does not depend on the cotangent")
-            left = limits.deadline - perf_counter()
+            left = limits.deadline - now()
             yield mode, emit(traced, inputs, replace(target, mode=mode), limits.most, left)
         except (RefusedHere, NotKnownLinear):
             raise

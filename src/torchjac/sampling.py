@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from time import perf_counter
 
 from torchjac._torch.recording import Recording, without_last
 from torchjac.accumulated import Tried
@@ -23,6 +22,7 @@ from torchjac.compilation import PATIENCE, first_written, jacobian_of
 from torchjac.engines.accumulate import Emitted, Mode, Target, recording_of
 from torchjac.engines.kernel import Kernel, Written, written_for_samples
 from torchjac.errors import CaptureRefused, PlanRefused
+from torchjac.host.clock import now
 from torchjac.orders import Limits, ways
 from torchjac.plan.machine import machine
 from torchjac.structure.detect import KEEP
@@ -69,7 +69,7 @@ def sampled(
     if not is_batched(own, interpret(own)):
         raise PlanRefused("samples are not proved to be independent")
     limit = _LIMIT + _NODE * len(own.module.graph.nodes)
-    limits = Limits(_NUMBERS, perf_counter() + limit)
+    limits = Limits(_NUMBERS, now() + limit)
     programs = list(ways(less, own, pushes, Target(None, True), orders, limits))
     tried = [Tried(mode, refused=way) for mode, way in programs if isinstance(way, str)]
     made = [replace(way, samples=(few, batch)) for _, way in programs if not isinstance(way, str)]
@@ -102,7 +102,7 @@ def of_several_sizes(
     for less, few in islice(several_fewer(call, batch), _SIZES):
         own = _traced(less, few, derivative, batch)
         limit = _LIMIT + _NODE * len(own.module.graph.nodes)
-        limits = Limits(_NUMBERS, perf_counter() + limit)
+        limits = Limits(_NUMBERS, now() + limit)
         ((_, way),) = ways(less, own, True, Target(None, True), (mode,), limits)
         if isinstance(way, str):
             raise PlanRefused(way)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torchjac.capture.guards import Fingerprint
 from torchjac.capture.nesting import depth
 from torchjac.engines.kernel import Kernel, unchanged
 from torchjac.explain import remember
+from torchjac.host.clock import now
 from torchjac.plan import forced
 
 Shortcut = Callable[[tuple[Any, ...]], Any]
@@ -69,7 +69,7 @@ def shortcut(
     evaluate, order = kernel.launcher(), _order(call)
 
     def jacobian(args: tuple[Any, ...]) -> Any:
-        started = perf_counter()
+        started = now()
         try:
             if compiling() or not alike(args):
                 return None
@@ -78,7 +78,7 @@ def shortcut(
         parts, fine = evaluate([args[k] for k in order] if order else args)
         if not fine:
             return None
-        value, took = finish(parts), perf_counter() - started
+        value, took = finish(parts), now() - started
         remember(partial(record, plan, entry, layout, took))
         return value
 

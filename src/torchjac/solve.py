@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from time import perf_counter
 
 import torch
 
@@ -22,6 +21,7 @@ from torchjac.errors import (
     TorchjacError,
 )
 from torchjac.explain import Candidate, Record, remember
+from torchjac.host.clock import now
 from torchjac.layout import Arranged, arrange
 from torchjac.plan import Batching, Plan, Race, default_budget, race_for, single_pass
 from torchjac.structure import Pattern, Profile, Structure, analyze, profile
@@ -188,7 +188,7 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
             plan = race.next(refused)
         except PlanRefused as nothing_left:
             raise next(reversed(refused.values()), nothing_left) from None
-        started = perf_counter()
+        started = now()
         try:
             arranged = arrange(
                 evaluate(program, structure, plan) if structure.m and structure.n else (),
@@ -209,7 +209,7 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
             raise
         if not race.settled:
             _synchronize(program)
-        seconds = perf_counter() - started
+        seconds = now() - started
         race.ran(plan, seconds)
         shape = structure.without_graph()
         light = request if request.pattern is None else replace(request, pattern=None)

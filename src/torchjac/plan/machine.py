@@ -8,13 +8,13 @@ import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from time import perf_counter
 
 import torch
 
 from torchjac import disk
 from torchjac._torch.reuse import LARGE
 from torchjac._torch.work import Work
+from torchjac.host.clock import now
 
 _VERSION = 1
 # Seconds that measuring one number may take.
@@ -99,13 +99,13 @@ def _best(run: Callable[[], object], times: int) -> float:
     """Seconds of one run, the best of some."""
     run()
     found = math.inf
-    begun = perf_counter()
+    begun = now()
     for _ in range(5):
-        started = perf_counter()
+        started = now()
         for _ in range(times):
             run()
-        found = min(found, (perf_counter() - started) / times)
-        if perf_counter() - begun > _PATIENCE:
+        found = min(found, (now() - started) / times)
+        if now() - begun > _PATIENCE:
             break
     return found
 

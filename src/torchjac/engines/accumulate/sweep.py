@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial, reduce
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torchjac.engines.accumulate.operate import operated
 from torchjac.engines.accumulate.terms import Adjoint, Term, seed
 from torchjac.engines.accumulate.waist import closed, is_dense, narrowed, opened, resolved
 from torchjac.errors import NotKnownLinear, PlanRefused
+from torchjac.host.clock import now
 from torchjac.structure.interpret import linear_nodes, needed_nodes
 from torchjac.structure.maps import Factors, LinearMap, Numbers, Shape
 from torchjac.structure.maps.factors import is_unknown
@@ -185,7 +185,7 @@ class Sweep:
             limit: Seconds that it may take.
             samples: Independent samples.
         """
-        self._deadline = perf_counter() + limit
+        self._deadline = now() + limit
         self._derivative = derivative
         self._linear = linear_nodes(derivative)
         self._values = Running(derivative, self._linear, inputs, record)
@@ -335,5 +335,5 @@ class Sweep:
         self._left -= sum(max(term.size, math.prod(term.loop) // 8) for term in made.terms)
         if self._left < 0:
             raise PlanRefused("intermediate adjoints would take too much memory")
-        if perf_counter() > self._deadline:
+        if now() > self._deadline:
             raise PlanRefused("it takes too long to plan")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from threading import get_ident
-from time import perf_counter
 
 import torch
+
+from torchjac.host.clock import now
 
 # Seconds of work that are worth a thread: to wake one up takes about a fifth of that.
 _SHARE = 25e-6
@@ -100,18 +101,18 @@ class Threads:
         Args:
             run: Takes the number of threads.
         """
-        started = perf_counter()
+        started = now()
         if self._rest > 0:
             self._rest -= 1
             fine = run(1)
-            self._seconds = min(self._seconds, perf_counter() - started)
+            self._seconds = min(self._seconds, now() - started)
             return fine
         worth = int(min(self._seconds / _SHARE, self._most))
         threads = min(torch.get_num_threads(), worth) if worth > 1 else 1
         if threads < 2 or get_ident() in _stale:
             return run(1)
         fine = run(threads)
-        self._compare(perf_counter() - started)
+        self._compare(now() - started)
         return fine
 
     def _compare(self, seconds: float) -> None:
