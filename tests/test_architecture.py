@@ -136,6 +136,16 @@ def test_private_torch_stays_in_one_place(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_one_module_reads_the_clock(path: Path) -> None:
+    """All others ask it, so that tests can drive every duration."""
+    if path == ROOT / "host" / "clock.py":
+        return
+    assert not [name for name in imports(path) if name.split(".")[0] in ("time", "timeit")]
+    clocks = r"perf_counter|monotonic|(process|thread)_time|\btime\.time\b"
+    assert not re.search(clocks, path.read_text())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_read_in_one_sitting(path: Path) -> None:
     """Files of at most 400 lines, functions of at most 60."""
     text = path.read_text()
