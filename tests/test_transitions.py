@@ -1,0 +1,289 @@
+"""Which tier answers each call of a Jacobian: passes, a plan, a kernel, or the fast path to it.
+
+This is the characterization of today's transitions at the public surface. Costs are whole seconds
+apart (`ticking`), so that no threshold and no machine is near. Rows that warm up rest on seconds
+that backward passes took; all others begin with `save`, `load` or `compile=True`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchjac
+from ticking import (
+    INPUTS,
+    TRIAL,
+    USUAL,
+    branching,
+    deterministic,
+    drawing,
+    history,
+    joined,
+    meter,
+    metered,
+    product,
+    ran,
+    ticking,
+)
+from torchjac.capture import cache
+
+
+def energy(x: Tensor) -> Tensor:
+    meter.info("body")
+    y = metered(x)
+    return (y.sin() * y).sum()
+
+
+def sample(x: Tensor) -> Tensor:
+    meter.info("body")
+    return x.sin() * x.sum(-1, keepdim=True)
+
+
+def stencil(x: Tensor) -> Tensor:
+    meter.info("body")
+    return x[1:] * x[:-1]
+
+
+def scalar(x: Tensor) -> Tensor:
+    meter.info("body")
+    return (x.sin() * x.sum()).sum()
+
+
+def with_aux(x: Tensor) -> tuple[Tensor, Tensor]:
+    meter.info("body")
+    return x.sin() * x.sum(), x
+
+
+@dataclass(frozen=True)
+class Row:
+    """Calls of a new Jacobian, and which tier answers each."""
+
+    name: str
+    f: Callable[..., Any]
+    calls: str
+    expected: str
+    costs: dict[str, float] = field(default_factory=lambda: USUAL)
+    options: dict[str, Any] = field(default_factory=lambda: {"compile": True})
+    saved: str = ""
+    make: Callable[..., Any] = torchjac.jacobian
+
+
+SAVED: dict[str, Any] = {"options": {}, "saved": "3"}
+WARM = {"backward": 0.02, "body": 0.01, "plan": 1e-3, "kernel": 1e-4}
+ROWS = [
+    # Cold and warming: the bank of the passes' seconds.
+    Row("cheap functions stay cold", product, "3" * 40, "passes*40", options={}),
+    Row(
+        "planned once passes took as long as planning",
+        energy,
+        "3" * 10,
+        "passes*2 +plan plan*3 passes plan*3",
+        WARM,
+        {},
+    ),
+    Row("planned at the second call", energy, "33", "passes +plan", {**WARM, "backward": 0.1}, {}),
+    Row("compiled at the first call", product, "3", "+kernel"),
+    Row("saving makes the plan", product, "3", "kernel", **SAVED),
+    # Trial: the plan and passes take turns.
+    Row(
+        "the faster plan is kept",
+        product,
+        "3" * 12,
+        "+plan plan passes plan*2 passes*2 plan*5",
+        {**USUAL, "kernel": 3.0},
+    ),
+    Row(
+        "passes far slower run once",
+        product,
+        "3" * 12,
+        "+plan plan passes plan*9",
+        {**USUAL, "plan": 0.1, "kernel": 3.0},
+    ),
+    Row(
+        "passes that are faster are kept",
+        product,
+        "3" * 40,
+        "+plan plan passes plan*2 passes*35",
+        {**USUAL, "plan": 20.0, "kernel": 30.0},
+    ),
+    Row(
+        "a plan far slower runs once",
+        product,
+        "3" * 40,
+        "+plan plan passes*38",
+        {**USUAL, "plan": 40.0, "kernel": 50.0},
+    ),
+    Row(
+        "cheap plans need no incumbent",
+        product,
+        "3" * 6,
+        "plan*3 passes*3",
+        {"body": 1e-3, "plan": 1e-4},
+        **SAVED,
+    ),
+    # Tier-up: from the plan to the kernel.
+    Row(
+        "a kernel once runs took as long as making it",
+        product,
+        "3" * 14,
+        "plan passes plan*2 passes*2 kernel*4 fast*4",
+        {"body": 0.1, "plan": 0.06, "kernel": 0.01},
+        **SAVED,
+    ),
+    Row(
+        "a kernel that is slower is dropped",
+        product,
+        "3" * 20,
+        "plan passes plan*2 passes*2 plan*14",
+        {"body": 0.1, "plan": 0.06, "kernel": 0.2},
+        **SAVED,
+    ),
+    Row(
+        "passes that are kept bank for the kernel",
+        product,
+        "3" * 20,
+        "plan passes plan*2 passes*11 kernel*3 fast*2",
+        {"body": 0.03, "plan": 0.05, "kernel": 0.01},
+        **SAVED,
+    ),
+    Row("the fast path after the trial", product, "3" * 8, f"{TRIAL} fast*3"),
+    # Shapes: one entry each; the fast path is made again after 1, 2, 4, ... misses.
+    Row(
+        "every shape has a plan",
+        product,
+        "3" * 6 + "4" * 7 + "3" * 6 + "4",
+        f"{TRIAL} fast {TRIAL} kernel fast kernel*4 fast*2 kernel",
+    ),
+    Row(
+        "small batches are planned whole",
+        sample,
+        "s" * 7,
+        f"{TRIAL} fast*2",
+        options={"batched": True, "compile": True},
+    ),
+    Row(
+        "batches: a kernel of one sample",
+        sample,
+        "b" * 6,
+        "kernel passes kernel*2 fast*2",
+        options={"batched": True},
+        saved="b",
+    ),
+    Row(
+        "sparse results",
+        stencil,
+        "9" * 7,
+        "+kernel kernel +passes kernel*2 fast*2",
+        options={"layout": torch.sparse_csr, "compile": True},
+    ),
+    Row("Hessians have no fast path", scalar, "3" * 12, f"{TRIAL} kernel*7", make=torchjac.hessian),
+    Row(
+        "aux has no fast path",
+        with_aux,
+        "3" * 12,
+        f"{TRIAL} kernel*7",
+        options={"has_aux": True, "compile": True},
+    ),
+    Row(
+        "results with a graph are plans",
+        product,
+        "3" * 12,
+        "+plan plan passes plan*2 passes*2 plan*5",
+        options={"create_graph": True, "compile": True},
+    ),
+    # Rejected, and side exits.
+    Row("a function that draws", drawing, "3" * 20, "+passes passes*19"),
+    Row("a function that branches on values", branching, "3" * 20, "+passes passes*19"),
+    Row("not finite at first", product, "n3", "+passes +kernel"),
+    Row("not finite later", product, "3" * 6 + "nn33", f"{TRIAL} fast passes*2 fast*2"),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
+def test_row(row: Row, tmp_path: Path) -> None:
+    with ticking(**row.costs) as ticks:
+        J = row.make(row.f, **row.options)
+        if row.saved:
+            J.save(tmp_path / "plan", INPUTS[row.saved])
+        assert ran(ticks, J, row.calls) == joined(row.expected)
+
+
+class TestRace:
+    """Candidates among passes: the first calls take turns, then the fastest is kept."""
+
+    @staticmethod
+    def modes(J: Any, calls: int) -> list[tuple[str, int]]:
+        found = []
+        for _ in range(calls):
+            J(INPUTS["3"])
+            record = torchjac.last_run()
+            assert record is not None
+            assert record.engine == "plain"
+            found.append((record.mode, record.chunk))
+        return found
+
+    def test_turns(self) -> None:
+        with ticking(step=1e-3):
+            J = torchjac.jacobian(drawing)
+            found = self.modes(J, 25)
+        assert len(set(found)) > 1
+        assert len(set(found[12:])) == 1
+
+    def test_deterministic_algorithms(self) -> None:
+        with ticking(step=1e-3), deterministic():
+            J = torchjac.jacobian(drawing)
+            assert len(set(self.modes(J, 25))) == 1
+
+
+def defect(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError)
+
+
+class TestDefects:
+    """What is asserted is what should be."""
+
+    @defect("plans that were made count as failures")
+    def test_the_fourth_shape_is_planned(self) -> None:
+        with ticking(**USUAL) as ticks:
+            J = torchjac.jacobian(product, compile=True)
+            assert ran(ticks, J, "3456") == "+kernel*4"
+
+    @defect("results that are not finite count as failures")
+    def test_not_finite_at_the_start(self) -> None:
+        with ticking(**USUAL) as ticks:
+            J = torchjac.jacobian(product, compile=True)
+            ran(ticks, J, "nnn")
+            assert ran(ticks, J, "3") == "+kernel"
+
+    @defect("a refused function builds its fingerprint anew at every call")
+    def test_a_refusal_costs_one_guard_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        built, build = [], cache.fingerprint
+        monkeypatch.setattr(cache, "fingerprint", lambda *a: (built.append(1), build(*a))[1])
+        with ticking(**USUAL) as ticks:
+            J = torchjac.jacobian(drawing, compile=True)
+            ran(ticks, J, "33")
+            built.clear()
+            ran(ticks, J, "3" * 5)
+        assert not built
+
+    @defect("one slow first run parks a plan until a kernel is due")
+    def test_one_slow_run_parks_nothing(self, tmp_path: Path) -> None:
+        with ticking(body=1e-3, plan=0.1, kernel=1.0) as ticks:
+            J = torchjac.jacobian(product)
+            J.save(tmp_path / "plan", INPUTS["3"])
+            assert ran(ticks, J, "3") == "plan"
+            ticks.plan = 1e-4
+            assert "plan" in history(ticks, J, [INPUTS["3"]] * 20)[10:]
+
+    @defect("a later change removes the wall-clock deadlines")
+    def test_planning_does_not_look_at_the_clock(self) -> None:
+        with ticking(**USUAL, trace=100.0) as ticks:
+            J = torchjac.jacobian(product, compile=True)
+            assert ran(ticks, J, "3") == "+kernel"
