@@ -4,7 +4,8 @@ No time here is real. A run of the function, of a backward pass, of a plan or of
 the test says, so that no machine decides otherwise. Functions say that they run through a logger:
 guards let loggers alone, since no derivative depends on one.
 
-`Emitted.__call__` is the only internal name here: it is where a plan or a kernel runs.
+Two internal names stand here. `Emitted.__call__` is where a plan or a kernel runs, so that it can
+take its time. `machine` holds the costs that predictions rest on: the default ones on any machine.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Ticking:
     Attributes:
         step: Seconds that every reading takes.
         body: Seconds that a run of the function takes.
-        backward: Seconds that a backward pass through `metered` takes.
+        backward: Seconds that a backward pass through `metered` takes for one seed.
+        batched: Seconds that it takes for several seeds at once.
         plan: Seconds that a run of a plan takes.
         kernel: Seconds that a run of a kernel takes.
         trace: Seconds that it takes to trace the function.
@@ -52,6 +54,7 @@ class Ticking:
     step: float = 0.0
     body: float = 0.0
     backward: float = 0.0
+    batched: float = 0.0
     plan: float = 0.0
     kernel: float = 0.0
     trace: float = 0.0
@@ -64,7 +67,7 @@ class Ticking:
 
     def ran(self, name: str) -> None:
         """Counts a run, and lets it take its time."""
-        planning = self.runs["trace"] and name in ("body", "backward")
+        planning = self.runs["trace"] and name in ("body", "backward", "batched")
         self.runs[name] += 1
         self.now += 0.0 if planning else getattr(self, name)
 
@@ -85,16 +88,16 @@ class _Heard(logging.Handler):
 @contextlib.contextmanager
 def ticking(**costs: float) -> Iterator[Ticking]:
     """Replaces the clock of torchjac by one that is driven."""
-    ticks = Ticking(**costs)
+    ticks = Ticking(**costs)  # type: ignore[arg-type]
     heard, run = _Heard(ticks), Emitted.__call__
 
     def metered_run(self: Emitted, inputs: Any) -> Any:
         ticks.ran("plan" if self.kernel is None else "kernel")
         return run(self, inputs)
 
-    costs_ = replace(machine.DEFAULT)  # measured ones would be those of this clock
+    model = replace(machine.DEFAULT)  # a measured one would be of this clock
     with pytest.MonkeyPatch.context() as patch, replaced(ticks):
-        patch.setitem(machine._known, machine._name(), costs_)
+        patch.setitem(machine._known, machine._name(), model)
         patch.setattr(Emitted, "__call__", metered_run)
         meter.addHandler(heard)
         try:
@@ -110,19 +113,22 @@ class _Metered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        meter.info("backward")
+        batched = torch._C._functorch.is_batchedtensor(gradient)
+        meter.info("batched" if batched else "backward")
         return gradient
 
 
 def metered(x: Tensor) -> Tensor:
     """The same tensor; a backward pass through it is heard."""
-    return _Metered.apply(x)
+    found: Tensor = _Metered.apply(x)  # type: ignore[no-untyped-call]
+    return found
 
 
 def answered(ticks: Ticking, J: Any, *args: Any, **kwargs: Any) -> str:
     """Which tier answers a call: passes, plan, kernel, or fast for a kernel by the fast path.
 
-    A plus stands before it where the function was traced within the call.
+    A plus stands before it where the function was traced within the call. Where a kernel is made
+    after the run of a plan, the record of the call names the kernel, and so does this.
     """
     ticks.runs.clear()
     J(*args, **kwargs)
