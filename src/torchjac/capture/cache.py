@@ -8,12 +8,14 @@ from typing import Generic, TypeVar
 
 from torchjac.capture.function import Call
 from torchjac.capture.guards import Fingerprint, Unguardable, fingerprint
+from torchjac.capture.objects import inert
 from torchjac.capture.watch import Policy
 
 V = TypeVar("V")
 Before = Fingerprint | Unguardable
 
 
+@inert
 class CaptureCache(Generic[V]):
     """What was made for recent calls, the last used first. Safe to share between threads.
 
