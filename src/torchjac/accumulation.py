@@ -151,7 +151,8 @@ class Accumulation:
             except RefusedHere:  # it says nothing of other values
                 raise
             except (CaptureRefused, PlanRefused) as refusal:
-                self.report = getattr(refusal, "report", self.report)
+                if isinstance(refusal, Disagrees):
+                    self.report = refusal.report
                 return str(refusal)
             except Exception as error:  # passes give the result; the record says what went wrong
                 return f"{type(error).__name__}: {error}"
