@@ -17,8 +17,11 @@ import changes
 import changes_objects as objects
 import torchjac
 from guarding import X, bare, call, guarded
+from torchjac.accumulation import Accumulation
 from torchjac.capture.cache import CaptureCache
 from torchjac.capture.guards import Fingerprint
+from torchjac.elimination import Wanted
+from torchjac.remembered import Remembered
 
 k = 2.0
 
@@ -123,6 +126,14 @@ class TestSize:
         guard = guarded(call(f))
         assert guard.mismatch(call(f)) is None
         assert calls == []
+
+
+# What torchjac keeps from call to call, and what it writes to there.
+INERT = {
+    "cache": (CaptureCache, "_size"),
+    "plans": (lambda: Accumulation(Wanted()), "_spent"),
+    "memory": (Remembered, "_seconds"),
+}
 
 
 class TestCache:
@@ -249,3 +260,42 @@ class TestCache:
         found = guard.mismatch(call(f))
         assert found is not None
         assert "global k" in found.reason
+
+    def test_a_nested_jacobian_is_compiled(self) -> None:
+        """What the inner one learns from call to call is no change of what the outer one reads."""
+        inner = torchjac.jacobian(lambda x: x.sin() * x.sum())
+        outer = torchjac.jacobian(lambda x: inner(x).sum(0), compile=True)
+        for _ in range(3):
+            outer(X)
+        record = outer.explain(X)
+        assert record.engine == "accumulate"
+        assert record.refusals == ()
+
+    @pytest.mark.parametrize("name", INERT)
+    def test_state_of_torchjac_is_no_reason_to_plan_anew(self, name: str) -> None:
+        make, attribute = INERT[name]
+        state = make()
+
+        def f(x: Tensor) -> Tensor:
+            getattr(state, attribute)
+            return x.sin() * x.sum()
+
+        J = torchjac.jacobian(f, compile=True)
+        J(X)
+        assert J.explain(X).engine == "accumulate"
+        guard = guarded(call(f))
+        setattr(state, attribute, 7.0)
+        assert guard.mismatch(call(f)) is None
+
+    @pytest.mark.parametrize("name", INERT)
+    def test_a_subclass_may_hold_anything(self, name: str) -> None:
+        class Own(type(INERT[name][0]())):  # type: ignore[misc]
+            def __init__(self) -> None:
+                """Begins without the state of the base."""
+                self.k = 2.0
+
+        own = Own()
+        f = lambda x: x * own.k  # noqa: E731
+        guard = guarded(call(f))
+        own.k = 3.0
+        assert guard.mismatch(call(f)) is not None

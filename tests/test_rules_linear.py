@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch import nn as nn
 from torch.nn import functional as F
 
 from laws import value
 from patterns import check, interpreted, numeric, pattern_of
+from torchjac.structure.rules import NoRule, Op, local_of
+from torchjac.structure.values import Values
 
 aten = torch.ops.aten
 
@@ -363,3 +365,28 @@ def test_opaque_kernels(name: str) -> None:
         assert ((pattern != 0) == (numeric(function, *arguments) != 0)).all()
         return
     check(function, *arguments, argnums=tuple(range(len(arguments))), exact=exact)
+
+
+class TestNoRule:
+    """The reason is a field: nobody has to read the message."""
+
+    @staticmethod
+    def op(target: Any, *args: Any) -> Op:
+        graph = fx.Graph()
+        node = graph.call_function(target, tuple(args))
+        return Op(node, set(), Values.__new__(Values))
+
+    def test_no_operation(self) -> None:
+        with pytest.raises(NoRule) as caught:
+            local_of(self.op(aten.bincount.default, None))
+        assert (caught.value.lack, caught.value.operation) == ("operation", "aten::bincount")
+
+    def test_no_case(self) -> None:
+        with pytest.raises(NoRule, match="not a sum") as caught:
+            local_of(self.op(aten.scatter.reduce, None, 0, None, None, "multiply"))
+        assert (caught.value.lack, caught.value.operation) == ("case", "aten::scatter")
+
+    def test_no_such_argument_in_this_version(self) -> None:
+        with pytest.raises(NoRule, match="which this torch has not") as caught:
+            self.op(aten.sin.default, None)["exponent"]
+        assert (caught.value.lack, caught.value.operation) == ("version", "aten::sin")

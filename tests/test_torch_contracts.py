@@ -77,6 +77,13 @@ class TestAutograd:
     def test_the_private_name_exists(self) -> None:
         assert callable(Variable._execution_engine.run_backward)
 
+    def test_memory_that_ran_out_is_told_by_the_error(self) -> None:
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(2**58, dtype=torch.uint8)
+        assert autograd.out_of_memory(caught.value)
+        assert autograd.out_of_memory(torch.OutOfMemoryError("of a device"))
+        assert not autograd.out_of_memory(RuntimeError("sizes do not match"))
+
 
 class TestVmap:
     def test_batched_backward_is_a_stack_of_backwards(self) -> None:

@@ -19,6 +19,7 @@ from torchjac.accumulated import Accumulated
 from torchjac.capture import Call, Program
 from torchjac.capture.cache import Before, CaptureCache
 from torchjac.capture.guards import Fingerprint
+from torchjac.capture.objects import inert
 from torchjac.capture.samples import MANY
 from torchjac.capture.watch import Policy
 from torchjac.elimination import Wanted, planned
@@ -54,6 +55,7 @@ def checking() -> Iterator[None]:
         _checking.reset(token)
 
 
+@inert
 class Accumulation:
     """The plans of one function.
 
@@ -149,7 +151,8 @@ class Accumulation:
             except RefusedHere:  # it says nothing of other values
                 raise
             except (CaptureRefused, PlanRefused) as refusal:
-                self.report = getattr(refusal, "report", self.report)
+                if isinstance(refusal, Disagrees):
+                    self.report = refusal.report
                 return str(refusal)
             except Exception as error:  # passes give the result; the record says what went wrong
                 return f"{type(error).__name__}: {error}"

@@ -40,10 +40,12 @@ class PlanRefused(TorchjacError):
     Attributes:
         lasting: Whether it will not run on other values either; if not, it is tried again.
         user_code: Whether code of the user runs in the backward pass (or may).
+        operation: The operation that torch has no batching rule for, where that is the reason.
     """
 
     lasting = True
     user_code = True
+    operation: str | None = None
 
 
 class RefusedHere(PlanRefused):

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 from torchjac.capture import Call, Program
 from torchjac.capture.cache import CaptureCache
+from torchjac.capture.objects import inert
 from torchjac.capture.watch import Policy
 from torchjac.sparsity import pattern_if_worth
 from torchjac.structure import Pattern, global_pattern, is_independent
@@ -24,6 +25,7 @@ _PROOF = 0.03
 _PATIENCE = 3
 
 
+@inert
 class Remembered:
     """The pattern of one function, and whether its samples are independent."""
 

@@ -200,7 +200,7 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
             refused[replace(plan, checked=False)] = refusal
             if refusal.lasting:
                 substitute = _substitute(plan, refusal)
-                passing = refusal.user_code and not hasattr(refusal, "operation")
+                passing = refusal.user_code and refusal.operation is None
                 race.refuse(replace(plan, checked=False), str(refusal), substitute, passing)
                 _warn_of_loop(refusal)
             continue
@@ -236,7 +236,7 @@ def _substitute(plan: Plan, refusal: PlanRefused) -> Batching | None:
     """Another way to batch the passes of a refused plan, if there is a safe one."""
     if plan.mode != "reverse" or plan.chunk == 1 or plan.batching != "functorch":
         return None
-    if hasattr(refusal, "operation"):
+    if refusal.operation is not None:
         return "looping"
     # A custom function or hook that reads grad.data crashes the process under legacy batching.
     return None if refusal.user_code else "legacy"
@@ -250,7 +250,7 @@ def _synchronize(program: Program) -> None:
 
 def _warn_of_loop(refusal: PlanRefused) -> None:
     """Says once per operation that rows are looped over because of it."""
-    operation = getattr(refusal, "operation", None)
+    operation = refusal.operation
     if operation is None or operation in _warned_of:
         return
     _warned_of.add(operation)

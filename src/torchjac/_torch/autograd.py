@@ -41,6 +41,17 @@ def backward(
     return result
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    # torch has a class for it on devices only: on a CPU its text is all there is.
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+    )
+
+
 def node_outputs(node: Any) -> Sequence[Any]:
     """Shape and dtype of the tensors that a node's forward operation produced."""
     metadata: Sequence[Any] = node._input_metadata

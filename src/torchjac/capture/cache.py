@@ -8,12 +8,14 @@ from typing import Generic, TypeVar
 
 from torchjac.capture.function import Call
 from torchjac.capture.guards import Fingerprint, Unguardable, fingerprint
+from torchjac.capture.objects import inert
 from torchjac.capture.watch import Policy
 
 V = TypeVar("V")
 Before = Fingerprint | Unguardable
 
 
+@inert
 class CaptureCache(Generic[V]):
     """What was made for recent calls, the last used first. Safe to share between threads.
 
@@ -109,8 +111,11 @@ class CaptureCache(Generic[V]):
             return self._refused
         if print_.has_grown():  # results were frozen that it does not know
             again = fingerprint(call, self._policy)
-            if isinstance(again, Unguardable) or again.has_grown():
-                self._refused = getattr(again, "reason", "its caches grow all the time")
+            if isinstance(again, Unguardable):
+                self._refused = again.reason
+                return self._refused
+            if again.has_grown():
+                self._refused = "its caches grow all the time"
                 return self._refused
             print_ = again
         self._refused = None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 import functools
 import logging
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -209,7 +210,7 @@ class ObjectWatcher(CodeWatcher):
         cls = type(value)
         if cls is object or cls.__module__ in _CONSTANT_MODULES:
             return identical(value, path)
-        if f"{cls.__module__}.{cls.__qualname__}" in _INERT:
+        if cls in _INERT:
             return self._inert(value, path)
         if not _is_plain(value) or is_volatile(cls.__module__):
             raise NotUnderstood(
@@ -283,20 +284,26 @@ class ObjectWatcher(CodeWatcher):
 
 
 _CONSTANT_MODULES = frozenset({"torch._ops", "typing"})
-# Objects whose state no derivative depends on.
-_INERT = frozenset(
-    {
-        "_thread.RLock",
-        "_thread.lock",
-        "logging.Logger",
-        "logging.RootLogger",
-        "torchjac.capture.cache.CaptureCache",
-        "torchjac.accumulation.Accumulation",
-        "torchjac.remembered.Remembered",
-    }
-)
+_T = TypeVar("_T")
+# Classes of objects whose state no derivative depends on; not their subclasses.
+_INERT: set[type] = {
+    logging.Logger,
+    logging.RootLogger,
+    type(threading.Lock()),
+    type(threading.RLock()),
+}
 _ASKS = frozenset({"isinstance", "issubclass"})
 _OF_LOGGERS = frozenset({"disabled", "getEffectiveLevel", "hasHandlers", "isEnabledFor", "level"})
+
+
+def inert(cls: type[_T]) -> type[_T]:
+    """Marks a class: no derivative depends on the state of its instances.
+
+    A class names itself, so that this module need not know the ones above it. A subclass is not
+    marked: it may hold anything.
+    """
+    _INERT.add(cls)
+    return cls
 
 
 def _registered(cls: Any) -> frozenset[Any]:

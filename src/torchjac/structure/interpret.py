@@ -16,7 +16,7 @@ from torchjac.structure.control import BodyValues, Control
 from torchjac.structure.dependence import Dependence, apply, everything, joined, nothing, seed
 from torchjac.structure.maps import dense, reshape
 from torchjac.structure.precision import coarse
-from torchjac.structure.rules import RULES, Beside, NoRule, NotLinear, Op, Operand
+from torchjac.structure.rules import RULES, Beside, NoRule, NotLinear, Op, Operand, local_of
 from torchjac.structure.values import HALF, SHAPE_ONLY, UNINITIALIZED, Values
 
 
@@ -149,8 +149,8 @@ class _Run:
                 raise
             why = str(reason) or "its result need not be zero where the cotangent is"
             made = self._for_each(node, lambda s: everything(s, self._m))
-        except LookupError as missing:
-            why = str(missing) if isinstance(missing, NoRule) else "there is no rule for it"
+        except NoRule as missing:
+            why = str(missing) if missing.lack == "version" else "there is no rule for it"
             made = self._for_each(node, lambda s: self._all_to_all(node, s))
         made = self._rounded(node, made)
         if why is not None:
@@ -172,10 +172,10 @@ class _Run:
         if isinstance(target, HigherOrderOperator):
             return self._by_body(node)
         if not isinstance(target, OpOverload):
-            raise LookupError(str(target))
+            raise NoRule(str(target), "operation")
         if target not in RULES and "backward" not in target._schema.name:
             raise NotLinear("there is no rule for it")  # nor does it have to vanish with u
-        local = RULES[target](Op(node, self._linear, self._values))
+        local = local_of(Op(node, self._linear, self._values))
         if isinstance(local, tuple):
             return [
                 None if value is None else self._summed(part, tuple(value.shape))

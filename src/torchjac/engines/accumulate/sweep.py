@@ -26,7 +26,7 @@ from torchjac.host.clock import now
 from torchjac.structure.interpret import linear_nodes, needed_nodes
 from torchjac.structure.maps import Factors, LinearMap, Numbers, Shape
 from torchjac.structure.maps.factors import is_unknown
-from torchjac.structure.rules import RULES, Beside, NotLinear, Op, Vanishing
+from torchjac.structure.rules import Beside, NoRule, NotLinear, Op, Vanishing, local_of
 from torchjac.structure.values import SHAPE_ONLY, Values, before
 
 Record = Callable[[Callable[[], Any]], Any]
@@ -256,8 +256,8 @@ class Sweep:
             raise PlanRefused(f"it runs {node.target}")
         with real_values():
             try:
-                local = RULES[node.target](Op(node, self._linear, self._values))
-            except (NotLinear, KeyError, LookupError) as missing:
+                local = local_of(Op(node, self._linear, self._values))
+            except (NotLinear, NoRule) as missing:
                 raise PlanRefused(f"{node.target}: no local Jacobian") from missing
         parts = local if isinstance(local, tuple) else (local,)
         if node.target in WRONGLY_BATCHED or any(isinstance(part, Vanishing) for part in parts):

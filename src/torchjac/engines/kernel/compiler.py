@@ -24,6 +24,10 @@ LIMIT = 60.0
 _DIGEST = hashlib.sha256().digest_size
 
 
+class NoCompiler(PlanRefused):
+    """This machine has no C compiler."""
+
+
 def compiled(text: str, level: int, limit: float = LIMIT) -> Any:
     """Functions in C, compiled for this machine; what was compiled before is loaded.
 
@@ -33,14 +37,15 @@ def compiled(text: str, level: int, limit: float = LIMIT) -> Any:
         limit: Seconds that this may take.
 
     Raises:
-        PlanRefused: There is no compiler, or it fails, or takes too long.
+        NoCompiler: There is none.
+        PlanRefused: It fails, or takes too long, or there are no kernels on this system.
     """
     refused = toolchain.refused()
     if refused is not None:
         raise PlanRefused(refused)
     command = _command()
     if command is None:
-        raise PlanRefused("there is no C compiler (CC, cc, gcc, clang)")
+        raise NoCompiler("there is no C compiler (CC, cc, gcc, clang)")
     flags = [f"-O{level}", *toolchain.flags()]
     if "#pragma omp parallel" in text:
         try:

@@ -20,7 +20,7 @@ from torchjac._torch.operators import aten, known
 from torchjac._torch.recording import Recording, values_in
 from torchjac.engines.kernel.contract import CONTRACTIONS
 from torchjac.engines.kernel.expansion import EXPRESSIONS, INPLACE, Expansion, Form
-from torchjac.engines.kernel.expressions import Expressions, Places
+from torchjac.engines.kernel.expressions import ArrayRef, Expressions, Places
 from torchjac.engines.kernel.factor import FACTORS
 from torchjac.engines.kernel.pointwise import POINTWISE
 from torchjac.errors import PlanRefused
@@ -45,16 +45,16 @@ class Scalars:
     Attributes:
         expressions: All of them.
         outputs: For each output the expression, and the lane, of every element.
-        tables: Constants that are read, by the name of their array.
+        tables: Constants that are read, by their array.
         live: Tensors from elsewhere whose numbers may change (parameters), in the same way.
         sampled: Inputs that hold samples.
     """
 
     expressions: Expressions
     outputs: tuple[tuple[Places, Places], ...]
-    tables: dict[str, Tensor]
-    live: dict[str, Tensor]
-    sampled: frozenset[str]
+    tables: dict[ArrayRef, Tensor]
+    live: dict[ArrayRef, Tensor]
+    sampled: frozenset[ArrayRef]
 
 
 def expand(

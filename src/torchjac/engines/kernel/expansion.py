@@ -16,7 +16,7 @@ from torchjac._torch.recording import Recording, decomposed, mapped, values_in
 from torchjac._torch.straight import folded
 from torchjac.engines.kernel.codes import BITS, apart, dtype_of, groups, laid_out
 from torchjac.engines.kernel.contract import CONTRACTIONS
-from torchjac.engines.kernel.expressions import ONE, Expressions, Lanes, Places
+from torchjac.engines.kernel.expressions import ONE, ArrayRef, Expressions, Lanes, Places
 from torchjac.engines.kernel.factor import FACTORS
 from torchjac.engines.kernel.moves import FILLS, MOVES
 from torchjac.engines.kernel.pointwise import POINTWISE
@@ -45,24 +45,24 @@ class Expansion:
         expressions: What was made so far.
         writes_out: Whether sums are written out, however long.
         keeps_products: Whether products of matrices are kept whole.
-        tables: Constants that are read, by the name of their array.
+        tables: Constants that are read, by their array.
         live: Tensors from elsewhere whose numbers may change (parameters), in the same way.
         sampled: Inputs that hold samples.
     """
 
     def __init__(self, form: Form, samples: int, frozen: bool, most: int):
         self._frozen = frozen
-        self.live: dict[str, Tensor] = {}
-        self.sampled: set[str] = set()
+        self.live: dict[ArrayRef, Tensor] = {}
+        self.sampled: set[ArrayRef] = set()
         self._is_single = form == "single"
         self.writes_out = form in ("single", "samples")
         self.keeps_products = form == "strips"
         self._count = samples if form in ("samples", "strips") else 0
         self._samples = Lanes(samples) if form == "samples" else None
         self.expressions = Expressions(most)
-        self.tables: dict[str, Tensor] = {}
+        self.tables: dict[ArrayRef, Tensor] = {}
         self._recording = Recording((), (), (), ())
-        self._arrays: dict[str, Tensor] = {}
+        self._arrays: dict[ArrayRef, Tensor] = {}
         self._codes: dict[int, Any] = {}
         # Inputs of what an operation was decomposed to; what is given there, and by whom.
         self._given: dict[int, tuple[Value, Recording]] = {}
@@ -75,9 +75,9 @@ class Expansion:
         self._recording = recording
         for i, value in enumerate(recording.inputs):
             if self._count and value.shape and value.shape[0] == self._count:
-                self.sampled.add(f"in{i}")
+                self.sampled.add(ArrayRef("in", i))
             if value.dtype.is_floating_point:
-                code = self._array(f"in{i}", value.shape, dtype_of(value))
+                code = self._array(ArrayRef("in", i), value.shape, dtype_of(value))
                 self._codes[id(value)] = code
         for call in calls:
             self._run(call)
@@ -183,33 +183,33 @@ class Expansion:
         assert isinstance(found, Tensor)
         return found
 
-    def _array(self, name: str, shape: torch.Size, dtype: str) -> Tensor:
+    def _array(self, array: ArrayRef, shape: torch.Size, dtype: str) -> Tensor:
         """Codes of the elements of an array."""
-        if name not in self._arrays:
-            self._arrays[name] = self._elements(name, shape, dtype)
-        return self._arrays[name]
+        if array not in self._arrays:
+            self._arrays[array] = self._elements(array, shape, dtype)
+        return self._arrays[array]
 
-    def _elements(self, name: str, shape: torch.Size, dtype: str) -> Tensor:
+    def _elements(self, array: ArrayRef, shape: torch.Size, dtype: str) -> Tensor:
         size = math.prod(shape)
         lanes = self._samples
         each = lanes is not None and len(shape) > 0 and shape[0] == lanes.size
         if self._is_single or (lanes is not None and not each):
-            numbers = [self.expressions.load(name, dtype, ONE, 0, k) for k in range(size)]
+            numbers = [self.expressions.load(array, dtype, ONE, 0, k) for k in range(size)]
             return (torch.tensor(numbers, dtype=torch.int64) << BITS).view(shape)
         if lanes is not None:
             step = size // lanes.size
-            numbers = [self.expressions.load(name, dtype, lanes, step, k) for k in range(step)]
+            numbers = [self.expressions.load(array, dtype, lanes, step, k) for k in range(step)]
             codes = torch.tensor(numbers, dtype=torch.int64) << BITS
             return (codes[None] + torch.arange(lanes.size)[:, None]).view(shape)
-        number = self.expressions.load(name, dtype, Lanes(size))
+        number = self.expressions.load(array, dtype, Lanes(size))
         return ((number << BITS) + torch.arange(size)).view(shape)
 
     def _constant(self, value: Value) -> Tensor:
         tensor = self._recording.constants[value.position]
         if value.base.varies and not self._frozen:
-            name = f"live{len(self.live)}"
-            self.live[name] = tensor
-            return laid_out(self._array(name, tensor.shape, dtype_of(value)), value)
+            array = ArrayRef("live", len(self.live))
+            self.live[array] = tensor
+            return laid_out(self._array(array, tensor.shape, dtype_of(value)), value)
         tensor = tensor.detach()
         once = tensor[tuple(slice(0, 1) if not step else slice(None) for step in tensor.stride())]
         return laid_out(self._numbers(once, value).expand(tensor.shape), value)
@@ -227,9 +227,9 @@ class Expansion:
         return self._table(tensor, dtype)
 
     def _table(self, tensor: Tensor, dtype: str) -> Tensor:
-        name = f"table{len(self.tables)}"
-        self.tables[name] = tensor.contiguous()
-        return self._array(name, tensor.shape, dtype)
+        array = ArrayRef("table", len(self.tables))
+        self.tables[array] = tensor.contiguous()
+        return self._array(array, tensor.shape, dtype)
 
     def matrix(self, value: Value) -> Tensor:
         """The codes of a tensor that is multiplied: lanes of one expression where it may be."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,28 @@ class Map:
     """
 
     places: Places
+
+
+# What an array is for: inputs, parameters that may change, constants, results, values on the way,
+# results where they do not vary, places of elements.
+ArrayKind = Literal["in", "live", "table", "out", "kept", "fixed", "p"]
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayRef:
+    """An array that a program reads or writes; its text is its name in C.
+
+    Attributes:
+        kind: What it is for.
+        number: Which one of these.
+    """
+
+    kind: ArrayKind
+    number: int
+
+    def __str__(self) -> str:
+        """The name in C."""
+        return f"{self.kind}{self.number}"
 
 
 # An argument: an expression, and the map; None where lanes go together.
@@ -97,7 +119,7 @@ class Expressions:
         text = float(value).hex()  # tells 0 from -0
         return self._add(("constant", dtype, text), "constant", dtype, (), ONE, float(value))
 
-    def load(self, array: str, dtype: str, lanes: Lanes, step: int = 1, start: int = 0) -> int:
+    def load(self, array: ArrayRef, dtype: str, lanes: Lanes, step: int = 1, start: int = 0) -> int:
         """Elements of an array: one for each lane, so far apart, from the one at `start` on."""
         about = (array, step, start)
         return self._add(("load", about, id(lanes)), "load", dtype, (), lanes, about)

@@ -26,6 +26,7 @@ from torchjac.engines.kernel.expand import (
     multiplies,
     shares_matrices,
 )
+from torchjac.engines.kernel.expressions import ArrayRef
 from torchjac.engines.kernel.loops import Schedule, each_alone, schedule
 from torchjac.engines.kernel.parted import PartedWriter, is_for_threads
 from torchjac.engines.kernel.sampled import SampleWriter, over_samples, schedule_of_samples
@@ -181,7 +182,9 @@ def _written(
     writing: type[Writer] = Writer,
 ) -> Written:
     results = _results(recordings)
-    inputs: list[tuple[str, Any]] = [(f"in{i}", v) for i, v in enumerate(recordings[0][0].inputs)]
+    inputs: list[tuple[ArrayRef, Any]] = [
+        (ArrayRef("in", i), v) for i, v in enumerate(recordings[0][0].inputs)
+    ]
     inputs += scalars.live.items()
     floating = [(n, _name(v.dtype)) for n, v in inputs if v.dtype.is_floating_point]
     sizes = [(_name(v.dtype), math.prod(v.shape)) for v in results]
@@ -200,8 +203,8 @@ def _written(
 
 
 def _numbered(
-    inputs: Sequence[tuple[str, Any]], floating: Sequence[tuple[str, str]]
-) -> list[tuple[int, str, str]]:
+    inputs: Sequence[tuple[ArrayRef, Any]], floating: Sequence[tuple[ArrayRef, str]]
+) -> list[tuple[int, ArrayRef, str]]:
     known = dict(floating)
     return [(i, n, known[n]) for i, (n, _) in enumerate(inputs) if n in known]
 

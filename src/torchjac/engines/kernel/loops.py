@@ -17,7 +17,7 @@ import numpy as np
 
 from torchjac.engines.kernel.cells import LARGEST, Cells, Edge, Ties, identified
 from torchjac.engines.kernel.expand import Scalars
-from torchjac.engines.kernel.expressions import ONE, Places
+from torchjac.engines.kernel.expressions import ONE, ArrayRef, Places
 from torchjac.errors import PlanRefused
 
 # Kinds of cells, at one level.
@@ -33,13 +33,13 @@ class Store:
     Attributes:
         expression: What is written.
         lanes: For each turn of the loop, which lane of it.
-        array: Where to: the name of an array.
+        array: Where to.
         positions: For each turn, where in it.
     """
 
     expression: int
     lanes: Places
-    array: str
+    array: ArrayRef
     positions: Places
 
 
@@ -65,15 +65,15 @@ class Schedule:
 
     Attributes:
         loops: The loops; what has one lane is computed before them.
-        kept: Expressions whose values go through memory, with the name and size of the array.
+        kept: Expressions whose values go through memory, with the array and its size.
         fixed: For each output what it is where it does not vary, by position.
         single: For each output expressions of one lane, and where they go.
     """
 
     loops: tuple[Loop, ...]
-    kept: dict[int, tuple[str, int]]
+    kept: dict[int, tuple[ArrayRef, int]]
     fixed: tuple[tuple[Places, np.ndarray], ...]
-    single: tuple[tuple[int, str, Places], ...]
+    single: tuple[tuple[int, ArrayRef, Places], ...]
 
 
 def schedule(scalars: Scalars) -> Schedule:
@@ -105,7 +105,7 @@ class _Scheduling:
         self._ties = ties
         self._scalars = scalars
         self._all = scalars.expressions.all
-        self._kept: dict[int, tuple[str, int]] = {}
+        self._kept: dict[int, tuple[ArrayRef, int]] = {}
         self._needed = self._reachable()
         self._costs = self._costs_of()
         kinds = [self._all[n].lanes for n in self._needed if self._is_computed(n)]
@@ -186,7 +186,7 @@ class _Scheduling:
     def _keep(self, number: int) -> None:
         if number not in self._kept and self._is_computed(number):
             size = self._all[number].lanes.size
-            self._kept[number] = (f"kept{len(self._kept)}", size)
+            self._kept[number] = (ArrayRef("kept", len(self._kept)), size)
 
     def _levels(self) -> dict[int, int]:
         """How often values go through memory before each expression."""
@@ -220,9 +220,9 @@ class _Scheduling:
                     places.append(part)
                     values.append(np.full(len(part), value))
                 elif self._all[number].lanes is ONE:
-                    single.append((number, f"out{i}", part))
+                    single.append((number, ArrayRef("out", i), part))
                 else:
-                    stores += list(_ranked(number, lanes[part], f"out{i}", part))
+                    stores += list(_ranked(number, lanes[part], ArrayRef("out", i), part))
             empty = np.zeros(0, dtype=np.int64)
             fixed.append((np.concatenate([empty, *places]), np.concatenate([np.zeros(0), *values])))
         return tuple(fixed), tuple(single), stores
@@ -269,7 +269,7 @@ class _Scheduling:
             yield Loop(len(members), tuple(stores_of))
 
 
-def _ranked(number: int, lanes: Places, array: str, positions: Places) -> Iterator[Store]:
+def _ranked(number: int, lanes: Places, array: ArrayRef, positions: Places) -> Iterator[Store]:
     """Stores of a value, none of which writes one lane twice."""
     order = np.argsort(lanes, kind="stable")
     lanes, positions = lanes[order], positions[order]

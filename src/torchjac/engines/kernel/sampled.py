@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from torchjac.engines.kernel.expand import Scalars
-from torchjac.engines.kernel.expressions import ONE, Places
+from torchjac.engines.kernel.expressions import ONE, ArrayRef, Places
 from torchjac.engines.kernel.loops import Loop, Schedule, Store
 from torchjac.engines.kernel.scalars import CTYPES, literal
 from torchjac.engines.kernel.singles import needed
@@ -56,7 +56,9 @@ def over_samples(scalars: Scalars, count: int) -> Schedule:
             if value is not None:
                 values[position] = value
                 continue
-            stores.append(Store(number, where[:, position], f"out{k}", position + width * every))
+            stores.append(
+                Store(number, where[:, position], ArrayRef("out", k), position + width * every)
+            )
         fixed.append((np.arange(width), values))
     return Schedule((Loop(count, tuple(stores)),), {}, tuple(fixed), ())
 
@@ -80,7 +82,7 @@ def _check(scalars: Scalars, count: int) -> None:
             raise PlanRefused("samples are not computed one by one")
         if found.kind == "load" and found.lanes is not ONE:
             array, step, start = loaded(found)
-            if not array.startswith("in") or start >= step:
+            if array.kind != "in" or start >= step:
                 raise PlanRefused("samples read different constants")
         for argument, by in found.arguments:
             if by is not None and not (by.places == by.places[0]).all():
@@ -103,25 +105,27 @@ class SampleRows(Writer):
         lines = []
         for k, (dtype, _) in enumerate(outputs):
             _, values = self._plan.fixed[k]
+            out, constants = ArrayRef("out", k), ArrayRef("fixed", k)
             if values.any():
                 numbers = ", ".join(literal(v, dtype) for v in values.tolist())
-                lines.append(f"  static const {CTYPES[dtype]} fixed{k}[] = {{{numbers}}};")
-            if f"out{k}" not in stored and len(values):
-                row = self.row(f"out{k}", "i")
+                lines.append(f"  static const {CTYPES[dtype]} {constants}[] = {{{numbers}}};")
+            if out not in stored and len(values):
+                row = self.row(out, "i")
                 lines += ["  for (long i = first; i < last; i++)", *row]
         return lines
 
-    def row(self, array: str, sample: str = "(i + s)") -> list[str]:
+    def row(self, array: ArrayRef, sample: str = "(i + s)") -> list[str]:
         """What begins to write what a sample gives: what does not vary, zero elsewhere."""
         (loop,) = self._plan.loops
-        _, values = self._plan.fixed[int(array[3:])]
+        _, values = self._plan.fixed[array.number]
         width = len(values)
         if sum(store.array == array for store in loop.stores) == width:
             return []
         where = f"{array} + {width} * {sample}"
         if not values.any():
             return [f"      memset({where}, 0, {width} * sizeof(*{array}));"]
-        return [f"      memcpy({where}, fixed{array[3:]}, sizeof(fixed{array[3:]}));"]
+        constants = ArrayRef("fixed", array.number)
+        return [f"      memcpy({where}, {constants}, sizeof({constants}));"]
 
 
 class SampleWriter(SampleRows):
@@ -136,7 +140,7 @@ class SampleWriter(SampleRows):
         super().__init__(scalars, plan)
         dtypes = {self._all[n].dtype for n in needed(self._all, self._wanted)}
         self.dtype = "float32" if "float64" not in dtypes else "float64"  # the wider one
-        self._read: dict[str, int] = {}  # inputs, and how many numbers of a sample they have
+        self._read: dict[ArrayRef, int] = {}  # inputs, and how many numbers of a sample they have
         self._strip: list[str] = []
 
     def helpers(self) -> list[str]:
@@ -147,7 +151,7 @@ class SampleWriter(SampleRows):
         """Where strips are."""
         return self._strip
 
-    def element(self, array: str, step: int, start: int, lanes: Places) -> str:
+    def element(self, array: ArrayRef, step: int, start: int, lanes: Places) -> str:
         """An element of a strip of an input."""
         if array not in self._read:
             number = next(
@@ -165,13 +169,13 @@ class SampleWriter(SampleRows):
 
     def _loop(self, loop: Loop) -> list[str]:
         values = Turn(self, loop.size)
-        results: dict[str, list[int]] = {}
-        widths: dict[str, int] = {}
+        results: dict[ArrayRef, list[int]] = {}
+        widths: dict[ArrayRef, int] = {}
         stores = []
         for store in loop.stores:
             name = values.of(store.expression, store.lanes)
             places = results.setdefault(store.array, [])
-            widths[store.array] = len(self._plan.fixed[int(store.array[3:])][1])
+            widths[store.array] = len(self._plan.fixed[store.array.number][1])
             stores += [
                 f"      bad += {name};",
                 f"      y{store.array}[{len(places)} * {STRIP} + s] = {name};",

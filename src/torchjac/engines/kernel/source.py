@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchjac.engines.kernel.expand import Scalars
-from torchjac.engines.kernel.expressions import Expression, Places
+from torchjac.engines.kernel.expressions import ArrayRef, Expression, Places
 from torchjac.engines.kernel.loops import Loop, Schedule
 from torchjac.engines.kernel.scalars import COSTLY, CTYPES, OWN, VECTORIZED, C, literal
 from torchjac.engines.kernel.singles import Group, grouped, needed
+from torchjac.engines.kernel.tiles import bytes_of
 from torchjac.engines.kernel.turns import Turn, loaded
 
 # Statements, and loops, from which on a function is not optimized as much (a straight line gains
@@ -60,7 +61,7 @@ class Source:
 def source_of(
     scalars: Scalars,
     plan: Schedule,
-    inputs: Sequence[tuple[int, str, str]],
+    inputs: Sequence[tuple[int, ArrayRef, str]],
     outputs: Sequence[tuple[str, int]],
     name: str,
     writing: type[Writer],
@@ -72,7 +73,7 @@ def source_of(
     Args:
         scalars: Its expressions.
         plan: Its loops.
-        inputs: Position, name and dtype of every input that is read.
+        inputs: Position, array and dtype of every input that is read.
         outputs: dtype and size of every output.
         name: Of the function.
         writing: How loops are written.
@@ -100,7 +101,8 @@ def source_of(
         t = _TABLE_TYPES[table.dtype.name]
         lines.append(f"  const {t} *const {writer.names[i]} = table[{i}];")
     for i, (dtype, _) in enumerate(outputs):
-        lines.append(f"  {CTYPES[dtype]} *restrict const out{i} = out[{i}]; (void)out{i};")
+        out = ArrayRef("out", i)
+        lines.append(f"  {CTYPES[dtype]} *restrict const {out} = out[{i}]; (void){out};")
     lines += writer.memory()
     lines += ["  (void)in; (void)table; (void)out; (void)scratch;", "  double bad = 0;"]
     lines += body
@@ -108,7 +110,7 @@ def source_of(
     return Source(
         "\n".join(lines),
         tuple(writer.tables),
-        tuple(writer.names),
+        tuple(map(str, writer.names)),
         writer.scratch,
         writer.statements,
         writer.work,
@@ -176,47 +178,48 @@ class Writer:
         self._scalars = scalars
         self._plan = plan
         self.tables: list[np.ndarray] = []
-        self.names: list[str] = []
+        self.names: list[ArrayRef] = []
         self.called: set[str] = set()
         self.statements = 0
         self.work = 0
         self.loops = 0
-        self._table_of: dict[bytes, str] = {}
+        self._table_of: dict[bytes, ArrayRef] = {}
         self._single: dict[int, str] = {}
         self._lines: list[str] = []
         self._wanted = [s.expression for loop in plan.loops for s in loop.stores]
         self._wanted += [number for number, _, _ in plan.single]
         self.uses = self._counted()
         self.scratch = 0
-        self._offsets: dict[str, int] = {}
+        self._offsets: dict[ArrayRef, int] = {}
         for number, (array, size) in plan.kept.items():
             self._offsets[array] = self.scratch
-            self.scratch += -(-size * _width(self._all[number].dtype) // 64) * 64
-        self._joined: set[str] = set()
-        for name, tensor in scalars.tables.items():
+            self.scratch += -(-size * bytes_of(self._all[number].dtype) // 64) * 64
+        self._joined: set[ArrayRef] = set()
+        for array, tensor in scalars.tables.items():
             flat = tensor.reshape(-1).numpy()
             self.tables.append(flat.astype(np.int32) if flat.dtype == bool else flat)
-            self.names.append(name)
+            self.names.append(array)
 
     def fixed(self, outputs: Sequence[tuple[str, int]]) -> list[str]:
         """Statements that write what does not vary, with zeros in the other places."""
         lines = []
         for i, (dtype, size) in enumerate(outputs):
             places, values = self._plan.fixed[i]
+            out, fixed = ArrayRef("out", i), ArrayRef("fixed", i)
             if not len(places):
                 continue
-            lines.append(f"  memset(out{i}, 0, {size} * sizeof(*out{i}));")
+            lines.append(f"  memset({out}, 0, {size} * sizeof(*{out}));")
             if not values.any():
                 continue
             if len(places) <= _BRIEF:
                 pairs = zip(places.tolist(), values.tolist(), strict=True)
-                lines += [f"  out{i}[{p}] = {literal(v, dtype)};" for p, v in pairs if v]
+                lines += [f"  {out}[{p}] = {literal(v, dtype)};" for p, v in pairs if v]
                 continue
             template = np.zeros(size, dtype=dtype)
             template[places] = values
-            self.names.append(f"fixed{i}")
+            self.names.append(fixed)
             self.tables.append(template)
-            lines[-1] = f"  memcpy(out{i}, fixed{i}, {size} * sizeof(*out{i}));"
+            lines[-1] = f"  memcpy({out}, {fixed}, {size} * sizeof(*{out}));"
         return lines
 
     def helpers(self) -> list[str]:
@@ -317,7 +320,7 @@ class Writer:
         for store in loop.stores:
             name = values.of(store.expression, store.lanes)
             where = self.index(store.positions)
-            if store.array.startswith("out"):
+            if store.array.kind == "out":
                 lines.append(f"    bad += {name};")
             lines.append(f"    {store.array}[{where}] = {name};")
         self.loops += 1 + values.sums
@@ -325,7 +328,7 @@ class Writer:
         vector = "  TORCHJAC_LOOP(bad)" if wide else ""
         return [*self.head(loop, vector), *values.lines, *lines, "  }"]
 
-    def element(self, array: str, step: int, start: int, lanes: Places) -> str:
+    def element(self, array: ArrayRef, step: int, start: int, lanes: Places) -> str:
         """An element of an array for each turn, as C."""
         return f"{array}[{self.index(lanes * step + start)}]"
 
@@ -341,11 +344,12 @@ class Writer:
         apart = places - start
         factor = int(np.gcd.reduce(apart))
         key = (apart // factor).astype(np.int32)
-        name = self._table_of.setdefault(key.tobytes(), f"p{len(self.tables)}")
-        if name == f"p{len(self.tables)}":
-            self.names.append(name)
+        array = self._table_of.get(key.tobytes())
+        if array is None:
+            array = self._table_of[key.tobytes()] = ArrayRef("p", len(self.tables))
+            self.names.append(array)
             self.tables.append(key)
-        return _linear(factor, f"{name}[{turn}]", start)
+        return _linear(factor, f"{array}[{turn}]", start)
 
     def expression(self, number: int) -> Expression:
         """An expression."""
@@ -376,21 +380,16 @@ class Writer:
         """The name of all memory for kept values, as an array of a dtype."""
         return f"kept_{dtype}"
 
-    def offset(self, array: str) -> int:
+    def offset(self, array: ArrayRef) -> int:
         """Where in that array kept values begin; it is read through it from now on."""
         self._joined.add(array)
         number = next(n for n, (a, _) in self._plan.kept.items() if a == array)
-        return self._offsets[array] // _width(self._all[number].dtype)
+        return self._offsets[array] // bytes_of(self._all[number].dtype)
 
-    def kept(self, number: int) -> str | None:
+    def kept(self, number: int) -> ArrayRef | None:
         """The array that an expression is kept in."""
         found = self._plan.kept.get(number)
         return None if found is None else found[0]
-
-
-def _width(dtype: str) -> int:
-    """Bytes of a number."""
-    return 4 if dtype in ("float32", "bool") else 8
 
 
 def _linear(factor: int, of: str, start: int) -> str:

@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 
 from torchjac.engines.kernel.expand import Scalars
-from torchjac.engines.kernel.expressions import ONE, Places
+from torchjac.engines.kernel.expressions import ONE, ArrayRef, Places
 from torchjac.engines.kernel.groups import GroupWriter
 from torchjac.engines.kernel.loops import Schedule
 from torchjac.engines.kernel.sampled import SampleRows
@@ -45,7 +45,7 @@ class StripWriter(SampleRows, GroupWriter):
     def _stores(self) -> list[str]:
         """What is written, sample by sample."""
         (loop,) = self._plan.loops
-        found: defaultdict[str, dict[int, list[tuple[int, int]]]] = defaultdict(dict)
+        found: defaultdict[ArrayRef, dict[int, list[tuple[int, int]]]] = defaultdict(dict)
         for store in loop.stores:
             own = self._strips.homes[store.expression]
             rank = store.lanes if own is None else own.rank[store.lanes]
@@ -55,14 +55,14 @@ class StripWriter(SampleRows, GroupWriter):
             pairs.append((int(rank[0]), int(store.positions[0])))
         lines = ["    for (int s = 0; s < n; s++) {"]
         for array, every in found.items():
-            width = len(self._plan.fixed[int(array[3:])][1])
+            width = len(self._plan.fixed[array.number][1])
             lines += self.row(array)
             for number, pairs in every.items():
                 lines += self._stored_in(array, width, number, *np.array(pairs).T)
         return [*lines, "    }"]
 
     def _stored_in(
-        self, array: str, width: int, number: int, ranks: Places, places: Places
+        self, array: ArrayRef, width: int, number: int, ranks: Places, places: Places
     ) -> list[str]:
         """What one expression gives."""
         t, alone = CTYPES[self._all[number].dtype], self._all[number].lanes is ONE

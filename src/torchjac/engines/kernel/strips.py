@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchjac.engines.kernel.expressions import ONE, Expression, Map, Places
+from torchjac.engines.kernel.expressions import ONE, ArrayRef, Expression, Map, Places
 from torchjac.engines.kernel.turns import loaded
 from torchjac.errors import PlanRefused
 
@@ -91,7 +91,7 @@ class Strips:
         every: Sequence[Expression],
         numbers: Sequence[int],
         count: int,
-        per_sample: frozenset[str],
+        per_sample: frozenset[ArrayRef],
     ):
         """Looks at all of them.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torchjac.engines.kernel.expressions import ArrayRef
 from torchjac.engines.kernel.scalars import CTYPES
 
 # What the number of samples in a strip is called.
@@ -27,7 +28,7 @@ def strip_bytes(width: int, dtype: str, of: str | None = None) -> int:
     return -(-width * samples * bytes_of(dtype) // _LINE) * _LINE
 
 
-def turned(array: str, strip: str, width: int) -> list[str]:
+def turned(array: ArrayRef, strip: str, width: int) -> list[str]:
     """Statements that read a strip of an input: where there are too few samples the last again."""
     return [
         f"    for (int s = 0; s < {STRIP}; s++)",

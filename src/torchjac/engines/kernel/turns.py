@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from torchjac.engines.kernel.expressions import ONE, Expression, Places
+from torchjac.engines.kernel.expressions import ONE, ArrayRef, Expression, Places
 from torchjac.engines.kernel.scalars import CTYPES
 
 if TYPE_CHECKING:
@@ -149,7 +149,9 @@ class Turn:
         writer.statements += len(sums)
         return self._sum(writer.base_of(dtype), dtype, where, ends - counts.sum(0), ends)
 
-    def _sum(self, source: str, dtype: str, places: Places, begins: Places, ends: Places) -> str:
+    def _sum(
+        self, source: ArrayRef | str, dtype: str, places: Places, begins: Places, ends: Places
+    ) -> str:
         """Of each turn a sum over part of these places of an array."""
         self.sums += 1
         writer = self._writer
@@ -182,7 +184,7 @@ def _ranges(begins: Places, counts: Places) -> Places:
     return np.repeat(begins - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
 
 
-def loaded(expression: Expression) -> tuple[str, int, int]:
+def loaded(expression: Expression) -> tuple[ArrayRef, int, int]:
     """The array that a load reads, the step from lane to lane, and where the first one is."""
-    found: tuple[str, int, int] = expression.about  # type: ignore[assignment]
+    found: tuple[ArrayRef, int, int] = expression.about  # type: ignore[assignment]
     return found

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
-
+from torchjac._torch.autograd import out_of_memory
 from torchjac.engines.slab import Slab
 
 # A slab of single passes is stacked up to this size, so that small rows are not written one by one.
@@ -41,13 +40,3 @@ def in_chunks(seeds: int, chunk: int, evaluate: Callable[[int, int], Slab]) -> I
 def rows_at_once(seeds: int, bytes_per_seed: int) -> int:
     """How many single passes to stack into one slab."""
     return max(1, min(seeds, _STACKED // max(1, bytes_per_seed)))
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
-    )

@@ -22,10 +22,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from torchjac._torch.autograd import backward, is_right_twice
+from torchjac._torch.autograd import backward, is_right_twice, out_of_memory
 from torchjac.capture import Program
 from torchjac.engines.plain.check import Check
-from torchjac.engines.plain.chunks import in_chunks, out_of_memory, rows_at_once
+from torchjac.engines.plain.chunks import in_chunks, rows_at_once
 from torchjac.engines.plain.coupling import Coupling
 from torchjac.engines.plain.passes import Passes
 from torchjac.engines.plain.reverse import release

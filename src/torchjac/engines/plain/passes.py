@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from torchjac._torch.autograd import backward
+from torchjac._torch.autograd import backward, out_of_memory
 from torchjac._torch.vmap import (
     batched_backward,
     legacy_batched_backward,
@@ -16,7 +16,6 @@ from torchjac._torch.vmap import (
     missing_rule,
     strict_batched_backward,
 )
-from torchjac.engines.plain.chunks import out_of_memory
 from torchjac.engines.plain.seeds import Seeds
 from torchjac.errors import PlanRefused
 from torchjac.plan import Plan

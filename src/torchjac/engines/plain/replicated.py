@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchjac._torch.autograd import backward
+from torchjac._torch.autograd import backward, out_of_memory
 from torchjac.capture import Program
 from torchjac.engines.plain.check import Check, tolerance
-from torchjac.engines.plain.chunks import in_chunks, out_of_memory
+from torchjac.engines.plain.chunks import in_chunks
 from torchjac.engines.plain.coupling import Coupling
 from torchjac.engines.plain.seeds import unit_stack, weights
 from torchjac.engines.slab import Slab

@@ -16,6 +16,7 @@ from torchjac.structure.rules.registry import (
     Op,
     Operand,
     Vanishing,
+    local_of,
     rule,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "Vanishing",
     "combine",
     "contract",
+    "local_of",
     "move",
     "reduce",
     "rule",

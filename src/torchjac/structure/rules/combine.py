@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjac._torch.operators import aten
 from torchjac.structure.maps import broadcast, index_map
-from torchjac.structure.rules.registry import Beside, Local, NotLinear, Op, Operand, rule
+from torchjac.structure.rules.registry import Beside, Local, NoRule, NotLinear, Op, Operand, rule
 from torchjac.structure.rules.scale import scaled
 from torchjac.structure.values import UNINITIALIZED
 
@@ -57,7 +57,7 @@ def chosen(op: Op, *, data: tuple[str, ...]) -> Local:
         raise NotLinear
     rest = {k: _plain(v) for k, v in op.others(*data).items()}
     if any(v is None and isinstance(op[k], Operand) for k, v in rest.items()):
-        raise LookupError("an index depends on the input")
+        raise NoRule(op.name, "case", "an index depends on the input")
 
     def run_on(which: Operand, t: Tensor) -> Tensor:
         def filled(o: Any) -> Any:

@@ -27,7 +27,7 @@ from torchjac.structure.maps import (
 )
 from torchjac.structure.rules.combine import vanishes
 from torchjac.structure.rules.places import Places, Slot, places, put, spared, take
-from torchjac.structure.rules.registry import Local, NotLinear, Op, Operand, rule
+from torchjac.structure.rules.registry import Local, NoRule, NotLinear, Op, Operand, rule
 
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)
@@ -36,7 +36,7 @@ def index(op: Op) -> Local:
     operand = op.only("self")
     slots = _slots(op["indices"])
     if slots is None:
-        raise LookupError("a mask depends on the input")
+        raise NoRule(op.name, "case", "a mask depends on the input")
     return [(operand, take(places(operand.shape, slots)))]
 
 
@@ -89,9 +89,9 @@ def scatter(op: Op) -> Local:
     """Elements written or added to places along an axis."""
     adds = op.target is not aten.scatter.src
     if "reduce" in op and (op["reduce"] not in ("add", "sum")):
-        raise LookupError("not a sum")
+        raise NoRule(op.name, "case", "not a sum")
     if "include_self" in op and not op["include_self"]:
-        raise LookupError("what is not added to is lost")
+        raise NoRule(op.name, "case", "what is not added to is lost")
     target, source, where = op["self"], op["src"], op["index"]
     shape, mine = op.shape or (1,), where.shape or (1,)
     p, order = laned(_known(where), shape, mine, op["dim"] % len(shape))
@@ -218,7 +218,7 @@ def masked_index_put(op: Op) -> Local:
     target, values = op["self"], op["values"]
     slots = _slots(op["indices"])
     if slots is None:
-        raise LookupError("a mask depends on the input")
+        raise NoRule(op.name, "case", "a mask depends on the input")
     p = places(target.shape, _within(slots, target.shape))
     spread = product(
         diagonal(p.taken, _mask(op["mask"], p.taken)), broadcast(p.taken, values.shape)
@@ -249,7 +249,7 @@ def masked_scatter(op: Op) -> Local:
 
     kept: Factors = (~whole).to(torch.float64)
     if target.linear and target.shape != op.shape:
-        raise LookupError("a target that is broadcast")
+        raise NoRule(op.name, "case", "a target that is broadcast")
     return _written(op, target, kept, source, index_map(run, op.shape, source.shape, True))
 
 

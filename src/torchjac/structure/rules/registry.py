@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, fx
 
@@ -24,8 +24,22 @@ class NotLinear(Exception):
     """The result of an operation need not be zero where the cotangent is."""
 
 
-class NoRule(LookupError):
-    """An operation has no rule, or its rule is for another version of the operation."""
+# What rules do not cover: an operation, one case of it, or this version of its schema.
+Lack = Literal["operation", "case", "version"]
+
+
+class NoRule(Exception):
+    """There is no local Jacobian of an operation.
+
+    Attributes:
+        operation: Its name.
+        lack: What the rules do not cover.
+    """
+
+    def __init__(self, operation: str, lack: Lack, reason: str = "there is no rule for it"):
+        super().__init__(reason)
+        self.operation = operation
+        self.lack = lack
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +126,8 @@ class Op:
             NoRule: This version of torch has no argument of that name.
         """
         if name not in self._arguments:
-            raise NoRule(f"its rule expects an argument {name!r}, which this torch has not")
+            reason = f"its rule expects an argument {name!r}, which this torch has not"
+            raise NoRule(self.name, "version", reason)
         return self._arguments[name]
 
     def __contains__(self, name: str) -> bool:
@@ -227,6 +242,19 @@ _RENAMED: dict[str, dict[str, str]] = {
 
 
 RULES: dict[OpOverload, Rule] = {}
+
+
+def local_of(op: Op) -> Local | tuple[Local, ...] | Beside:
+    """What the rule of an operation says.
+
+    Raises:
+        NoRule: There is none, or it does not cover this case.
+        NotLinear: The operation is not linear here.
+    """
+    found = RULES.get(op.target)
+    if found is None:
+        raise NoRule(op.name, "operation")
+    return found(op)
 
 
 def rule(*operations: OpOverload) -> Callable[[Rule], Rule]:
