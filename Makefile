@@ -7,6 +7,7 @@
 #                      and another torch: TORCH=2.14.1, TORCH=oldest
 #   make bench   the benchmark table of the README
 #   make lint    ruff check, ruff format --check, mypy
+#   make replay  what is computed, compared with another revision: REV=main~1; K=name for some cases
 #   make ci      everything the continuous integration runs
 #   make clean   remove the virtual environment and everything generated
 #
@@ -18,6 +19,8 @@ PYTHON ?= $(shell command -v python3.11 2>/dev/null || command -v python3)
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 TORCH ?= newest
+REV ?= main
+K ?=
 BENCH_FLAGS ?=
 
 BIN := .venv/bin
@@ -26,7 +29,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SETUP_FILES := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-newest test-python bench lint format ci clean
+.PHONY: help demo test test-newest test-python bench replay lint format ci clean
 .SECONDARY:
 
 help:
@@ -59,6 +62,9 @@ test-python:
 
 bench: .venv/.installed-test
 	$(BIN)/python -m benchmarks --update-readme $(BENCH_FLAGS)
+
+replay: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tools/replay.py --against "$(REV)" -k "$(K)"
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

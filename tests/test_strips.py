@@ -150,6 +150,15 @@ def test_any_number_of_samples(samples: int, dtype: torch.dtype) -> None:
     same(run(plan, net, -x), oracle_jacobian(net, 0, batched=True)(-x))
 
 
+def test_memory_as_it_is_found_is_no_table() -> None:
+    """Memory that `silu`'s backward asks for, to be filled, is not read: it is in no text."""
+    found = [value(7, 48, seed=k) for k in range(64)]  # memory that holds something
+    del found
+    net, inputs = trained("silu")
+    plan, _ = made(net, value(37, inputs))
+    assert {t.dtype.kind for t in plan.emitted.kernel.source.tables} <= {"i"}
+
+
 def test_parts_of_the_samples() -> None:
     """Threads take parts that begin anywhere, each with memory of its own."""
     net, inputs = trained("silu")

@@ -2,6 +2,8 @@
 
 from torchjac._torch.operators import aten, known
 
+# What is not said to hold anything holds zeros: memory as it is found would be a table in the text,
+# another one in each process.
 FILLS = known(
     {
         aten.full.default,
@@ -11,6 +13,10 @@ FILLS = known(
         aten.new_zeros.default,
         aten.zeros_like.default,
         aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
     }
 )
 MOVES = known(

@@ -1,0 +1,200 @@
+"""One case, replayed: what torchjac makes on the way to its Jacobian, as text."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import torchjac
+
+from .cases import Case, Use
+from .hooks import clock, watched
+from .normal import normal_c, normal_words
+
+# Texts of one way to ask for one Jacobian, by kind: `c`, `program`, `record`.
+Texts = dict[str, list[str]]
+
+# A call's first readings of the clock are as far apart as this, later ones much less, so that a few
+# calls are worth a plan and a kernel, and no deadline passes while these are made. Powers of two:
+# differences are exact.
+_FIRST, _EARLY, _LATE = 8, 2.0**-4, 2.0**-12
+# What each reading adds to the next step, as a share of it: of two ways that are timed the first
+# one is the faster, or the second.
+_DRIFT = 2.0**-20
+# Calls until a plan was made, a kernel of it, and the short way to that.
+_CALLS = 24
+_BUDGET = 2**28
+_CSR = {"layout": torch.sparse_csr}
+
+# Ways to ask for a Jacobian: options, number of calls, and whether the second of two is faster.
+WAYS: dict[str, tuple[dict[str, Any], int, bool]] = {
+    "calls": ({}, _CALLS, True),
+    "calls csr": (_CSR, _CALLS, True),
+    "compile": ({"compile": True}, 3, True),
+    "compile csr": ({"compile": True, **_CSR}, 3, True),
+    "forward first": ({}, _CALLS, False),
+    "keeps graph": ({"create_graph": True}, _CALLS, False),
+    "batched calls": ({"batched": True}, _CALLS, True),
+    "batched compile": ({"batched": True, "compile": True}, 3, True),
+}
+
+
+class Clock:
+    """A clock that only readings move."""
+
+    def __init__(self, falling: bool):
+        """Begins.
+
+        Args:
+            falling: Whether each step is a little smaller than the last one, not larger.
+        """
+        self._time, self._total, self._since = 0.0, 0, 0
+        self._drift = -_DRIFT if falling else _DRIFT
+
+    def __call__(self) -> float:
+        """A reading in seconds."""
+        self._total += 1
+        self._since += 1
+        step = _EARLY if self._since <= _FIRST else _LATE
+        self._time += step * (1.0 + self._drift * self._total)
+        return self._time
+
+    def call(self) -> None:
+        """A call begins."""
+        self._since = 0
+
+
+def replayed(case: Case) -> dict[str, Texts]:
+    """What was made for a case, by the way that it was asked for."""
+    before = os.environ.get("TORCHJAC_CACHE_DIR")
+    found = {}
+    try:
+        for way in case.ways:
+            with tempfile.TemporaryDirectory(prefix="torchjac-replay-") as folder:
+                os.environ["TORCHJAC_CACHE_DIR"] = folder
+                found[f"{case.name}: {way}"] = _asked(case.make, way, Path(folder))
+    finally:
+        if before is None:
+            os.environ.pop("TORCHJAC_CACHE_DIR", None)
+        else:
+            os.environ["TORCHJAC_CACHE_DIR"] = before
+    return found
+
+
+def warm_up() -> None:
+    """Measures the machine by the replay's clock, and imports what is imported when it is used."""
+    case = Case("warm-up", lambda: Use(lambda x: x.sin() * x.sum(), (torch.ones(3),)), tuple(WAYS))
+    replayed(case)
+
+
+def _asked(make: Callable[[], Use], way: str, folder: Path) -> Texts:
+    torch.manual_seed(0)
+    use, record = make(), []
+    reading = Clock(WAYS[way][2] if way in WAYS else True)
+    with warnings.catch_warnings(), watched() as noted, clock(reading):
+        warnings.simplefilter("ignore")
+        try:
+            if "export" in way:
+                noted.c += _exported(use, way, folder)
+            elif way.endswith("hessian"):
+                record = _called(torchjac.hessian, _summed(use), {"compile": True}, 2, reading)
+            elif "graph" in way.split()[:2] and way != "keeps graph":
+                record = [_of_graph(use, way, reading)]
+            else:
+                options, calls, _ = WAYS[way]
+                record = _called(torchjac.jacobian, use, options, calls, reading)
+        except Exception as error:  # cases that are refused are cases too
+            record.append(normal_words(f"{type(error).__name__}: {error}"))
+    return {"c": noted.c, "program": noted.program, "record": record}
+
+
+def _called(
+    kind: Callable[..., Any], use: Use, options: dict[str, Any], calls: int, reading: Clock
+) -> list[str]:
+    """Records of several calls; those that are alike are one, with their number."""
+    jacobian = kind(use.f, use.argnums, memory_budget=_BUDGET, **options)
+    found = []
+    for _ in range(calls):
+        reading.call()
+        made = jacobian(*use.args, **use.kwargs)
+        found.append(_recorded(made))
+    reading.call()
+    found.append(f"explained\n{_shown(jacobian.explain(*use.args, **use.kwargs))}")
+    return [f"{len(list(alike))} calls\n{text}" for text, alike in groupby(found)]
+
+
+def _of_graph(use: Use, way: str, reading: Clock) -> str:
+    """The record of a Jacobian of tensors that have a graph."""
+    taken = (use.argnums,) if isinstance(use.argnums, int) else use.argnums
+    args = list(use.args)
+    for i in taken:
+        args[i] = pytree.tree_map(lambda x: x.detach().clone().requires_grad_(), args[i])
+    reading.call()
+    made = torchjac.jac(
+        use.f(*args, **use.kwargs),
+        [args[i] for i in taken],
+        allow_unused=True,
+        batched=way.startswith("batched"),
+        memory_budget=_BUDGET,
+        **(_CSR if way.endswith("csr") else {}),
+    )
+    return _recorded(made)
+
+
+def _exported(use: Use, way: str, folder: Path) -> list[str]:
+    """The files for C and C++."""
+    options = {**(_CSR if way.endswith("csr") else {}), "batched": way.startswith("batched")}
+    jacobian = torchjac.jacobian(use.f, use.argnums, memory_budget=_BUDGET, **options)
+    files = jacobian.export(folder / "exported.c", *use.args, **use.kwargs)
+    return [f"{f.name}\n{normal_c(f.read_text(encoding='utf-8'))}" for f in sorted(files)]
+
+
+def _summed(use: Use) -> Use:
+    """A function of one number that has a Hessian."""
+
+    def f(*args: Any, **kwargs: Any) -> Tensor:
+        return sum(
+            (x.square().sum() for x in pytree.tree_leaves(use.f(*args, **kwargs))),
+            torch.zeros(()),
+        )
+
+    return Use(f, use.args, use.argnums, use.kwargs)
+
+
+def _recorded(made: Any) -> str:
+    """The record of the last call, and the shapes of what it gave."""
+    leaves, _ = pytree.tree_flatten(made)
+    shapes = [f"result {_leaf(x)}" for x in leaves]
+    return "\n".join([_shown(torchjac.last_run()), *shapes])
+
+
+def _leaf(x: Any) -> str:
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    count = "" if x.layout is torch.strided else f" {x._nnz()} entries"
+    return f"{x.dtype} {tuple(x.shape)} {x.layout}{count}"
+
+
+def _shown(record: Any) -> str:
+    """A record without what a clock says."""
+    if record is None:
+        return "no record"
+    lines = []
+    for about in fields(record):
+        given = getattr(record, about.name)
+        if about.name == "seconds":
+            continue
+        if about.name == "candidates":
+            given = [c.name for c in given]
+        lines.append(f"{about.name}: {given}")
+    return normal_words("\n".join(lines))

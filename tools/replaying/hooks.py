@@ -1,0 +1,248 @@
+"""How the replay sees what torchjac makes. Everything that knows torchjac's insides is here.
+
+Three things are watched, and nothing is changed:
+
+- C goes to the compiler as a file whose name ends in `.c`, by `subprocess.Popen`. The text is noted
+  there, whatever wrote it. It is compiled without optimization, which takes a tenth of the time.
+- Programs are instances of `Emitted`, of which `module`, a graph of `torch.fx`, `recording` and
+  `constants` are read.
+- Kernels are instances of `Kernel`, made of something with `source.tables`: arrays that C reads.
+
+A change that moves or renames one of these corrects the names here. Each revision is replayed with
+its own hooks, so the texts stay comparable. The compiler of PyTorch is hidden: it would take
+minutes, and what it makes is not ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from torchjac.engines.accumulate import Emitted
+from torchjac.engines.kernel import Kernel
+from torchjac.host.clock import clock
+
+from .normal import normal_c, normal_words
+
+__all__ = ["Noted", "clock", "watched"]
+
+
+@dataclass
+class Noted:
+    """What was made while this was watched, as text.
+
+    Attributes:
+        c: Sources in C, each with the flags of its compiler; and the tables that kernels read.
+        program: Programs, each once.
+        wrong: What went wrong while something was noted: torchjac would catch it.
+    """
+
+    c: list[str] = field(default_factory=list)
+    program: list[str] = field(default_factory=list)
+    wrong: list[Exception] = field(default_factory=list)
+
+    def note(self, kind: str, say: Callable[[], str]) -> None:
+        """Notes a text; a program that was noted is not noted again."""
+        try:
+            text = say()
+        except Exception as error:
+            self.wrong.append(error)
+            return
+        texts = getattr(self, kind)
+        if kind != "program" or text not in texts:
+            texts.append(text)
+
+
+@contextmanager
+def watched() -> Iterator[Noted]:
+    """Notes what is made in this context.
+
+    Raises:
+        Exception: What was made could not be noted: the hooks are not those of this revision.
+    """
+    noted = Noted()
+
+    def kernel(made: Any, program: Any, *rest: Any) -> None:
+        noted.note("c", lambda: _tables(program.source.tables))
+
+    def emitted(made: Any, *rest: Any) -> None:
+        noted.note("program", lambda: _program(made))
+
+    with (
+        _replaced(sys.modules, "torch._inductor.compile_fx", None),
+        _replaced(vars(subprocess), "Popen", _compiler(noted)),
+        _noticed(Kernel, kernel),
+        _noticed(Emitted, emitted),
+    ):
+        yield noted
+    if noted.wrong:
+        raise noted.wrong[0]
+
+
+@contextmanager
+def _replaced(where: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    missing = object()
+    before = where.get(name, missing)
+    where[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            del where[name]
+        else:
+            where[name] = before
+
+
+@contextmanager
+def _noticed(kind: Any, note: Callable[..., None]) -> Iterator[None]:
+    """Calls a function after each instance of a class that is made, with the same arguments."""
+    original = kind.__init__
+
+    @functools.wraps(original)
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        note(self, *args, *kwargs.values())
+
+    kind.__init__ = made
+    try:
+        yield
+    finally:
+        kind.__init__ = original
+
+
+def _compiler(noted: Noted) -> type[subprocess.Popen[bytes]]:
+    """What starts a process: of a C compiler its text is noted."""
+
+    class Watched(subprocess.Popen):  # type: ignore[type-arg]
+        """A process."""
+
+        def __init__(self, command: Any, *args: Any, **kwargs: Any):
+            words = [command] if isinstance(command, str) else [str(w) for w in command]
+            sources = [Path(w) for w in words if w.endswith(".c")]
+            if sources:
+                noted.note("c", lambda: _source(words, sources))
+                command = ["-O0" if w in ("-O1", "-O2", "-O3") else w for w in words]
+            super().__init__(command, *args, **kwargs)
+
+        def communicate(self, input: Any = None, timeout: Any = None) -> Any:
+            """Waits, however long it takes: a busy machine decides nothing."""
+            return super().communicate(input)
+
+    return Watched
+
+
+def _source(words: Sequence[str], sources: Sequence[Path]) -> str:
+    """The flags of a compiler, and what it compiles."""
+    flags = " ".join(w for w in words if "/" not in w)
+    return "\n".join([flags, *(normal_c(s.read_text(encoding="utf-8")) for s in sources)])
+
+
+def _tables(tables: Sequence[Any]) -> str:
+    """What a kernel reads beside its inputs."""
+    return "\n".join(["tables", *(f"{t.dtype} {t.shape} {_bytes(t)}" for t in tables)])
+
+
+def _program(emitted: Any) -> str:
+    """A program as text: how it runs, its graph, what was recorded, and its constants."""
+    about = {
+        name: getattr(emitted, name)
+        for name in ("mode", "fixed", "waists", "note", "differentiable", "samples")
+    }
+    return "\n".join(
+        [
+            normal_words(str(about)),
+            *_graph(emitted.module.graph),
+            *_recording(emitted.recording),
+            *(f"constant {said(c)}" for c in emitted.constants),
+        ]
+    )
+
+
+def _graph(graph: fx.Graph) -> list[str]:
+    """Operations of a graph; nodes are numbered."""
+    numbers: dict[fx.Node, str] = {}
+
+    def shown(x: Any) -> Any:
+        return _Word(numbers[x]) if isinstance(x, fx.Node) else _plain(x)
+
+    lines = []
+    for node in graph.nodes:
+        target = _target(node.target) if node.op == "call_function" else ""
+        args = fx.node.map_aggregate((node.args, dict(node.kwargs)), shown)
+        numbers[node] = f"%{len(numbers)}"
+        value = node.meta.get("val")
+        lines.append(f"{numbers[node]} = {node.op} {target} {args} {_shape(value)}".rstrip())
+    return ["graph", *lines]
+
+
+def _recording(recording: Any) -> list[str]:
+    """Operations as they were recorded, with the shapes of what they give."""
+    numbers: dict[int, str] = {}
+
+    def shown(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return [shown(y) for y in x]
+        if not hasattr(x, "base"):
+            return _plain(x)
+        if x.kind == "constant":
+            return _Word(f"constant{x.position}")
+        return _Word(numbers.setdefault(id(x), f"%{len(numbers)}"))
+
+    lines = [f"input {shown(v)} {_shape(v)}" for v in recording.inputs]
+    for call in recording.calls:
+        args = shown(call.args), {k: shown(v) for k, v in call.kwargs.items()}
+        made = ", ".join(f"{shown(v)} {_shape(v)}" for v in call.results if v is not None)
+        lines.append(f"{made} = {_target(call.operation)} {args}")
+    constants = [f"constant{i} {said(c)}" for i, c in enumerate(recording.constants)]
+    return ["recording", *lines, f"outputs {shown(recording.outputs)}", *constants]
+
+
+class _Word(str):
+    """A name that is shown without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _plain(x: Any) -> Any:
+    """An argument, shown so that two runs agree."""
+    return said(x) if isinstance(x, Tensor) else x
+
+
+def _target(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else target.__name__
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_shape, value))})"
+    if value is None or not hasattr(value, "shape"):
+        return ""
+    stride = value.stride() if callable(value.stride) else value.stride
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{dtype}{list(value.shape)}/{list(stride)}"
+
+
+def said(tensor: Tensor) -> str:
+    """A constant: its shape, its dtype, and a hash of its numbers."""
+    dense = torch.empty(tensor.numel(), dtype=tensor.dtype)  # of stride 1, also where it is one
+    dense.copy_(tensor.detach().reshape(-1))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype}{list(tensor.shape)} {_bytes(dense.view(torch.uint8).numpy())}"
+
+
+def _bytes(array: Any) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
