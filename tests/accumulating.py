@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjac.accumulated import Accumulated
-from torchjac.capture import Call, capture_function
-from torchjac.elimination import Wanted, planned
-from torchjac.engines.accumulate import Mode
+from torchjac.call import Call
+from torchjac.capture.eager import capture_function
+from torchjac.compiler.compile import planned
+from torchjac.compiler.compiled import Accumulated
+from torchjac.request import Mode, Wanted
 
 
 def plan_of(

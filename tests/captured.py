@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import torchjac
-from torchjac.capture import Call
-from torchjac.capture.derivative import Derivative, trace_function
+from torchjac.call import Call
+from torchjac.capture.linear_program import Derivative
 from torchjac.capture.nesting import nested
+from torchjac.capture.trace import trace_function
 
 D = torch.float64
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torchjac.capture import Call
-from torchjac.capture.cache import CaptureCache
-from torchjac.capture.derivative import Derivative, trace_function
-from torchjac.capture.guards import Fingerprint, Unguardable, fingerprint
-from torchjac.capture.watch import Mismatch, Policy
-from torchjac.engines.kernel import unchanged
+from torchjac.call import Call
+from torchjac.capture.linear_program import Derivative
+from torchjac.capture.trace import trace_function
+from torchjac.compiler.codegen.c.guard_reads import unchanged
+from torchjac.guards.builder import Mismatch, Policy
+from torchjac.guards.guard import Fingerprint, Unguardable, fingerprint
+from torchjac.jit.cache import CaptureCache
 
 D = torch.float64
 X = torch.tensor([0.3, -0.7, 1.1], dtype=D)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from torchjac.structure.maps import (
+from torchjac.linear.maps import (
     UNKNOWN,
     LinearMap,
     Shape,

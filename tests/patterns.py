@@ -16,11 +16,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from laws import rows
-from torchjac.capture import Call, capture_graph
-from torchjac.capture.derivative import Derivative, trace_function, trace_graph
-from torchjac.structure.dependence import matrix
-from torchjac.structure.interpret import Interpretation, interpret
-from torchjac.structure.rules import RULES
+from torchjac.call import Call
+from torchjac.capture.eager import capture_graph
+from torchjac.capture.linear_program import Derivative
+from torchjac.capture.trace import trace_function, trace_graph
+from torchjac.linear.rules import RULES
+from torchjac.sparsity.dependence import matrix
+from torchjac.sparsity.interpret import Interpretation, interpret
 
 Scope = Literal["global", "local"]
 

@@ -31,13 +31,13 @@ from programs import PROGRAMS, Program
 from test_opinfo import cases
 from test_pattern_cases import CASES
 from test_patterns_opinfo import OPS, elsewhere, realized
-from torchjac import elimination
 from torchjac._torch.inductor import NotCompiled, compiled
-from torchjac.engines.accumulate import Mode
+from torchjac.compiler import compile as elimination
 from torchjac.errors import CaptureRefused, Disagrees, PlanRefused
+from torchjac.request import Mode
 from versions import board, write_board
 
-emit = importlib.import_module("torchjac.engines.accumulate.emit")
+tensor_program = importlib.import_module("torchjac.compiler.program.tensor_program")
 SCOREBOARD = "accumulate_scoreboard"
 SAMPLES = 3
 Function = Callable[..., Any]
@@ -691,7 +691,7 @@ class TestCompiled:
         def no(*_: Any) -> Any:
             raise NotCompiled("no compiler found")
 
-        monkeypatch.setattr(emit, "compiled", no)
+        monkeypatch.setattr(tensor_program, "compiled", no)
         J = torchjac.jacobian(pairs, compile=True)
         x = value(24)
         J(x)

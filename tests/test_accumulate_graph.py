@@ -13,8 +13,8 @@ import torchjac
 from accumulating import graph_plan_of
 from laws import oracle_jacobian, same, value
 from test_accumulate import PROBLEMS
-from torchjac.accumulation import Accumulation
 from torchjac.errors import PlanRefused
+from torchjac.jit.dispatcher import Accumulation
 
 Function = Callable[..., Any]
 CALLS = 25

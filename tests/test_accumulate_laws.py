@@ -13,8 +13,8 @@ import torchjac
 from accumulating import plan_of, run
 from laws import oracle_jacobian, same, value
 from test_accumulate import ORDERS, PROBLEMS, Function, attention, check, residual
-from torchjac.engines.accumulate import Mode
 from torchjac.errors import PlanRefused
+from torchjac.request import Mode
 
 VECTORS = {
     name: (f, shape)

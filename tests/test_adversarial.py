@@ -22,9 +22,10 @@ from torch import Tensor, nn
 import torchjac
 from accumulating import plan_of
 from laws import PLANS, leaf, oracle, oracle_jacobian, quiet, same, under_plan, value
-from torchjac.capture import Call, capture_function
-from torchjac.engines.accumulate.check import Reference
+from torchjac.call import Call
+from torchjac.capture.eager import capture_function
 from torchjac.errors import Disagrees, PlanRefused, RefusedHere
+from torchjac.passes.verify import Reference
 
 # More calls than the planner takes to try its candidates and to settle.
 CALLS = 25

@@ -18,9 +18,12 @@ from torch.utils import _pytree as pytree
 import torchjac
 from captured import CASES, Case, D, Straight, captured, captured_of, evaluated, expected, values
 from torchjac import CaptureRefused
-from torchjac._torch.tracing import OpOverload, is_random
-from torchjac.capture import Call, capture_function, capture_graph
-from torchjac.capture.derivative import Derivative, trace_function, trace_graph
+from torchjac._torch.trace.op_traits import OpOverload
+from torchjac._torch.trace.trace import is_random
+from torchjac.call import Call
+from torchjac.capture.eager import capture_function, capture_graph
+from torchjac.capture.linear_program import Derivative
+from torchjac.capture.trace import trace_function, trace_graph
 
 X = values(4)
 

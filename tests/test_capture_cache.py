@@ -17,11 +17,11 @@ import changes
 import changes_objects as objects
 import torchjac
 from guarding import X, bare, call, guarded
-from torchjac.accumulation import Accumulation
-from torchjac.capture.cache import CaptureCache
-from torchjac.capture.guards import Fingerprint
-from torchjac.elimination import Wanted
-from torchjac.remembered import Remembered
+from torchjac.guards.guard import Fingerprint
+from torchjac.jit.cache import CaptureCache
+from torchjac.jit.dispatcher import Accumulation
+from torchjac.jit.patterns import Remembered
+from torchjac.request import Wanted
 
 k = 2.0
 

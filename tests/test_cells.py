@@ -15,11 +15,12 @@ from benchmarks.workloads import build
 from laws import oracle_jacobian, quiet, same, value
 from test_accumulate import PROBLEMS
 from test_kernel import cache, kernel_of  # noqa: F401
-from torchjac.compilation import jacobian_of
-from torchjac.engines.kernel import kernel, loops
-from torchjac.engines.kernel.cells import Cells, Edge, Ties, _alike
-from torchjac.engines.kernel.expand import expand
-from torchjac.engines.kernel.expressions import Lanes, Map
+from torchjac.compiler.codegen import build as source_build
+from torchjac.compiler.codegen import schedule as loops
+from torchjac.compiler.codegen.fusion import Cells, Edge, Ties, _alike
+from torchjac.compiler.codegen.granularity import expand
+from torchjac.compiler.codegen.scalar_ir import Lanes, Map
+from torchjac.compiler.native import jacobian_of
 from torchjac.errors import PlanRefused
 
 Function = Callable[..., Any]
@@ -29,7 +30,9 @@ MESHES = ["finite_volume(5, 4)", "finite_volume(7, 6)", "bundle_full(3, 7, 20)",
 def forced(monkeypatch: pytest.MonkeyPatch, ties: Ties) -> None:
     """Programs are divided in one way only, however many loops that makes."""
     monkeypatch.setattr(loops, "_KINDS", 10**6)
-    monkeypatch.setattr(kernel, "schedule", lambda scalars: loops._Scheduling(scalars, ties).made())
+    monkeypatch.setattr(
+        source_build, "schedule", lambda scalars: loops._Scheduling(scalars, ties).made()
+    )
 
 
 @pytest.mark.parametrize("ties", ["all", "even", "none"])

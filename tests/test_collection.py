@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import torchjac
-from torchjac import elimination
-from torchjac.collection import seldom_collected
+from torchjac.compiler import compile as elimination
+from torchjac.host.gc_pause import seldom_collected
 
 USUAL = (700, 10, 10)
 

@@ -26,20 +26,7 @@ from mapcases import (
     is_structure_of,
     parallel,
 )
-from torchjac.structure import dependence, tables
-from torchjac.structure.dependence import (
-    Dependence,
-    Term,
-    apply,
-    distinct,
-    everything,
-    joined,
-    matrix,
-    merged,
-    nothing,
-    seed,
-)
-from torchjac.structure.maps import (
+from torchjac.linear.maps import (
     UNKNOWN,
     add,
     axis_sum,
@@ -51,6 +38,20 @@ from torchjac.structure.maps import (
     index_map,
     product,
     scatter,
+)
+from torchjac.sparsity import csr as tables
+from torchjac.sparsity import dependence
+from torchjac.sparsity.dependence import (
+    Dependence,
+    Term,
+    apply,
+    distinct,
+    everything,
+    joined,
+    matrix,
+    merged,
+    nothing,
+    seed,
 )
 
 FAMILIES = pytest.mark.parametrize("family", [KNOWN, POSITIVE], ids=["known", "positive"])

@@ -31,9 +31,10 @@ from ticking import (
     ticking,
 )
 from torchjac import testing
-from torchjac.engines.accumulate.check import Reference
 from torchjac.errors import Disagrees
-from torchjac.plan import Plan, forced_plan
+from torchjac.passes.plan import Plan
+from torchjac.passes.race import forced_plan
+from torchjac.passes.verify import Reference
 
 
 class TestEntries:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import torchjac
 from laws import oracle_jacobian, same, value
 from test_accumulate import BATCHED, PROBLEMS
-from torchjac.engines.kernel import compiler, source
+from torchjac.compiler.codegen.c import toolchain as compiler
+from torchjac.compiler.codegen.c import writer as source
 from torchjac.errors import PlanError
 
 CC = shutil.which("cc") or shutil.which("gcc")

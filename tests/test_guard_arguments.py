@@ -13,7 +13,7 @@ from torch import nn
 from changes import Color
 from changes_objects import Config, Net
 from guarding import Cached, D, X, call, direct, guarded
-from torchjac.capture import Call
+from torchjac.call import Call
 
 
 class TestArguments:

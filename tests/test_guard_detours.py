@@ -32,9 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import changes_detours as detours
 from changes import Case
 from guarding import call, direct, guarded, reason
-from torchjac.capture.cache import CaptureCache
-from torchjac.capture.guards import Unguardable, fingerprint
-from torchjac.capture.reads import is_trusted
+from torchjac.guards.bytecode import is_trusted
+from torchjac.guards.guard import Unguardable, fingerprint
+from torchjac.jit.cache import CaptureCache
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from guarding import Cached, D, X, call, direct
-from torchjac.capture.cache import CaptureCache
-from torchjac.capture.memory import remembered
+from torchjac.guards.lru_caches import remembered
+from torchjac.jit.cache import CaptureCache
 
 
 class TestMemories:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import changes_detours as detours
 from guarding import D, call, guarded
-from torchjac.capture.reads import reads
+from torchjac.guards.bytecode import reads
 
 
 class Act(enum.Enum):

@@ -23,9 +23,9 @@ import changes_objects
 from changes import Case
 from changes_objects import Net, fresh
 from guarding import Cached, D, X, call, direct, guarded, reason
-from torchjac.capture.cache import CaptureCache
-from torchjac.capture.guards import Fingerprint, Unguardable, fingerprint
-from torchjac.capture.watch import MOST_CHECKS, Policy
+from torchjac.guards.builder import MOST_CHECKS, Policy
+from torchjac.guards.guard import Fingerprint, Unguardable, fingerprint
+from torchjac.jit.cache import CaptureCache
 
 k = 2.0
 

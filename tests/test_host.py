@@ -18,10 +18,12 @@ import torch
 
 import torchjac
 from laws import oracle_jacobian, same, value
-from torchjac import disk
 from torchjac._torch import native
-from torchjac.engines.kernel import compiler, entry, readings
+from torchjac.compiler.codegen.c import cpython_entry as entry
+from torchjac.compiler.codegen.c import guard_reads as readings
+from torchjac.compiler.codegen.c import toolchain as compiler
 from torchjac.errors import PlanRefused
+from torchjac.host import cache_dir as disk
 from torchjac.host import system, toolchain
 
 CACHED = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import torchjac
 from laws import oracle_jacobian, same, value
-from torchjac import remembered
+from torchjac.jit import patterns as remembered
 
 
 @pytest.fixture(autouse=True)

@@ -25,17 +25,18 @@ from accumulating import plan_of, run
 from laws import oracle_jacobian, quiet, same, value
 from programs import PROGRAMS, Program
 from test_accumulate import BATCHED, PROBLEMS, agrees, inside
-from torchjac import compilation
-from torchjac._torch.recorder import Recorder
-from torchjac._torch.recording import Recording, recorded
-from torchjac.accumulated import Accumulated
-from torchjac.capture import Call
-from torchjac.capture.derivative import arguments
-from torchjac.compilation import with_kernel
-from torchjac.engines.accumulate import Mode
-from torchjac.engines.kernel import Kernel, Written, compiler, written
-from torchjac.engines.kernel.pointwise import POINTWISE
+from torchjac._torch.trace.recorder import Recorder
+from torchjac._torch.trace.recording import Recording, recorded
+from torchjac.call import Call, arguments
+from torchjac.compiler import native as compilation
+from torchjac.compiler.codegen.build import Written, written
+from torchjac.compiler.codegen.c import toolchain as compiler
+from torchjac.compiler.codegen.executable import Kernel
+from torchjac.compiler.codegen.ops_pointwise import POINTWISE
+from torchjac.compiler.compiled import Accumulated
+from torchjac.compiler.native import with_kernel
 from torchjac.errors import CaptureRefused, PlanRefused
+from torchjac.request import Mode
 
 aten = torch.ops.aten
 Function = Callable[..., Any]
@@ -539,7 +540,7 @@ def test_a_directory_that_cannot_be_written(fresh: Path, monkeypatch: pytest.Mon
 def test_processes_at_once(fresh: Path) -> None:
     """Eight of them compile the same."""
     text = (
-        "from torchjac.engines.kernel.compiler import compiled\n"
+        "from torchjac.compiler.codegen.c.toolchain import compiled\n"
         "assert compiled('int f(void) { return 7; }', 1).f() == 7\n"
     )
     running = [

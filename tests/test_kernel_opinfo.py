@@ -17,10 +17,9 @@ from laws import oracle_jacobian, quiet
 from opinfo_exceptions import TORCH_DISAGREES
 from test_accumulate import OPS, agrees, cases, elsewhere, realized
 from test_kernel import cache  # noqa: F401
-from torchjac.accumulated import Accumulated
-from torchjac.capture import Call
-from torchjac.capture.derivative import arguments
-from torchjac.compilation import with_kernel
+from torchjac.call import Call, arguments
+from torchjac.compiler.compiled import Accumulated
+from torchjac.compiler.native import with_kernel
 from torchjac.errors import CaptureRefused, PlanRefused
 from versions import COUNTED, board, write_board
 

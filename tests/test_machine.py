@@ -15,11 +15,10 @@ import torch
 import torchjac
 from accumulating import plan_of
 from laws import oracle_jacobian, same, value
-from torchjac import disk
-from torchjac._torch.work import Work
-from torchjac.accumulated import record
-from torchjac.plan import machine as machines
-from torchjac.plan.machine import DEFAULT, Machine, calibrated, machine, measured
+from torchjac.host import cache_dir as disk
+from torchjac.host import costs as machines
+from torchjac.host.costs import DEFAULT, Machine, Work, calibrated, machine, measured
+from torchjac.jit.entry import record
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from map_lanes import Along, lanes
+from map_matrices import column_counts, column_sums, multiplications, pattern, row_counts, row_sums
 from mapcases import (
     KNOWN,
     MIXED,
@@ -26,7 +28,7 @@ from mapcases import (
     same,
     stored_elements,
 )
-from torchjac.structure.maps import (
+from torchjac.linear.maps import (
     UNKNOWN,
     AxisSum,
     Dense,
@@ -52,16 +54,7 @@ from torchjac.structure.maps import (
     scatter,
     transpose,
 )
-from torchjac.structure.maps.axes import Along, lanes
-from torchjac.structure.maps.count import (
-    column_counts,
-    column_sums,
-    multiplications,
-    pattern,
-    row_counts,
-    row_sums,
-)
-from torchjac.structure.maps.factors import stored
+from torchjac.linear.maps.factors import stored
 
 FAMILIES = pytest.mark.parametrize("family", [KNOWN, POSITIVE], ids=["known", "positive"])
 LANES = 10**6

@@ -30,11 +30,11 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("**
 
 SETTINGS = [ROOT / "pyproject.toml", ROOT / "Makefile"]
 
-# `torchjac.plan.cost` as part of any text.
+# `torchjac.passes.candidates` as part of any text.
 ABSOLUTE = re.compile(r"(?<![\w./-])torchjac((?:\.[A-Za-z_]\w*)+)")
-# `plan.cost` in backticks: the first part is a folder or a module of torchjac.
+# `passes.candidates` in backticks: the first part is a folder or a module of torchjac.
 RELATIVE = re.compile(r"`([A-Za-z_]\w*(?:\.(?!(?:py|md)`)[A-Za-z_]\w*)+)`")
-# `plan/cost.py`, `cost.py`, `plan/` in backticks.
+# `passes/candidates.py`, `cost.py`, `plan/` in backticks.
 FILE = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|md)|(?:[\w.-]+/)+)`")
 # `tests/test_names.py` as part of any text.
 ROOTED = re.compile(
@@ -44,7 +44,7 @@ ROOTED = re.compile(
 # Names that lead nowhere, and why they may stand in a text.
 MADE_UP = {
     "torchjac.changes_detours": "a logger of a test: loggers need no module",
-    "torchjac.plan.cost.foretell": "what the test of this test must find",
+    "torchjac.passes.race.foretell": "what the test of this test must find",
 }
 
 
@@ -128,12 +128,12 @@ def test_names_that_lead_nowhere_are_found(tmp_path: Path) -> None:
     """One of each kind, beside one that is there."""
     page = tmp_path / "page.md"
     page.write_text(
-        "torchjac.plan.cost.predict and torchjac.plan.cost.foretell, torchjac.Record.passes,\n"
-        "`capture.guards` and `capture.wardens`, `plan/cost.py` and `plan/price.py`, `rules/`,\n"
+        "torchjac.passes.race.Race and torchjac.passes.race.foretell, torchjac.Record.passes,\n"
+        "`guards.guard` and `capture.wardens`, `passes/race.py` and `plan/price.py`, `linear/`,\n"
         "`laws/`, `python tests/test_names.py` and `python tests/test_none.py`\n"
     )
     places = {"plan/price.py", "laws/", "tests/test_none.py"}
-    assert lost(page) == {"torchjac.plan.cost.foretell", "capture.wardens", *places}
+    assert lost(page) == {"torchjac.passes.race.foretell", "capture.wardens", *places}
 
 
 def test_exceptions_are_needed() -> None:

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchjac
 from torchjac._torch import native, state
-from torchjac.capture import glance
-from torchjac.engines.kernel import readings, unchanged
+from torchjac.compiler.codegen.c import guard_reads as readings
+from torchjac.compiler.codegen.c.guard_reads import unchanged
+from torchjac.guards import predicate as glance
 
 
 @contextmanager

@@ -28,11 +28,13 @@ from torch import Tensor
 from opinfo_exceptions import NO_ORACLE, RESEEDED_DIFFERS, TORCH_DISAGREES
 from patterns import dense_pattern, numeric, numeric_of_graph
 from test_opinfo import REAL, Case, cases
-from torchjac.capture import Call, capture_graph
-from torchjac.capture.derivative import Derivative, trace_function, trace_graph
+from torchjac.call import Call
+from torchjac.capture.eager import capture_graph
+from torchjac.capture.linear_program import Derivative
+from torchjac.capture.trace import trace_function, trace_graph
 from torchjac.errors import CaptureRefused
-from torchjac.structure.interpret import interpret
-from torchjac.structure.rules import RULES
+from torchjac.linear.rules import RULES
+from torchjac.sparsity.interpret import interpret
 from versions import board, write_board
 
 SCOREBOARD = "pattern_scoreboard"

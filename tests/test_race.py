@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from torchjac.plan import Plan, Race
-from torchjac.structure import Profile, Structure
+from torchjac.passes.autograd_graph import Profile
+from torchjac.passes.plan import Plan
+from torchjac.passes.race import Race
+from torchjac.passes.structure import Structure
 
 STRUCTURE = Structure((8,), (8,), (0, 8), (0, 8), None, None)
 FAST, SLOW, HOPELESS = Plan("reverse", 8), Plan("forward", 8), Plan("reverse", 1)

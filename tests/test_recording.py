@@ -20,10 +20,10 @@ from torch.nn import functional as F
 import torchjac
 from laws import value
 from patterns import numeric, pattern_of
-from torchjac._torch import tracing
-from torchjac.capture import Call
-from torchjac.capture.derivative import trace_function, trace_graph
-from torchjac.capture.graph import capture_graph
+from torchjac._torch.trace import trace as tracing
+from torchjac.call import Call
+from torchjac.capture.eager import capture_graph
+from torchjac.capture.trace import trace_function, trace_graph
 from torchjac.errors import CaptureRefused
 
 N = 5

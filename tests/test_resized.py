@@ -15,9 +15,9 @@ from accumulating import plan_of
 from benchmarks.workloads import build
 from laws import oracle_jacobian, same, value
 from test_samples import ONE
-from torchjac._torch.resized import NotResized, _fit, for_any_number
-from torchjac.capture import Call
-from torchjac.engines.accumulate import recording_of
+from torchjac.call import Call
+from torchjac.compiler.program.record import recording_of
+from torchjac.compiler.program.resize import NotResized, _fit, for_any_number
 from torchjac.export import _for_any_number
 
 Function = Callable[..., Any]

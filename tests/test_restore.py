@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchjac.capture import Call
-from torchjac.capture.restore import restoring
+from torchjac.call import Call
+from torchjac.guards.rollback import restoring
 
 count = 0
 registry: dict[str, Any] = {"a": 1}

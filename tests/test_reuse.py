@@ -14,7 +14,8 @@ from torch import Tensor
 import torchjac
 from accumulating import plan_of, run
 from laws import same, value
-from torchjac._torch.reuse import LARGE, Reused
+from torchjac.compiler.program.buffers import Reused
+from torchjac.host.costs import LARGE
 
 N = 2100  # 2100 x 2100 doubles are more than 32 MiB
 assert N * N * 8 > LARGE

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from patterns import check, dense_pattern, interpreted, known, pattern_of
-from torchjac.structure.rules.convolve import windows
-from torchjac.structure.rules.probe import probed
+from torchjac.linear.rules.convolve import windows
+from torchjac.linear.rules.probe import probed
 
 F = torch.nn.functional
 aten = torch.ops.aten

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from laws import value
 from patterns import check, interpreted, numeric, pattern_of
-from torchjac.structure.rules import NoRule, Op, local_of
-from torchjac.structure.values import Values
+from torchjac.linear.known_values import Values
+from torchjac.linear.rules import NoRule, Op, local_of
 
 aten = torch.ops.aten
 

@@ -21,7 +21,7 @@ from laws import value
 from patterns import check, dense_pattern, interpreted, numeric, pattern_of
 from test_rules_linear import backward_is
 from torchjac.errors import CaptureRefused
-from torchjac.structure.rules import RULES, nonlinear
+from torchjac.linear.rules import RULES, nonlinear
 
 higher_order = importlib.import_module("torch._higher_order_ops")
 

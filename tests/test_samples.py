@@ -16,12 +16,12 @@ from accumulating import plan_of, run
 from laws import oracle_jacobian, quiet, same, value
 from test_export import CC, ran
 from test_kernel import cache  # noqa: F401
-from torchjac.capture import Call
-from torchjac.capture.derivative import trace_function
-from torchjac.capture.samples import alike, fewer
-from torchjac.engines.kernel import threads
+from torchjac.call import Call
+from torchjac.capture.trace import trace_function
+from torchjac.compiler.batch_invariance import alike, fewer
+from torchjac.compiler.codegen.c import openmp as threads
 from torchjac.errors import CaptureRefused, PlanRefused
-from torchjac.structure.detect import KEEP
+from torchjac.sparsity.detect import KEEP
 
 Function = Callable[..., Any]
 pytestmark = pytest.mark.skipif(CC is None, reason="there is no C compiler")

@@ -16,8 +16,9 @@ from laws import oracle_jacobian, same, value
 from test_accumulate import inside
 from test_kernel import cache  # noqa: F401
 from torchjac import testing
-from torchjac.engines.kernel import entry
-from torchjac.plan import Plan, forced_plan
+from torchjac.compiler.codegen.c import cpython_entry as entry
+from torchjac.passes.plan import Plan
+from torchjac.passes.race import forced_plan
 
 Function = Callable[..., Any]
 

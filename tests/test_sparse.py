@@ -16,8 +16,8 @@ from torch import Tensor
 
 import torchjac
 from laws import oracle, oracle_jacobian, same, value
-from torchjac.plan import column_groups, row_groups
-from torchjac.structure import given_pattern
+from torchjac.passes.coloring import column_groups, row_groups
+from torchjac.sparsity.pattern import given_pattern
 from torchjac.testing import force_plan
 
 

@@ -18,9 +18,10 @@ from benchmarks.workloads import build
 from laws import oracle_jacobian, same, value
 from test_accumulate import PROBLEMS
 from test_kernel import fresh, kernel_of, script  # noqa: F401
-from torchjac.compilation import with_kernel
-from torchjac.engines.kernel import Kernel, parted, threads
-from torchjac.engines.kernel.threads import Threads
+from torchjac.compiler.codegen.c import openmp as threads
+from torchjac.compiler.codegen.c import parallel_loops as parted
+from torchjac.compiler.codegen.executable import Kernel, Threads
+from torchjac.compiler.native import with_kernel
 from torchjac.errors import PlanRefused
 
 MESHES = ["finite_volume(19, 17)", "bundle_full(3, 17, 120)", "nbody(19)", "brusselator(16)"]

@@ -20,8 +20,8 @@ from torch.autograd import Variable
 from laws import value
 from torchjac._torch import autograd, modes, pytree, vmap
 from torchjac._torch.autograd import is_right_twice
-from torchjac._torch.lazy import copied_when_written
-from torchjac._torch.look import look
+from torchjac._torch.storage import copied_when_written
+from torchjac._torch.tensor_guards import look
 from versions import TORCH
 
 

@@ -1,6 +1,6 @@
 """What capturing relies on in torch beyond its documentation, pinned.
 
-A failure here after an upgrade of torch says which corner of `torchjac._torch.tracing` or
+A failure here after an upgrade of torch says which corner of `torchjac._torch.trace.trace` or
 `torchjac._torch.state` to look at.
 """
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchjac._torch import autograd, proxies, state, tracing
+from torchjac._torch import autograd, state
+from torchjac._torch.trace import proxies
+from torchjac._torch.trace import trace as tracing
 
 D = torch.float64
 X = torch.tensor([0.3, 0.7], dtype=D)

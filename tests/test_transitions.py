@@ -35,7 +35,7 @@ from ticking import (
     ticking,
     told,
 )
-from torchjac.capture import cache
+from torchjac.jit import cache
 
 
 def energy(x: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ from torch import Tensor
 
 import torchjac
 from laws import value
-from torchjac.engines.accumulate import Emitted
+from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.host import costs as machine
 from torchjac.host.clock import clock as replaced
-from torchjac.plan import machine
 
-meter = logging.getLogger("torchjac.tests.ticking")
+meter = logging.getLogger("torchjac-ticking")
 meter.propagate = False
 meter.setLevel(logging.INFO)
 

@@ -41,11 +41,11 @@ class StagesBackend:
     def prepare(self, method: str) -> Callable[[], Any]:
         """A stage, with the stages before it done afresh."""
         import torchjac
-        from torchjac.capture import Call
-        from torchjac.capture.derivative import trace_function
-        from torchjac.structure.interpret import interpret
-        from torchjac.structure.pattern import pattern_of
-        from torchjac.structure.rules import RULES
+        from torchjac.call import Call
+        from torchjac.capture.trace import trace_function
+        from torchjac.linear.rules import RULES
+        from torchjac.sparsity.interpret import interpret
+        from torchjac.sparsity.pattern import pattern_of
 
         stage, _, spec = method.partition(" ")
         w = self._workloads.setdefault(spec, build(spec))

@@ -17,9 +17,9 @@ from torchjac.errors import PlanError as PlanError
 from torchjac.errors import TorchjacError as TorchjacError
 from torchjac.errors import UnusedInputError as UnusedInputError
 from torchjac.errors import UnusedInputWarning as UnusedInputWarning
-from torchjac.explain import Record as Record
-from torchjac.explain import last_run as last_run
-from torchjac.function import Jacobian as Jacobian
-from torchjac.structure.pattern import Pattern as Pattern
+from torchjac.jacobian import Jacobian as Jacobian
+from torchjac.record import Record as Record
+from torchjac.record import last_run as last_run
+from torchjac.sparsity.pattern import Pattern as Pattern
 
 __version__ = "0.1.0"

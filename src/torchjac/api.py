@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from torchjac.capture import capture_graph, differentiating
-from torchjac.capture.function import Argnums
-from torchjac.errors import (
-    UnusedInputError,
-)
-from torchjac.function import Hessian, Jacobian
-from torchjac.layout import Layout, check_layout, converted, torch_layout
-from torchjac.plan.memory import check_budget
-from torchjac.solve import Request, solve
-from torchjac.sparsity import pattern_if_worth, with_pattern
-from torchjac.structure.detect import pattern_of_graph
-from torchjac.structure.pattern import Pattern
-from torchjac.unused import unused_in_graph
+from torchjac.call import Argnums
+from torchjac.capture.checks import unused_in_graph
+from torchjac.capture.eager import capture_graph
+from torchjac.capture.nesting import differentiating
+from torchjac.errors import UnusedInputError
+from torchjac.host.memory import check_budget
+from torchjac.jacobian import Hessian, Jacobian
+from torchjac.jit.eager import solve
+from torchjac.jit.patterns import pattern_if_worth, with_pattern
+from torchjac.layout.arrange import converted
+from torchjac.request import Layout, Request, check_layout, torch_layout
+from torchjac.sparsity.detect import pattern_of_graph
+from torchjac.sparsity.pattern import Pattern
 
 
 def jac(

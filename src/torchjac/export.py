@@ -14,22 +14,25 @@ from torch import Tensor, fx, nn
 from torchjac._torch import modes
 from torchjac._torch.inductor import NotCompiled, packaged
 from torchjac._torch.pytree import flatten
-from torchjac._torch.recording import Recording, without_last
-from torchjac._torch.resized import for_any_number
-from torchjac._torch.straight import compilable
-from torchjac.accumulated import Accumulated
-from torchjac.capture import Call, capture_function
-from torchjac.capture.derivative import variables
-from torchjac.capture.samples import alike, fewer, with_samples
-from torchjac.capture.value import trace_value
-from torchjac.compilation import agree, first_written, jacobian_of
-from torchjac.engines.accumulate import Emitted, recording_of
-from torchjac.engines.accumulate.check import Reference
-from torchjac.engines.kernel import Kernel, NoCompiler, Written, written, written_for_samples
-from torchjac.engines.kernel.standalone import Array, Standalone, identifier, standalone
+from torchjac._torch.trace.recording import Recording, without_last
+from torchjac.call import Call, variables
+from torchjac.capture.eager import capture_function
+from torchjac.capture.trace import trace_value
+from torchjac.compiler.batch_invariance import alike, fewer, with_samples
+from torchjac.compiler.codegen.build import Written, written, written_for_samples
+from torchjac.compiler.codegen.c.standalone import Array, Standalone, identifier, standalone
+from torchjac.compiler.codegen.c.toolchain import NoCompiler
+from torchjac.compiler.codegen.executable import Kernel
+from torchjac.compiler.compiled import Accumulated
+from torchjac.compiler.native import agree, first_written, jacobian_of
+from torchjac.compiler.per_sample import of_several_sizes
+from torchjac.compiler.program.optimize import compilable
+from torchjac.compiler.program.record import recording_of
+from torchjac.compiler.program.resize import for_any_number
+from torchjac.compiler.program.tensor_program import Emitted
 from torchjac.errors import PlanError, PlanRefused, TorchjacError
-from torchjac.sampling import of_several_sizes
-from torchjac.structure.detect import KEEP
+from torchjac.passes.verify import Reference
+from torchjac.sparsity.detect import KEEP
 
 
 def export(path: Path, call: Call, plan: Accumulated) -> list[Path]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.pytree import flatten, unflatten
-from torchjac.accumulation import checking
-from torchjac.capture.function import Argnums
-from torchjac.plan import Mode, Plan, forced_plan
+from torchjac.call import Argnums
+from torchjac.jit.dispatcher import checking
+from torchjac.passes.plan import Mode, Plan
+from torchjac.passes.race import forced_plan
 
 _ALL = 2**40  # more seeds than any Jacobian has rows or columns
 

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from torchjac.engines.accumulate import Emitted
-from torchjac.engines.kernel import Kernel
+from torchjac.compiler.codegen.executable import Kernel
+from torchjac.compiler.program.tensor_program import Emitted
 from torchjac.host.clock import clock
 
 from .normal import normal_c, normal_words

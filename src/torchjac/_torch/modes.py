@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.private import corner, private, private_function, private_type
-from torchjac._torch.recorder import Recorder
+from torchjac._torch.trace.recorder import Recorder
 from torchjac._torch.vmap import is_transformed
 
 _NOTHING = nullcontext()

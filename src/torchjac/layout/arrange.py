@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.pytree import LEAF, tree_map, unflatten
-from torchjac.capture import Program
-from torchjac.engines import Entries, Part, Slab
-from torchjac.errors import ArgumentError
+from torchjac.capture.eager_graph import Program
 from torchjac.layout import dense, sparse
-from torchjac.structure import Structure
+from torchjac.passes.modes import Part
+from torchjac.passes.slab import Entries, Slab
+from torchjac.passes.structure import Structure
+from torchjac.request import Layout, _is_scipy
 
 _LAYOUTS = {
     torch.strided: dense.blocks,
@@ -39,46 +40,6 @@ class Arranged:
     unused: tuple[int, ...]
     passes: int
     chunk: int
-
-
-# A torch layout, or a SciPy class of sparse matrices.
-Layout = Any
-
-
-def check_layout(layout: Layout, create_graph: bool, pattern: Any = None) -> None:
-    """Refuses a layout that is not written.
-
-    Raises:
-        ArgumentError: It is not strided, CSR, COO or a class of SciPy, a sparse result must be
-            differentiable, or there is a pattern for a dense one.
-    """
-    known = isinstance(layout, torch.layout) and layout in _LAYOUTS
-    if not known and not _is_scipy(layout):
-        raise ArgumentError(
-            f"torchjac: layout must be torch.strided, torch.sparse_csr, torch.sparse_coo or a "
-            f"SciPy class such as scipy.sparse.csr_array, got {layout!r}."
-        )
-    if pattern is not None and layout is torch.strided:
-        raise ArgumentError(
-            "torchjac: pattern= is for sparse results; pass layout=torch.sparse_csr (or another "
-            "sparse layout) with it."
-        )
-    if create_graph and layout is not torch.strided:
-        raise ArgumentError(
-            "torchjac: with create_graph=True or inside another Jacobian the result is dense only; "
-            "use layout=torch.strided, and convert the result (.to_sparse()) where it is needed."
-        )
-
-
-def _is_scipy(layout: Layout) -> bool:
-    return isinstance(layout, type) and issubclass(
-        layout, (scipy.sparse.sparray, scipy.sparse.spmatrix)
-    )
-
-
-def torch_layout(layout: Layout) -> torch.layout:
-    """The layout in which a result is computed before it becomes what was asked for."""
-    return torch.sparse_csr if _is_scipy(layout) else layout
 
 
 def converted(value: Any, layout: Layout) -> Any:

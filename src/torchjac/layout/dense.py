@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from torchjac.capture import Program
-from torchjac.engines import Part, Slab
-from torchjac.structure import Structure
+from torchjac.capture.eager_graph import Program
+from torchjac.passes.modes import Part
+from torchjac.passes.slab import Slab
+from torchjac.passes.structure import Structure
 
 
 def blocks(parts: Iterator[Part], program: Program, structure: Structure) -> list[list[Tensor]]:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjac._torch.lazy import copied_when_written
 from torchjac._torch.pytree import TreeSpec, unflatten
+from torchjac._torch.storage import copied_when_written
 from torchjac.layout.sparse import csr_starts
-from torchjac.structure import Pattern
+from torchjac.sparsity.pattern import Pattern
 
 
 def finisher(

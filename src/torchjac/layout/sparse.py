@@ -13,9 +13,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from torchjac.capture import Program
-from torchjac.engines import Entries, Part, Slab
-from torchjac.structure import Pattern, Structure
+from torchjac.capture.eager_graph import Program
+from torchjac.passes.modes import Part
+from torchjac.passes.slab import Entries, Slab
+from torchjac.passes.structure import Structure
+from torchjac.sparsity.pattern import Pattern
 
 
 def blocks_coo(parts: Iterator[Part], program: Program, structure: Structure) -> list[list[Tensor]]:

@@ -1,0 +1,59 @@
+"""Memory for small results, without the arguments that `torch.empty` parses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchjac._torch.private import corner, private
+
+# Shape, strides and dtype.
+Allocate = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
+# What Inductor's code calls: 0.7 us, for 1.6 us of `torch.empty`.
+_fast = private("torch._C._dynamo.guards._empty_strided_cpu")
+
+
+def allocator() -> Allocate:
+    """The quickest function of torch that gives memory on the CPU."""
+    return _fast if ALLOCATOR.holds() else _plain
+
+
+def _plain(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+
+
+@corner("Inductor's way to allocate", "torch.empty_strided allocates results")
+def ALLOCATOR() -> bool:
+    """It gives tensors of the shape, strides and dtype that it is asked for."""
+    made = [_fast((2, 3), (1, 2), dtype) for dtype in (torch.float32, torch.float64, torch.int64)]
+    dtypes = [t.dtype for t in made] == [torch.float32, torch.float64, torch.int64]
+    return dtypes and all((tuple(t.shape), t.stride()) == ((2, 3), (1, 2)) for t in made)
+
+
+_lazy_clone = private("torch._lazy_clone")
+
+
+def copied_when_written(tensor: Tensor) -> Tensor:
+    """A tensor with the same numbers, which shares memory until either is written to.
+
+    Memory that torch did not allocate (NumPy's) is copied at once.
+    """
+    if not (LAZY.known or LAZY.holds()):
+        return tensor.clone()
+    try:
+        copy: Tensor = _lazy_clone(tensor)
+        return copy
+    except RuntimeError:
+        return tensor.clone()
+
+
+@corner("torch's copy on write", "indices of sparse results are copied each time")
+def LAZY() -> bool:
+    """Neither tensor sees what is written to the other."""
+    one = torch.zeros(3, dtype=torch.float64)
+    other, third = _lazy_clone(one), _lazy_clone(one)
+    other.add_(1)
+    one.sub_(1)
+    return [t.tolist() for t in (one, other, third)] == [[-1.0] * 3, [1.0] * 3, [0.0] * 3]

@@ -1,0 +1,1 @@
+"""The tracer: the operations that a function runs, recorded."""

@@ -1,0 +1,330 @@
+"""Tracing a computation into a graph of ATen operations, and what such a graph says."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from torchjac._torch import modes
+from torchjac._torch.autograd import ENGINE, NODES
+from torchjac._torch.modes import MODES
+from torchjac._torch.private import corner, find_out, private_type
+from torchjac._torch.state import SETTINGS
+from torchjac._torch.trace import proxies
+from torchjac._torch.trace.ir import DependsOnValues, NeedsTracing, NotRecorded
+from torchjac._torch.trace.observer import OBSERVING, Observer, Unwatched, next_sequence
+from torchjac._torch.trace.op_traits import (
+    DECOMPOSITIONS,
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+)
+from torchjac._torch.trace.recorder import Recorder
+from torchjac._torch.trace.recording import (
+    LAZY_GRAPHS,
+    Recording,
+    agree,
+    functional,
+    graph_of,
+    recorded,
+    rerun,
+)
+from torchjac._torch.vmap import TRANSFORMS
+
+# What tracing raises where the values of tensors decide what happens next.
+DATA_DEPENDENT: tuple[type[Exception], ...] = (
+    DependsOnValues,
+    private_type("torch._subclasses.fake_tensor.DataDependentOutputException", Exception),
+    private_type("torch._subclasses.fake_tensor.DynamicOutputShapeException", Exception),
+)
+UNSUPPORTED: tuple[type[Exception], ...] = (
+    NotRecorded,
+    private_type("torch._subclasses.fake_tensor.UnsupportedOperatorException", Exception),
+)
+
+
+def trace(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    *,
+    parameters_vary: bool,
+    keep: Collection[Any],
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[fx.GraphModule, dict[int, str]]:
+    """Runs a function of tensors and writes down the operations, gradients included.
+
+    The graph is functional: in-place operations are rewritten.
+
+    Args:
+        function: Takes an `Observer`, to be active while a user's code runs, and the tensors;
+            returns tensors (or None) in a sequence. It runs twice, at two points: what was noted
+            at the first must hold at the second.
+        tensors: Arguments; each becomes a placeholder, and so does each cotangent that the function
+            asks the observer for.
+        parameters_vary: Whether training changes what is there to be trained: its values may then
+            not decide what is done next. Those of the arguments never may.
+        keep: Operations not to decompose.
+        around: To be entered around each evaluation.
+
+    Returns:
+        The graph, and where in the user's code the operations with these sequence numbers were
+        called.
+
+    Raises:
+        DependsOnValues: Values decide what is done next (one of `DATA_DEPENDENT`).
+        NotRecorded: Something happened that a graph cannot say (one of `UNSUPPORTED`).
+    """
+    if not all(part.known for part in _NEEDED):
+        find_out(*_NEEDED, DECOMPOSITIONS, LAZY_GRAPHS)
+        for part in _NEEDED:
+            if not part.holds():
+                raise NotRecorded(str(part))
+    # One at a time: warning filters and random states belong to the whole process. (Not for ever: a
+    # function may wait for a thread that traces too.)
+    locked = _ONE.acquire(timeout=_PATIENCE)
+    try:
+        module, observer = _recorded(function, tensors, parameters_vary, keep, around)
+    except NeedsTracing:
+        with around():
+            module, observer = proxies.traced(function, tensors, parameters_vary, keep)
+    finally:
+        if locked:
+            _ONE.release()
+    return module, _lines(observer)
+
+
+@corner("torch's dispatch mode", "nothing is planned")
+def RECORDING() -> bool:
+    """A recorder notes the operations that run, and only those, with what they take and give."""
+    x = torch.linspace(1.0, 2.0, 3, dtype=torch.float64)
+    outside = torch.ones(3, dtype=torch.float64)
+    recorder = Recorder((), parameters_vary=False)
+    taken = recorder.input(x)
+    with recorder:
+        y = torch.mul(x.sin(), outside)
+        view = y[1:]
+        y.add_(1.0)
+    x.cos()
+    names = [str(call.operation) for call in recorder.calls]
+    first, *_, last = recorder.calls
+    return (
+        names == ["aten.sin.default", "aten.mul.Tensor", "aten.slice.Tensor", "aten.add_.Tensor"]
+        and first.args == (taken,)
+        and recorder.calls[1].args[0] is first.results[0]
+        and recorder.value(view).base is recorder.value(y).base
+        and last.written == (recorder.value(y).base,)
+        and recorder.value(y).base.varies
+        and [c is outside for c in recorder.constants] == [True]
+    )
+
+
+# The corners of torch that a trace, and the guards that say whether it still holds, rely on.
+_NEEDED = (ENGINE, NODES, MODES, SETTINGS, TRANSFORMS, RECORDING, OBSERVING)
+_ONE = threading.RLock()
+_PATIENCE = 10.0
+
+
+def _recorded(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    parameters_vary: bool,
+    keep: Collection[Any],
+    around: Callable[[], AbstractContextManager[None]],
+) -> tuple[fx.GraphModule, Observer]:
+    """By noting what runs, on the tensors themselves."""
+    rewind = modes.random_states(tensors)
+    try:
+        with around():
+            first = _ran(function, tensors, Recorder(keep, parameters_vary))
+    except _Failed as failed:
+        raise failed.error from None
+    found = recorded(first.recorder, first.outputs)
+
+    def again(given: Sequence[Tensor]) -> _Run:
+        rewind()
+        with around():
+            if first.recorder.wrote_elsewhere:  # it has to be put back
+                return _ran(function, given, Recorder(keep, parameters_vary))
+            return _ran_plainly(function, given, first.recorder)
+
+    if not any(t.is_meta for t in tensors):
+        reason = "what it does depends on its input in a way that cannot be seen"
+        _check(found, _another(again, tensors) or first, reason)
+    if found.writes:
+        found = functional(found, first.given, keep)
+        if not found.is_random:  # random numbers come in another order there
+            _check(found, first, "what it writes in place cannot be rewritten")
+    originals = first.observer.originals
+    constants = tuple(originals.get(id(c), c) for c in found.constants)
+    module = graph_of(replace(found, constants=constants))
+    module.meta[WRITES] = first.recorder.wrote_elsewhere
+    module.meta[STOPS] = first.recorder.stops_gradients
+    module.meta[DRAWS] = any(c.drawn_from is not None for c in first.recorder.calls)
+    return module, first.observer
+
+
+# Whether the function wrote to tensors that were there before, in the `meta` of what is traced.
+WRITES = "writes"
+# Whether it takes numbers that vary without a gradient (`detach`, `no_grad`, custom functions).
+STOPS = "stops"
+# Whether it draws random numbers, be they needed or not.
+DRAWS = "draws"
+
+
+def _another(run: Callable[[Sequence[Tensor]], _Run], tensors: Sequence[Tensor]) -> _Run | None:
+    """An evaluation at another point; None if the function fails wherever it is tried."""
+    for point in (_elsewhere, _near):
+        with suppress(_Failed):  # it need not be defined there
+            return run([point(t) for t in tensors])
+    return None
+
+
+class _Failed(Exception):
+    """The function failed, on its own account."""
+
+    def __init__(self, error: Exception):
+        """Keeps its error."""
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One evaluation: the arguments with the cotangents, and what came out."""
+
+    given: tuple[Tensor, ...]
+    outputs: Sequence[Tensor | None]
+    recorder: Recorder
+    observer: Observer
+
+
+def _ran(function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Recorder) -> _Run:
+    observer = Observer(recorder)
+    for tensor in tensors:
+        recorder.input(tensor)
+    try:
+        with warnings.catch_warnings(), proxies.uncompiled(), recorder:
+            warnings.simplefilter("ignore")  # they are given when it runs for the user
+            outputs = function(observer, *tensors)
+    except Exception as error:
+        if not _refusals(recorder, observer):
+            raise _Failed(error) from error
+    finally:
+        recorder.restore()
+    # Even if the function caught them and went on.
+    for refusal in [*_refusals(recorder, observer), *recorder.failures]:
+        raise refusal
+    return _Run((*tensors, *recorder.cotangents), outputs, recorder, observer)
+
+
+def _ran_plainly(
+    function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Recorder
+) -> _Run:
+    """As `_ran`, but nothing is noted."""
+    observer = Unwatched()
+    try:
+        with warnings.catch_warnings(), proxies.uncompiled():
+            warnings.simplefilter("ignore")
+            outputs = function(observer, *tensors)
+    except Exception as error:
+        raise _Failed(error) from error
+    finally:
+        recorder.restore()  # generators
+    return _Run((*tensors, *observer.cotangents), outputs, recorder, Observer(recorder))
+
+
+def _refusals(recorder: Recorder, observer: Observer) -> list[Exception]:
+    return [*recorder.refusals, *observer.refusals]
+
+
+def _check(recording: Recording, run: _Run, reason: str) -> None:
+    """Runs the operations again, on what the function was given.
+
+    Raises:
+        NotRecorded: Something else came out than for the function.
+    """
+    again = rerun(recording, run.given)
+    run.recorder.restore()
+    if not agree(run.outputs, again):
+        raise NotRecorded(reason)
+
+
+def _elsewhere(tensor: Tensor) -> Tensor:
+    """Another point in the range of this one: what was frozen at the one does not hold there."""
+    if not tensor.numel() or 0 in tensor.stride():
+        return tensor.detach().clone()
+    generator = torch.Generator(tensor.device).manual_seed(0)
+    weight = torch.rand(tensor.shape, generator=generator, device=tensor.device)
+    weight = 0.2 + 0.6 * weight.to(tensor.dtype)
+    flat = tensor.detach().reshape(-1)
+    other = flat.roll(flat.numel() // 3 + 1).reshape(tensor.shape)
+    made = torch.lerp(tensor.detach(), other, weight) * (0.9 + 0.2 * weight)
+    if not made.is_complex() and bool((tensor < 0).any() & (tensor > 0).any()):
+        made = torch.where(weight.flip(0) > 0.5, made, -made) if made.ndim else -made
+    return torch.empty_like(tensor).copy_(made)
+
+
+def _near(tensor: Tensor) -> Tensor:
+    """A point next to this one: what is defined here is defined there, most often."""
+    return tensor.detach() * 0.999
+
+
+def _lines(observer: Observer) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for start, stop, file, line in observer.calls:
+        for number in range(start, stop):
+            found.setdefault(number, f"{file}:{line}")
+    return found
+
+
+@contextmanager
+def numbered(nodes: Iterable[Any], observer: Observer | Unwatched) -> Iterator[None]:
+    """Traced operations carry the sequence number of the autograd node that ran them."""
+    handles = []
+    for node in nodes if isinstance(observer, Observer) else ():
+
+        def enter(_: Any, number: int = node._sequence_nr()) -> None:
+            observer.enter(number)
+
+        handles.append(node.register_prehook(enter))
+    try:
+        yield
+    finally:
+        observer.enter(None)
+        for handle in handles:
+            handle.remove()
+
+
+def sequence_of(node: fx.Node) -> int | None:
+    """Number that a traced operation shares with its forward operation, or None."""
+    return node.meta.get("seq_nr")
+
+
+def is_random(op: Any) -> bool:
+    """Whether an operation draws random numbers."""
+    return isinstance(op, OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
+
+
+__all__ = [
+    "DATA_DEPENDENT",
+    "DRAWS",
+    "STOPS",
+    "UNSUPPORTED",
+    "WRITES",
+    "HigherOrderOperator",
+    "Observer",
+    "OpOverload",
+    "OpOverloadPacket",
+    "is_random",
+    "next_sequence",
+    "numbered",
+    "sequence_of",
+    "trace",
+]

@@ -1,0 +1,1 @@
+"""The compiler: from a linear program to a compiled Jacobian."""

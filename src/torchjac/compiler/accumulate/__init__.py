@@ -1,0 +1,1 @@
+"""Accumulation: the entries of a Jacobian as a straight line of tensor operations."""

@@ -1,0 +1,127 @@
+"""From a derivative to a straight line of operations that computes the entries of J."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate, product
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from torchjac._torch.trace.recorder import Recorder
+from torchjac._torch.trace.recording import recorded
+from torchjac.capture.linear_program import Derivative
+from torchjac.compiler.accumulate import scatter_entries as write
+from torchjac.compiler.accumulate.adjoint import Adjoint
+from torchjac.compiler.accumulate.output import Block, Slots, Target
+from torchjac.compiler.accumulate.sweep import Sweep
+from torchjac.compiler.program.optimize import executable, folded
+from torchjac.compiler.program.record import _Everything
+from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.errors import PlanRefused, RefusedHere
+
+R = TypeVar("R")
+
+
+def emit(
+    derivative: Derivative, inputs: Sequence[Tensor], target: Target, most: int, limit: float = 60.0
+) -> Emitted:
+    """Accumulates the Jacobian once, at some inputs, and keeps the operations that it took.
+
+    Args:
+        derivative: The traced backward pass, or that of J'.
+        inputs: A tensor for each of its placeholders that is not a cotangent.
+        target: What the result looks like.
+        most: Numbers that intermediate adjoints may have, all together.
+        limit: Seconds that the walk over the graph may take.
+
+    Raises:
+        PlanRefused: It cannot be done this way, or would take too much.
+    """
+    recorder = Recorder(_Everything(), parameters_vary=True)
+    placeholders = [n for n in derivative.module.graph.nodes if n.op == "placeholder"]
+    free = [p for p in placeholders if p not in derivative.cotangents]
+    inputs = [x.contiguous() for x in inputs]
+    for tensor in inputs:
+        recorder.input(tensor)
+
+    def record(run: Callable[[], R]) -> R:
+        with recorder:
+            return run()
+
+    given = dict(zip(free, inputs, strict=True))
+    with torch.no_grad():
+        samples = derivative.row_shapes[0][0] if target.batched else 1
+        sweep = Sweep(derivative, given, record, most, limit, samples)
+        gradients = sweep.gradients()
+        terms = [x for g in gradients if g is not None for x in g.terms]
+        if sum(math.prod(x.loop) for x in terms) > most:
+            raise PlanRefused("far more products than entries would be added up")
+        parts = record(lambda: _parts(derivative, gradients, inputs, target, recorder.varies))
+        probe = record(lambda: _probe(parts))
+        fixed = sum(
+            math.prod(x.loop)
+            for x in terms
+            if not any(recorder.varies(factor) for factor in x.factors)
+        )
+    recording = folded(recorded(recorder, [*parts, probe]))
+    module, constants = executable(recording)
+    whole = sum(math.prod(x.loop) for x in terms)
+    about = target.mode, (fixed, whole), sweep.waists
+    return Emitted(recording, module, constants, module.forward, *about)
+
+
+def evaluated(emitted: Emitted, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a program gives, to be checked: as it will run, on memory of another kind.
+
+    Raises:
+        RefusedHere: The result is not finite.
+    """
+    with torch.no_grad():
+        parts = emitted([elsewhere(x) for x in inputs])
+    if parts is None:
+        raise RefusedHere("values are not finite")
+    return parts
+
+
+def elsewhere(tensor: Tensor) -> Tensor:
+    """The same numbers, not at the beginning of their memory."""
+    memory = torch.empty(tensor.numel() + 3, dtype=tensor.dtype, device=tensor.device)
+    return memory[3:].view(tensor.shape).copy_(tensor)
+
+
+def _probe(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of everything."""
+    sums = [part.sum() for part in parts]
+    return sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0].dtype) for s in sums]).sum()
+
+
+def _parts(
+    derivative: Derivative,
+    gradients: Sequence[Adjoint | None],
+    inputs: Sequence[Tensor],
+    target: Target,
+    varies: Callable[[Tensor], bool],
+) -> list[Tensor]:
+    """The values of a sparse result, or every block of a dense one, row by row."""
+    elements = [tuple(s) for s in derivative.column_shapes]
+    if target.pattern is not None:
+        starts = [0, *accumulate(math.prod(s) for s in elements)]
+        present = [(g, k) for g, k in zip(gradients, starts, strict=False) if g is not None]
+        slots = Slots.of(target.pattern, target.mode)
+        return [write.sparse(present, slots, inputs[0], varies)]
+    seeds = [tuple(s) for s in derivative.row_shapes]
+    starts = [0, *accumulate(math.prod(s) for s in seeds)]
+    rows, columns = (seeds, elements) if target.mode == "reverse" else (elements, seeds)
+    parts = []
+    for i, j in product(range(len(rows)), range(len(columns))):
+        source, leaf = (i, j) if target.mode == "reverse" else (j, i)
+        samples = rows[i][0] if target.batched else None
+        block = Block(
+            starts[source], math.prod(seeds[source]), elements[leaf], samples, target.mode
+        )
+        outer = (*rows[i], *(columns[j] if samples is None else columns[j][1:]))
+        parts.append(write.dense(gradients[leaf], block, inputs[j]).view(outer))
+    return parts

@@ -1,0 +1,1 @@
+"""Code generation: from a tensor program to native code."""

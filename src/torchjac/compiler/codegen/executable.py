@@ -1,0 +1,238 @@
+"""A Jacobian as compiled C, called from Python."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from threading import get_ident
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchjac._torch.storage import allocator
+from torchjac.compiler.codegen.build import Written
+from torchjac.compiler.codegen.c.cpython_entry import entered, entry
+from torchjac.compiler.codegen.c.openmp import shared
+from torchjac.compiler.codegen.c.toolchain import LIMIT, compiled
+from torchjac.host.clock import now
+
+# Bytes of memory to work in that are kept from call to call, but for that of one call.
+_SPARE = 1 << 26
+# Threads that may share a loop.
+_THREADS = 256
+
+
+class Kernel:
+    """A compiled program: takes tensors and gives tensors.
+
+    Calls may run at the same time; the interpreter's lock is released while they run.
+
+    Args:
+        program: What to compile.
+        limit: Seconds that the compiler may take.
+
+    Raises:
+        PlanRefused: It cannot be compiled.
+    """
+
+    def __init__(self, program: Written, limit: float = LIMIT):
+        """Compiles it."""
+        source = program.source
+        self.source = source
+        self._scratch = -(-source.scratch // 64) * 64  # of each thread; aligned
+        samples, name, text, numbers = program.samples, program.name, source.text, 0
+        if samples is not None or program.parted:
+            text += shared(name, samples is not None, self._scratch)
+            name, numbers = f"{name}_shared", 2
+        inputs, outputs = max(len(program.inputs), 1), len(program.outputs)
+        text += entry(name, inputs, outputs, numbers)
+        library = compiled(text, source.level, limit)
+        self._run = entered(library, name, inputs + outputs, numbers)
+        self._live = program.live
+        self._inputs = program.inputs[: len(program.inputs) - len(program.live)]
+        self._outputs = tuple((tuple(s), _strides(s), d) for s, d in program.outputs)
+        self._spare: list[Tensor] = []  # memory of earlier calls: new pages cost more than sums
+        # Kept: their addresses are in `_table`, whose address is given at every call.
+        self._tables = [np.ascontiguousarray(t) for t in source.tables]
+        self._table = (ctypes.c_void_p * max(len(self._tables), 1))(
+            *[t.ctypes.data for t in self._tables]
+        )
+        self._where = ctypes.addressof(self._table)
+        self._threads = Threads(samples or _THREADS) if numbers else None
+        self._turns = samples or 0
+        self._allocate = allocator()
+        self._apart = samples is not None  # threads have memory of their own to work in
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """The outputs at these inputs; None where they are not all finite.
+
+        Raises:
+            ValueError: An input has another shape, dtype or device than the program is for.
+        """
+        made, fine = self.run(inputs)
+        return made if fine else None
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
+        """The outputs at these inputs, and whether all that vary are finite.
+
+        Raises:
+            ValueError: An input has another shape, dtype or device than the program is for.
+        """
+        given = [
+            _suited(x, shape, dtype) for x, (shape, dtype) in zip(inputs, self._inputs, strict=True)
+        ]
+        return self._on(given)
+
+    def launcher(self) -> Callable[[Sequence[Tensor]], tuple[tuple[Tensor, ...], bool]]:
+        """What `run` does for inputs that are known to be as the program reads them."""
+        bare = self._inputs and not (self._live or self._scratch or self._threads)
+        if not bare or len(self._outputs) != 1:
+            return self._on
+        run, where, (about,), address = self._run, self._where, self._outputs, Tensor.data_ptr
+
+        def launched(given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
+            made = self._allocate(*about)
+            fine = run(*map(address, given), address(made), where, 0)
+            return (made,), fine or _finite((made,))
+
+        return launched
+
+    def _on(self, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
+        if self._live:
+            given = [*given, *[_dense(x.detach()) for x in self._live]]
+        made = [self._allocate(*about) for about in self._outputs]
+        arrays = (
+            *([x.data_ptr() for x in given] or (0,)),
+            *[x.data_ptr() for x in made],
+            self._where,
+        )
+        if self._threads is None:
+            fine = self._with_memory(arrays, 1)
+        else:
+            fine = self._threads(lambda n: self._with_memory(arrays, n, self._turns, n))
+        return tuple(made), fine or _finite(made)
+
+    def _with_memory(self, arrays: tuple[int, ...], threads: int, *numbers: int) -> bool:
+        """Runs it in memory to work in, which it has for itself."""
+        if not self._scratch:
+            return self._run(*arrays, 0, *numbers)
+        size = self._scratch * (threads if self._apart else 1)
+        scratch = self._workspace(size)
+        fine = self._run(*arrays, scratch.data_ptr(), *numbers)
+        if (len(self._spare) + 1) * size <= max(_SPARE, size):
+            self._spare.append(scratch)
+        return fine
+
+    def _workspace(self, size: int) -> Tensor:
+        """Memory to work in, for one call at a time."""
+        with suppress(IndexError):
+            found = self._spare.pop()
+            if found.numel() >= size:
+                return found
+        return torch.empty(size, dtype=torch.uint8)
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """Of a dense tensor."""
+    return tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+
+
+def _finite(made: Sequence[Tensor]) -> bool:
+    """Whether all is finite; its sum need not be."""
+    return all(bool(x.isfinite().all()) for x in made)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The same numbers in memory, in order: not negated, nor zeros that are nowhere."""
+    x = x.resolve_neg().contiguous()
+    return torch.zeros(x.shape, dtype=x.dtype) if x._is_zerotensor() else x
+
+
+def _suited(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The same numbers as the program reads them: dense, in order."""
+    if x.shape != shape or x.dtype is not dtype or not x.is_cpu:
+        raise ValueError(
+            f"torchjac: a kernel for {tuple(shape)}, {dtype} was given {tuple(x.shape)}, "
+            f"{x.dtype} on {x.device}."
+        )
+    return _dense(x)
+
+
+# Seconds of work that are worth a thread: to wake one up takes about a fifth of that.
+_SHARE = 25e-6
+
+
+# Runs by one thread of which the fastest says how long it takes, and by several threads, of which
+# the fastest must be faster.
+_RUNS, _TRIED = 3, 5
+
+
+# Or there are so many more by one thread before others are tried again, twice as many each time.
+_REST, _LONGEST = 25, 400
+
+
+class Threads:
+    """How many threads run a kernel: as many as torch would use, where that turns out faster.
+
+    Args:
+        most: How many there may be.
+    """
+
+    def __init__(self, most: int):
+        """Does not know yet how long it takes."""
+        self._most = most
+        self._seconds = float("inf")
+        self._shared = float("inf")
+        self._tried = 0
+        self._rest, self._next = _RUNS, _REST
+
+    def __call__(self, run: Callable[[int], bool]) -> bool:
+        """Runs it; what it says.
+
+        Args:
+            run: Takes the number of threads.
+        """
+        started = now()
+        if self._rest > 0:
+            self._rest -= 1
+            fine = run(1)
+            self._seconds = min(self._seconds, now() - started)
+            return fine
+        worth = int(min(self._seconds / _SHARE, self._most))
+        threads = min(torch.get_num_threads(), worth) if worth > 1 else 1
+        if threads < 2 or get_ident() in _stale:
+            return run(1)
+        fine = run(threads)
+        self._compare(now() - started)
+        return fine
+
+    def _compare(self, seconds: float) -> None:
+        """Goes back to one thread for a while where others have something else to do."""
+        self._shared = min(self._shared, seconds)
+        self._tried += 1
+        if self._tried < _TRIED:
+            return
+        if self._shared < self._seconds:
+            self._next = _REST
+        else:
+            self._rest, self._seconds = self._next, float("inf")
+            self._next = min(2 * self._next, _LONGEST)
+        self._tried, self._shared = 0, float("inf")
+
+
+# The thread that a forked process began with: OpenMP takes it to have the threads that it had
+# before, and would wait for them forever. Others begin with none.
+_stale: set[int] = set()
+
+
+def _in_child() -> None:
+    _stale.clear()
+    _stale.add(get_ident())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

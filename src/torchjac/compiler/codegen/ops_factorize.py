@@ -1,0 +1,320 @@
+"""Factorizations of small matrices on codes, written out: what torch leaves to LAPACK.
+
+Rows are exchanged for the largest pivot, as LAPACK does (Golub and Van Loan, Matrix Computations,
+4th edition, algorithm 3.4.1); which ones is a number of the program, and rows are chosen by it.
+Matrices that are singular, or not positive definite, give what is not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchjac._torch.operators import aten, known
+from torchjac._torch.trace.ir import Value
+from torchjac.compiler.codegen.element_ids import Expanding, dtype_of
+from torchjac.errors import PlanRefused
+
+# Matrices up to this size are written out.
+_LARGEST = 8
+# Rows of a matrix; an element is the codes of all matrices of a batch.
+_Rows = list[list[Tensor]]
+
+
+class _Scalars:
+    """Arithmetic on codes of one dtype."""
+
+    def __init__(self, do: Expanding, dtype: str):
+        self._do = do
+        self.dtype = dtype
+
+    def __call__(self, kind: str, *operands: Tensor) -> Tensor:
+        return self._do.apply(kind, self.dtype, operands)
+
+    def number(self, value: float) -> Tensor:
+        return torch.tensor(self._do.number(value, self.dtype))
+
+    def place(self, value: int) -> Tensor:
+        return torch.tensor(self._do.number(value, "int64"))
+
+    def test(self, kind: str, *operands: Tensor) -> Tensor:
+        return self._do.apply(kind, "bool", operands)
+
+    def place_where(self, condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        return self._do.apply("where", "int64", [condition, one, other])
+
+    def less(self, x: Tensor, *factors: Tensor) -> Tensor:
+        """X minus a product."""
+        return self("sub", x, self("mul", *factors))
+
+
+def _rows(code: Tensor) -> _Rows:
+    """The elements of matrices.
+
+    Raises:
+        PlanRefused: They are large.
+    """
+    if max(code.shape[-2:]) > _LARGEST:
+        raise PlanRefused(f"factors of a matrix larger than {_LARGEST} x {_LARGEST}")
+    return [list(row.unbind(-1)) for row in code.unbind(-2)]
+
+
+def _matrix(rows: _Rows) -> Tensor:
+    made = [torch.stack(torch.broadcast_tensors(*row), -1) for row in rows]  # type: ignore[no-untyped-call]
+    return torch.stack(torch.broadcast_tensors(*made), -2)  # type: ignore[no-untyped-call]
+
+
+def _exchange(s: _Scalars, rows: _Rows, k: int, place: Tensor) -> None:
+    """Exchanges row k with a row after it that a number of the program names."""
+    first = list(rows[k])
+    for i in range(k + 1, len(rows)):
+        this = s.test("eq", place, s.place(i))
+        for j, (old, other) in enumerate(zip(first, list(rows[i]), strict=True)):
+            rows[i][j] = s("where", this, old, other)
+            rows[k][j] = s("where", this, other, rows[k][j])
+
+
+def _lu(s: _Scalars, code: Tensor) -> tuple[_Rows, list[Tensor]]:
+    """L and U in one matrix, and which row was exchanged with each."""
+    rows = _rows(code)
+    size, places = len(rows), []
+    for k in range(size):
+        best, place = s("abs", rows[k][k]), s.place(k).expand(rows[k][k].shape)
+        for i in range(k + 1, size):
+            other = s("abs", rows[i][k])
+            more = s.test("gt", other, best)
+            best = s("where", more, other, best)
+            place = s.place_where(more, s.place(i), place)
+        places.append(place)
+        _exchange(s, rows, k, place)
+        for i in range(k + 1, size):
+            rows[i][k] = s("div", rows[i][k], rows[k][k])
+            for j in range(k + 1, size):
+                rows[i][j] = s.less(rows[i][j], rows[i][k], rows[k][j])
+    return rows, places
+
+
+def _substituted(
+    s: _Scalars, rows: _Rows, right: list[Tensor], lower: bool, unit: bool
+) -> list[Tensor]:
+    """Solves with a triangle of a matrix; right sides are rows, whose last axis goes across."""
+    order = list(range(len(rows)))
+    order = order if lower else order[::-1]
+    found = list(right)
+    for n, i in enumerate(order):
+        for j in order[:n]:
+            found[i] = s.less(found[i], rows[i][j][..., None], found[j])
+        if not unit:
+            found[i] = s("div", found[i], rows[i][i][..., None])
+    return found
+
+
+def _transposed(rows: _Rows) -> _Rows:
+    return [list(row) for row in zip(*rows, strict=True)]
+
+
+def _solved(
+    s: _Scalars, rows: _Rows, places: Sequence[Tensor], right: Tensor, adjoint: bool
+) -> Tensor:
+    """Solves with L and U, from the left."""
+    sides = list(right.unbind(-2))
+    if not adjoint:
+        wide = [[x] for x in sides]
+        for k, place in enumerate(places):
+            _exchange(s, wide, k, place[..., None])
+        sides = _substituted(s, rows, [x for (x,) in wide], lower=True, unit=True)
+        sides = _substituted(s, rows, sides, lower=False, unit=False)
+    else:
+        across = _transposed(rows)
+        sides = _substituted(s, across, sides, lower=True, unit=False)
+        sides = _substituted(s, across, sides, lower=False, unit=True)
+        wide = [[x] for x in sides]
+        for k, place in reversed(list(enumerate(places))):
+            _exchange(s, wide, k, place[..., None])
+        sides = [x for (x,) in wide]
+    return torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
+
+
+def _from(s: _Scalars, rows: _Rows, places: Sequence[Tensor], b: Tensor, left: bool) -> Tensor:
+    """A^-1 B, or B A^-1."""
+    if left:
+        return _solved(s, rows, places, b, False)
+    return _solved(s, rows, places, b.transpose(-1, -2), True).transpose(-1, -2)
+
+
+def _all(places: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(places), -1)
+
+
+def _fine(s: _Scalars, code: Tensor) -> Tensor:
+    """What says that no error was met: those that are show in the numbers."""
+    return s.place(0).expand(code.shape[:-2])
+
+
+def _solve_ex(
+    do: Expanding, a: Value, b: Value, *, left: bool = True, check_errors: bool = False
+) -> tuple[Tensor, ...]:
+    s, matrix, right = _Scalars(do, dtype_of(a)), do.code(a), do.code(b)
+    rows, places = _lu(s, matrix)
+    vector = right.dim() == 1 or right.shape == matrix.shape[:-1]
+    found = _from(s, rows, places, right[..., None] if vector else right, left or vector)
+    found = found[..., 0] if vector else found
+    return found, _matrix(rows), _all(places), _fine(s, matrix)
+
+
+def _lu_factor_ex(
+    do: Expanding, a: Value, *, pivot: bool = True, check_errors: bool = False
+) -> tuple[Tensor, ...]:
+    if not pivot or a.shape[-1] != a.shape[-2]:
+        raise PlanRefused("factors without pivots, or of a matrix that is not square")
+    s, matrix = _Scalars(do, dtype_of(a)), do.code(a)
+    rows, places = _lu(s, matrix)
+    return _matrix(rows), _all(places), _fine(s, matrix)
+
+
+def _lu_unpack(
+    do: Expanding,
+    lu: Value,
+    pivots: Value,
+    unpack_data: bool = True,
+    unpack_pivots: bool = True,
+) -> tuple[Tensor, ...]:
+    s, code = _Scalars(do, dtype_of(lu)), do.code(lu)
+    size = len(_rows(code))
+    if code.shape[-1] != size:
+        raise PlanRefused("factors of a matrix that is not square")
+    one, zero = s.number(1.0), s.number(0.0)
+    unit = torch.where(torch.eye(size, dtype=torch.bool), one, zero).expand(code.shape)
+    below = torch.ones(size, size, dtype=torch.bool).tril(-1)
+    lower = torch.where(below, code, unit)
+    upper = torch.where(below, zero, code)
+    rows = _rows(unit)
+    places = list(do.code(pivots).unbind(-1))
+    for k, place in reversed(list(enumerate(places))):
+        _exchange(s, rows, k, place)
+    nothing = torch.empty(0, dtype=torch.int64)
+    data = (lower, upper) if unpack_data else (nothing, nothing)
+    return (_matrix(rows) if unpack_pivots else nothing, *data)
+
+
+def _lu_solve(
+    do: Expanding, lu: Value, pivots: Value, b: Value, *, left: bool = True, adjoint: bool = False
+) -> Tensor:
+    s, rows = _Scalars(do, dtype_of(lu)), _rows(do.code(lu))
+    places, right = list(do.code(pivots).unbind(-1)), do.code(b)
+    if left:
+        return _solved(s, rows, places, right, adjoint)
+    return _solved(s, rows, places, right.transpose(-1, -2), not adjoint).transpose(-1, -2)
+
+
+def _inv_ex(do: Expanding, a: Value, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
+    s, matrix = _Scalars(do, dtype_of(a)), do.code(a)
+    rows, places = _lu(s, matrix)
+    size = len(rows)
+    one = torch.where(torch.eye(size, dtype=torch.bool), s.number(1.0), s.number(0.0))
+    right = one.expand(*matrix.shape[:-2], size, size)
+    return _solved(s, rows, places, right, False), _fine(s, matrix)
+
+
+def _sign(s: _Scalars, places: Sequence[Tensor]) -> Tensor:
+    """Of the exchanges of rows."""
+    sign = s.number(1.0)
+    for k, place in enumerate(places):
+        sign = s("where", s.test("eq", place, s.place(k)), sign, s("neg", sign))
+    return sign
+
+
+def _across(do: Expanding, a: Value) -> Tensor:
+    """Of a determinant torch factors the transposed matrix where that saves a copy."""
+    dense = torch.empty_strided(a.shape, a.stride, device="meta").is_contiguous()
+    return do.code(a).transpose(-1, -2) if dense else do.code(a)
+
+
+def _det(do: Expanding, a: Value) -> tuple[Tensor, ...]:
+    s, matrix = _Scalars(do, dtype_of(a)), _across(do, a)
+    rows, places = _lu(s, matrix)
+    found = _sign(s, places)
+    for k, row in enumerate(rows):
+        found = s("mul", found, row[k])
+    return found, _matrix(rows), _all(places)
+
+
+def _slogdet(do: Expanding, a: Value) -> tuple[Tensor, ...]:
+    s, matrix = _Scalars(do, dtype_of(a)), _across(do, a)
+    rows, places = _lu(s, matrix)
+    sign, size = _sign(s, places), s.number(0.0)
+    for k, row in enumerate(rows):
+        sign = s("mul", sign, s("sign", row[k]))
+        size = s("add", size, s("log", s("abs", row[k])))
+    return sign, size.expand(sign.shape), _matrix(rows), _all(places)
+
+
+def _cholesky_ex(
+    do: Expanding, a: Value, *, upper: bool = False, check_errors: bool = False
+) -> tuple[Tensor, Tensor]:
+    s, matrix = _Scalars(do, dtype_of(a)), do.code(a)
+    given = _rows(matrix.transpose(-1, -2) if upper else matrix)
+    size = len(given)
+    nothing = s.number(0.0).expand(matrix.shape[:-2])
+    rows = [[nothing] * size for _ in range(size)]
+    for j in range(size):
+        for i in range(j, size):
+            value = given[i][j]
+            for k in range(j):
+                value = s.less(value, rows[i][k], rows[j][k])
+            rows[i][j] = s("sqrt", value) if i == j else s("div", value, rows[j][j])
+    # Where there is no factor its last element is not a number; then no element is one.
+    nothing = s("sub", rows[-1][-1], rows[-1][-1])
+    for i in range(size):
+        for j in range(i + 1):
+            rows[i][j] = s("add", rows[i][j], nothing)
+    return _matrix(_transposed(rows) if upper else rows), _fine(s, matrix)
+
+
+def _cholesky(do: Expanding, a: Value, upper: bool = False) -> Tensor:
+    return _cholesky_ex(do, a, upper=upper)[0]
+
+
+def _triangular(
+    do: Expanding,
+    a: Value,
+    b: Value,
+    *,
+    upper: bool,
+    left: bool = True,
+    unitriangular: bool = False,
+) -> Tensor:
+    s, rows, right = _Scalars(do, dtype_of(a)), _rows(do.code(a)), do.code(b)
+    if not left:
+        rows, right, upper = _transposed(rows), right.transpose(-1, -2), not upper
+    sides = _substituted(s, rows, list(right.unbind(-2)), not upper, unitriangular)
+    made = torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
+    return made if left else made.transpose(-1, -2)
+
+
+def _cholesky_solve(do: Expanding, b: Value, factor: Value, upper: bool = False) -> Tensor:
+    s, rows = _Scalars(do, dtype_of(b)), _rows(do.code(factor))
+    rows = _transposed(rows) if upper else rows
+    sides = _substituted(s, rows, list(do.code(b).unbind(-2)), True, False)
+    sides = _substituted(s, _transposed(rows), sides, False, False)
+    return torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
+
+
+FACTORS: Mapping[Any, Callable[..., Any]] = known(
+    {
+        aten._linalg_solve_ex.default: _solve_ex,
+        aten.linalg_lu_factor_ex.default: _lu_factor_ex,
+        aten.linalg_lu_solve.default: _lu_solve,
+        aten.lu_unpack.default: _lu_unpack,
+        aten.linalg_inv_ex.default: _inv_ex,
+        aten._linalg_det.default: _det,
+        aten._linalg_slogdet.default: _slogdet,
+        aten.linalg_cholesky_ex.default: _cholesky_ex,
+        aten.cholesky.default: _cholesky,
+        aten.linalg_solve_triangular.default: _triangular,
+        aten.cholesky_solve.default: _cholesky_solve,
+    }
+)

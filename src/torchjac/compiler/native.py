@@ -1,0 +1,160 @@
+"""Plans as compiled code: by the kernel engine, or by Inductor, where that runs faster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from torchjac._torch.trace.recording import Recording
+from torchjac.compiler.accumulate.emit import elsewhere
+from torchjac.compiler.codegen.build import Written, written
+from torchjac.compiler.codegen.c.toolchain import LIMIT
+from torchjac.compiler.codegen.executable import Kernel
+from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.errors import PlanRefused
+from torchjac.host.clock import now
+from torchjac.host.gc_pause import seldom_collected
+
+# Seconds that the compiler may take where nobody asked for it.
+PATIENCE = 10.0
+# Seconds that making a kernel takes: at least, and for each number that the operations give.
+_KERNEL, _KERNEL_NUMBER = 0.5, 7e-8
+# Seconds that it may take to write down more than one program, to choose among them.
+_BRIEF = 0.7
+# Programs that compute so many times as many numbers are not among them.
+_CLOSE = 2.0
+# Runs of which the best counts.
+_RUNS = 5
+# Disagreement put down to rounding, by dtype: of an element, and beside the largest one. Sine and
+# its kin are within four units in the last place, and what follows may cancel.
+_ROUNDING = {torch.float64: (1e-7, 2e-11), torch.float32: (1e-2, 1e-5)}
+
+
+def kernel_seconds(programs: Sequence[Emitted]) -> float:
+    """Seconds that it should take to make a kernel of one of some programs."""
+    return _KERNEL + min(map(_writing_seconds, programs))
+
+
+def _writing_seconds(program: Emitted) -> float:
+    """Seconds that it should take to write a program down."""
+    results = [v for c in program.recording.calls for v in c.results if v is not None]
+    return _KERNEL_NUMBER * sum(math.prod(v.shape) for v in results)
+
+
+def written_in_order(
+    programs: Sequence[Emitted], write: Callable[[Emitted], Written], refusals: list[str]
+) -> Iterator[tuple[Emitted, Written]]:
+    """Programs in C, those first that should run fastest.
+
+    What is the fastest as tensor operations need not be the fastest as scalar ones. How many
+    numbers there are on the way says it roughly; where these are close and it does not take long,
+    all are written, and what is in the text says it better.
+
+    Args:
+        programs: They give the same.
+        write: Writes one down.
+        refusals: Why some cannot be is added here.
+    """
+    waiting = sorted(programs, key=_writing_seconds)
+    while waiting:
+        least = _writing_seconds(waiting[0])
+        close = [p for p in waiting if _writing_seconds(p) <= _CLOSE * least]
+        count = len(close) if sum(map(_writing_seconds, close)) < _BRIEF else 1
+        texts = []
+        for program in waiting[:count]:
+            try:
+                texts.append((program, write(program)))
+            except PlanRefused as refusal:
+                refusals.append(str(refusal))
+            except Exception as error:  # others do it; the record says what happened
+                refusals.append(f"{type(error).__name__}: {error}")
+        waiting = waiting[count:]
+        yield from sorted(texts, key=lambda t: t[1].source.cost)
+
+
+@seldom_collected()
+def with_kernel(
+    programs: Sequence[Emitted], inputs: Sequence[Tensor], samples: int | None, limit: float = LIMIT
+) -> Emitted:
+    """A program as a kernel: of those that give the same Jacobian the one that should be fastest.
+
+    Args:
+        programs: The programs; what the first one gives is right.
+        inputs: What to try it on.
+        samples: How many independent samples there are, if there are such.
+        limit: Seconds that the compiler may take.
+
+    Raises:
+        PlanRefused: There is no kernel of any, or it gives something else.
+    """
+    refusals: list[str] = []
+    with torch.no_grad():
+        want = programs[0](inputs)
+
+    def write(program: Emitted) -> Written:
+        return written([jacobian_of(program)], samples)
+
+    for program, text in written_in_order(programs, write, refusals):
+        try:
+            made = replace(
+                program, run=program.module.forward, kernel=Kernel(text, limit), note=None
+            )
+            with torch.no_grad():
+                got = made([elsewhere(x) for x in inputs])
+            if want is not None and got is not None and all(map(agree, got, want)):
+                return made
+            refusals.append("the kernel does not give what its operations give")
+        except PlanRefused as refusal:
+            refusals.append(str(refusal))
+        except Exception as error:  # the operations give the result; the record says what happened
+            refusals.append(f"{type(error).__name__}: {error}")
+    raise PlanRefused("; ".join(dict.fromkeys(refusals)))
+
+
+def first_written(
+    programs: Sequence[Emitted], write: Callable[[Emitted], Written]
+) -> tuple[Emitted, Written]:
+    """The program in C that should run fastest.
+
+    Raises:
+        PlanRefused: None can be written.
+    """
+    refusals: list[str] = []
+    for found in written_in_order(programs, write, refusals):
+        return found
+    raise PlanRefused("; ".join(dict.fromkeys(refusals)))
+
+
+def jacobian_of(program: Emitted) -> tuple[Recording, int]:
+    """The operations, without the last output: the number that says whether all is finite."""
+    return program.recording, len(program.recording.outputs) - 1
+
+
+def faster(ways: Sequence[Emitted], inputs: Sequence[Tensor]) -> tuple[Emitted, list[float]]:
+    """Which way is the fastest here, and the seconds that each takes."""
+    seconds = [timed(way, inputs, _RUNS) for way in ways]
+    return ways[seconds.index(min(seconds))], seconds
+
+
+def timed(way: Emitted, inputs: Sequence[Tensor], runs: int) -> float:
+    """Seconds of the best of some runs."""
+    best = math.inf
+    for _ in range(runs):
+        started = now()
+        with torch.no_grad():
+            way(inputs)
+        best = min(best, now() - started)
+    return best
+
+
+def agree(got: Tensor, want: Tensor) -> bool:
+    """Whether two results differ by rounding only."""
+    if not want.numel():
+        return True
+    relative, absolute = _ROUNDING[want.dtype]
+    allowed = relative * want.abs() + absolute * want.abs().amax()
+    return bool(((got - want).abs() <= allowed).all())

@@ -1,0 +1,104 @@
+"""Orders of elimination: a program for each, and which of them is the fastest as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from torchjac.call import Call, arguments
+from torchjac.capture.linear_program import Derivative
+from torchjac.capture.trace import trace_transposed
+from torchjac.compiler.accumulate.emit import emit
+from torchjac.compiler.accumulate.output import Target
+from torchjac.compiler.compiled import Tried
+from torchjac.compiler.native import timed
+from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.errors import CaptureRefused, NotKnownLinear, PlanRefused, RefusedHere
+from torchjac.host.clock import now
+from torchjac.host.costs import calibrated
+from torchjac.request import Mode
+from torchjac.sparsity.detect import KEEP
+
+# Orders whose predictions differ less than this are both timed, as often as this.
+_CLOSE, _RUNS = 4.0, 3
+# The second order is tried where the first took less than this share of the time there is.
+_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What planning may take: numbers that intermediate values have, and a point in time."""
+
+    most: int
+    deadline: float
+
+
+def ways(
+    call: Call,
+    derivative: Derivative,
+    pushes: bool,
+    target: Target,
+    orders: Sequence[Mode],
+    limits: Limits,
+) -> Iterator[tuple[Mode, Emitted | str]]:
+    """A program for each order of elimination, or why there is none.
+
+    Args:
+        call: The function and its arguments.
+        derivative: Its derivative.
+        pushes: Whether the derivative of that is known to be the transposed one.
+        target: What the result looks like.
+        orders: The orders.
+        limits: What this may take.
+    """
+    started, inputs = now(), arguments(call)
+
+    def trace(mode: Mode) -> Derivative:
+        if mode == "reverse":
+            return derivative
+        if not pushes:
+            raise PlanRefused("the derivative of its backward pass is not known to be J")
+        return trace_transposed(call, KEEP)
+
+    for mode in orders:
+        read = now()
+        if mode != orders[0] and read - started > _SHARE * (limits.deadline - read):
+            yield mode, "there was no time left to try it"
+            return
+        try:
+            traced = trace(mode)
+            if any(g is None for g in traced.cotangents):
+                raise PlanRefused("a gradient does not depend on the cotangent")
+            left = limits.deadline - now()
+            yield mode, emit(traced, inputs, replace(target, mode=mode), limits.most, left)
+        except (RefusedHere, NotKnownLinear):
+            raise
+        except (PlanRefused, CaptureRefused) as refusal:
+            yield mode, str(refusal)
+        except Exception as error:  # the other order, or passes, give the result; this is noted
+            yield mode, f"{type(error).__name__}: {error}"
+
+
+def ranked(
+    found: Sequence[tuple[Mode, Emitted | str]], inputs: Sequence[Tensor]
+) -> tuple[list[Emitted], tuple[Tried, ...]]:
+    """Programs, the fastest first: as predicted, and as measured where that is close."""
+    refused = [Tried(mode, refused=way) for mode, way in found if isinstance(way, str)]
+    programs = [way for _, way in found if not isinstance(way, str)]
+    if not programs:
+        raise PlanRefused(str(refused[0].refused))
+    costs = calibrated()
+    predicted = {way.mode: costs.seconds(way.work) for way in programs}
+    best = min(predicted.values())
+    tried = {}
+    for way in programs:
+        seconds = predicted[way.mode]
+        close = len(programs) > 1 and seconds < _CLOSE * best
+        tried[way.mode] = Tried(way.mode, seconds, timed(way, inputs, _RUNS) if close else None)
+
+    def rank(way: Emitted) -> float:
+        return tried[way.mode].measured or predicted[way.mode] * _CLOSE
+
+    return sorted(programs, key=rank), (*tried.values(), *refused)

@@ -1,0 +1,1 @@
+"""Guards: whether everything that a function read is as it was."""

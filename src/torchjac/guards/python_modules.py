@@ -1,0 +1,171 @@
+"""Watching modules, and refusing what reads the world outside of the program."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import types
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from torchjac._torch.state import registered_namespaces
+from torchjac.guards.builder import Check, Mismatch, Policy, Seen
+from torchjac.guards.bytecode import READS_FILES, computed, is_trusted, is_volatile, volatile_in
+from torchjac.guards.constants import TRUSTED_OPERATORS, NotUnderstood, shown
+from torchjac.guards.containers import ContainerWatcher
+from torchjac.guards.predicate import inlined
+
+_OUTSIDE = "reads what lies outside of the program, or gives another value on every call"
+_NAMED = (types.BuiltinFunctionType, types.FunctionType, type)
+
+
+class ModuleWatcher(ContainerWatcher):
+    """Builds checks of modules.
+
+    Which attributes of objects and modules are read is known by their names: the names in all code
+    that is reached. That set grows while code is walked, so a walk is repeated until it does not.
+
+    Attributes:
+        names: Names in the code that earlier walks reached.
+        found: Names in the code that this walk reached.
+    """
+
+    def __init__(self, policy: Policy, names: frozenset[str]):
+        super().__init__(policy)
+        self.names = names
+        self.found: set[str] = set()
+        self.kinds = [*self.kinds, (types.ModuleType, self._module)]
+
+    def refuse(self, reason: str) -> None:
+        """Ends the walk: it cannot be seen whether what was met changes.
+
+        Raises:
+            NotUnderstood: Always.
+        """
+        raise NotUnderstood(reason)
+
+    def value(self, value: Any, path: str) -> Check:
+        """A check that the value at this path is as it is now."""
+        if isinstance(value, _NAMED):
+            home = getattr(value, "__module__", None)
+            if is_volatile(home, value.__name__):
+                self.refuse(f"{path}: {home}.{value.__name__} {_OUTSIDE}")
+            if is_trusted(home):  # under another name it is the same function
+                self.found.add(value.__name__)
+        elif isinstance(value, types.ModuleType):
+            self.found.add(_read(value, _ALL))
+            self._within(value, path)
+        elif value is sys.modules:
+            self.refuse(f"{path} holds every module")
+        elif isinstance(value, pathlib.Path) and not READS_FILES.isdisjoint(self.names):
+            self.refuse(f"{path}: files {_OUTSIDE}")
+        return super().value(value, path)
+
+    def variable(self, value: Any, path: str, used: Iterable[str]) -> Check:
+        """A check of a variable of which code reads these attributes and nothing else."""
+        if not isinstance(value, types.ModuleType) or "" in used:
+            return self.value(value, path)
+        for chain in sorted(used):
+            self._along(value, path, chain.split("."))
+        return self._known(value, path)
+
+    def _known(self, value: types.ModuleType, path: str) -> Check:
+        """A check of a module of which it was noted before what is read."""
+        self.counted(path)
+        return self.remember(value, path, self._module)
+
+    def _module(self, value: types.ModuleType, path: str) -> Check:
+        """A Python module: those that are trusted do not change, of others what code names."""
+        if is_trusted(value.__name__):
+            return identical(value, path)
+        if not is_trusted(type(value).__module__):
+            self.refuse(f"{path} is a module that computes its attributes")
+        names, space = self.names, vars(value)
+        modules = {name for name, held in space.items() if isinstance(held, types.ModuleType)}
+        named = {name for name in space if _read(value, name) in names}
+        below = []  # modules that are only read by attributes which are noted
+        if _read(value, _ALL) in names:
+            everything = computed(names, of="modules")
+            named |= {n for n in space if n in names or (everything and n not in modules | _HEAD)}
+        else:
+            below = [(n, self._known(space[n], f"{path}.{n}")) for n in sorted(named & modules)]
+            named -= modules
+        inner = self.attributes(space, path, named.__contains__)
+        expected = weakref.ref(value)
+
+        def check(new: Any, seen: Seen) -> Mismatch | None:
+            if new is not expected():
+                return Mismatch(f"{path} is another module now: {shown(new)}")
+            for name, test in below:
+                mismatch = test(vars(new).get(name), seen)
+                if mismatch is not None:
+                    return mismatch
+            return inner(vars(new), seen)
+
+        return check
+
+    def _along(self, module: types.ModuleType, path: str, parts: list[str]) -> None:
+        """Refuses the outside where code reads these attributes, one of the other."""
+        for part in parts:
+            self.found.add(_read(module, part))
+            if is_volatile(module.__name__, part):
+                self.refuse(f"{path}: {module.__name__}.{part} {_OUTSIDE}")
+            if module is torch.ops and part not in TRUSTED_OPERATORS:
+                self._operator(path, part)
+            if "__getattr__" in vars(module) and part not in vars(module):
+                self._computes(module, path)
+            inner = vars(module).get(part)
+            if not isinstance(inner, types.ModuleType):
+                return
+            module = inner
+        self.found.add(_read(module, _ALL))
+        self._within(module, path)
+
+    def _within(self, module: types.ModuleType, path: str) -> None:
+        """Refuses the outside where code may read any of the attributes that code names."""
+        if "__getattr__" in vars(module):
+            self._computes(module, path)
+        space = vars(module)
+        for inner in (module, *(space[n] for n in self.names if n in space)):
+            if not isinstance(inner, types.ModuleType):
+                continue
+            name = volatile_in(inner.__name__, self.names)
+            if name is not None:
+                self.refuse(f"{path}: {inner.__name__}{name and '.'}{name} {_OUTSIDE}")
+            if inner is torch.ops:
+                for name in sorted((self.names & registered_namespaces()) - TRUSTED_OPERATORS):
+                    self._operator(path, name)
+            elif inner.__name__.startswith("torch.ops."):
+                name = inner.__name__.split(".")[2]
+                if name not in TRUSTED_OPERATORS:
+                    self._operator(path, name)
+
+    def _operator(self, path: str, namespace: str) -> None:
+        """What `torch.ops.mine.op` runs hangs on no object that can be walked."""
+        self.refuse(f"{path}: operators of torch.ops.{namespace} are defined out of sight")
+
+    def _computes(self, module: types.ModuleType, path: str) -> None:
+        if not is_trusted(module.__name__):
+            self.refuse(f"{path} is a module that computes its attributes")
+
+
+_ALL = "*"
+# What every module has.
+_HEAD = frozenset(vars(types.ModuleType("m"))) | {"__builtins__", "__cached__", "__file__"}
+
+
+def _read(module: types.ModuleType, name: str) -> str:
+    """Stands among the names of code for: this is read of the module."""
+    return f"{module.__name__}:{name}"
+
+
+def identical(value: Any, path: str) -> Check:
+    """A check that this very object is still there; only for what lives as long as the program."""
+
+    def check(new: Any, seen: Seen) -> Mismatch | None:
+        return None if new is value else Mismatch(f"{path} was replaced: {shown(new)}")
+
+    return inlined(check, lambda lines, place: lines.need(f"{place} is {lines.hold(value)}"))

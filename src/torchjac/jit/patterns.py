@@ -1,0 +1,148 @@
+"""What earlier calls of one function have shown, used only while nothing has changed.
+
+A capture holds for a call if everything that the function could read is as it was (`guards.guard`
+says what that is, and what no guard can see). A function of which that cannot be told, or that
+changes all the time, is not captured again and again: it is treated as one that is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from torchjac._torch import modes
+from torchjac.call import Call
+from torchjac.capture.eager_graph import Program
+from torchjac.errors import CaptureRefused, PatternError
+from torchjac.guards.builder import Policy
+from torchjac.guards.objects import inert
+from torchjac.host.memory import default_budget
+from torchjac.jit.cache import CaptureCache
+from torchjac.passes.candidates import plain_seconds
+from torchjac.request import Request
+from torchjac.sparsity.detect import global_pattern, is_independent, pattern_of_graph
+from torchjac.sparsity.pattern import Pattern, given_pattern
+
+V = TypeVar("V")
+
+# Seconds that a proof takes.
+_PROOF = 0.03
+# Captures that were not used again before this function is no longer captured.
+_PATIENCE = 3
+
+
+@inert
+class Remembered:
+    """The pattern of one function, and whether its samples are independent."""
+
+    def __init__(self) -> None:
+        """Begins with nothing."""
+        self._patterns: _Memo[Pattern] = _Memo(_global_pattern)
+        self._independent: _Memo[bool] = _Memo(_proved)
+        self._seconds = 0.0
+
+    def pattern(self, call: Call, program: Program) -> Pattern | None:
+        """The pattern at these arguments: for every input if possible, else of this graph."""
+        return self._patterns.find(call) or pattern_if_worth(program)
+
+    def independent(self, call: Call) -> bool:
+        """Whether the samples of a batch are proved to be independent.
+
+        The proof takes longer than a few evaluations, so it waits until calls have taken longer.
+        """
+        return self._seconds > _PROOF and bool(self._independent.find(call))
+
+    def spent(self, seconds: float) -> None:
+        """Notes how long a call took."""
+        self._seconds += seconds
+
+
+class _Memo(Generic[V]):
+    """Remembers what was made for calls of one function; gives up where that does not pay."""
+
+    def __init__(self, make: Callable[[Call], V | None]):
+        """Takes what makes a value, or None where there is none."""
+        self._make = make
+        # What training changes is not part of a pattern: parameters count by their shape.
+        self._cache: CaptureCache[tuple[V | None]] = CaptureCache(
+            policy=Policy(parameters="shapes")
+        )
+        self._unused = 0
+
+    def find(self, call: Call) -> V | None:
+        """What was made for a call like this one; made now if it is worth a try."""
+        found = self._cache.lookup(call)
+        if found is not None:
+            self._unused = 0
+            return found[0]
+        if self._unused >= _PATIENCE:
+            return None
+        self._unused += 1
+        (value,) = self._cache.get_or_make(call, lambda: (self._make(call),))
+        if self._cache.refused is not None:
+            self._unused = _PATIENCE
+        return value
+
+
+def _global_pattern(call: Call) -> Pattern | None:
+    try:
+        return global_pattern(call)
+    except Exception:  # a Jacobian can be had without: what went wrong shows in .pattern()
+        return None
+
+
+def _proved(call: Call) -> bool:
+    try:
+        return is_independent(call)
+    except Exception:  # the samples are tested instead
+        return False
+
+
+# Seconds that tracing a graph takes, and an operation of it (2 cores, torch 2.13).
+_TRACE, _TRACE_NODE = 3e-3, 0.3e-3
+
+
+def with_pattern(
+    request: Request, program: Program, given: Any, find: Callable[[], Pattern | None]
+) -> Request:
+    """The request with the pattern to restrict passes to, if there is one.
+
+    Args:
+        request: A request for a sparse result.
+        program: What is differentiated.
+        given: The user's pattern, or None.
+        find: Finds the program's own.
+
+    Raises:
+        PatternError: The user's pattern does not fit the program.
+    """
+    if given is not None:
+        shapes = [[tuple(t.shape) for t in leaves] for leaves in _leaves(program)]
+        found: Pattern | None = given_pattern(given, *shapes)
+    elif modes.tracing(program.inputs) or not program.outputs or not program.inputs:
+        found = None
+    else:
+        found = find()
+    if found is None or not all(found.shape):
+        return request
+    if program.batch is not None and not found.batched and given is None:
+        return request  # samples may be coupled: the plain engine finds out, and says where
+    return replace(request, pattern=found, pattern_given=given is not None)
+
+
+def pattern_if_worth(program: Program) -> Pattern | None:
+    """The pattern of a graph, where finding it costs less than it can save."""
+    nodes, seconds = plain_seconds(program, default_budget(program.device))
+    if seconds < 2 * (_TRACE + _TRACE_NODE * nodes):
+        return None
+    try:
+        return pattern_of_graph(program)
+    except (CaptureRefused, PatternError):
+        return None
+
+
+def _leaves(program: Program) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    return program.nest.outputs, program.nest.inputs

@@ -1,0 +1,1 @@
+"""Linear maps and rules: the local Jacobian of each operation."""

@@ -1,0 +1,38 @@
+"""Rules: what each operation's local Jacobian looks like, one file a family."""
+
+from torchjac.linear.rules import combine, contract, move, reduce, scale
+from torchjac.linear.rules import convolve as _convolve
+from torchjac.linear.rules import index as _index
+from torchjac.linear.rules import linalg as _linalg
+from torchjac.linear.rules import nonlinear as _nonlinear
+from torchjac.linear.rules import opaque as _opaque
+from torchjac.linear.rules import pool as _pool
+from torchjac.linear.rules import transform as _transform
+from torchjac.linear.rules.registry import (
+    RULES,
+    Beside,
+    NoRule,
+    NotLinear,
+    Op,
+    Operand,
+    Vanishing,
+    local_of,
+    rule,
+)
+
+__all__ = [
+    "RULES",
+    "Beside",
+    "NoRule",
+    "NotLinear",
+    "Op",
+    "Operand",
+    "Vanishing",
+    "combine",
+    "contract",
+    "local_of",
+    "move",
+    "reduce",
+    "rule",
+    "scale",
+]

@@ -1,0 +1,131 @@
+"""Linear algebra: solves and products with factors; exact across batches and right-hand sides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchjac._torch.operators import aten
+from torchjac.linear.maps import (
+    UNKNOWN,
+    Factors,
+    LinearMap,
+    Shape,
+    add,
+    broadcast,
+    dense,
+    diagonal,
+    index_map,
+    product,
+    times,
+)
+from torchjac.linear.maps.factors import moved, on_axis
+from torchjac.linear.rules.reduce import along_pairs
+from torchjac.linear.rules.registry import Local, NotLinear, Op, Operand, rule
+
+
+def solved(op: Op, operand: Operand, axis: int, shape: Shape) -> LinearMap:
+    """All to all along one matrix axis of the right-hand side; batches and the rest are lanes."""
+    return product(dense(shape, shape, [axis], [axis]), broadcast(shape, operand.shape))
+
+
+def _right_hand_side(op: Op, name: str) -> Operand:
+    operand: Operand = op.only(name)
+    if not operand.linear:
+        raise NotLinear
+    return operand
+
+
+@rule(aten.linalg_solve_triangular.default)
+def solve_triangular(op: Op) -> Local:
+    """The inverse of a triangular matrix is triangular: what comes before (or after) counts."""
+    operand = _right_hand_side(op, "B")
+    axis = -2 if op["left"] else -1
+    # X A = B reads Aᵀ Xᵀ = Bᵀ: upper from the right is lower from the left.
+    return [(operand, _triangular(op.shape, operand, axis, op["upper"] == op["left"]))]
+
+
+@rule(aten.triangular_solve.default)
+def triangular_solve(op: Op) -> tuple[Local, ...]:
+    """The solution, and a copy of the coefficients that does not depend on it."""
+    operand = _right_hand_side(op, "self")
+    return [(operand, _triangular(op.shape, operand, -2, op["upper"] != op["transpose"]))], []
+
+
+def _triangular(shape: Shape, operand: Operand, axis: int, upper: bool) -> LinearMap:
+    size = shape[axis]
+    spread = broadcast(shape, operand.shape)
+
+    def mask() -> torch.Tensor:
+        ones = torch.full((size, size), UNKNOWN, dtype=torch.float64)
+        return ones.triu() if upper else ones.tril()
+
+    return product(along_pairs(shape, axis, size, mask), spread)
+
+
+@rule(aten.linalg_lu_solve.default)
+def lu_solve(op: Op) -> Local:
+    """`A X = B` or `X A = B` by the factors of A."""
+    operand = _right_hand_side(op, "B")
+    return [(operand, solved(op, operand, -2 if op["left"] else -1, op.shape))]
+
+
+@rule(aten.lu_solve.default, aten.cholesky_solve.default)
+def factor_solve(op: Op) -> Local:
+    """`A X = B` by the factors of A."""
+    operand = _right_hand_side(op, "self")
+    return [(operand, solved(op, operand, -2, op.shape))]
+
+
+@rule(aten._linalg_solve_ex.default)
+def solve(op: Op) -> tuple[Local, ...]:
+    """`A X = B`; the factors that come with it do not depend on B."""
+    operand = _right_hand_side(op, "B")
+    matrices: Operand = op["A"]
+    rank = len(matrices.shape)
+    vectors = len(operand.shape) == 1 or (
+        len(operand.shape) == rank - 1 and operand.shape == matrices.shape[:-1]
+    )
+    axis = -1 if vectors or not op["left"] else -2
+    return [(operand, solved(op, operand, axis, op.shape))], [], [], []
+
+
+@rule(aten.ormqr.default)
+def ormqr(op: Op) -> Local:
+    """An orthogonal matrix, given by reflections, times a matrix."""
+    operand = _right_hand_side(op, "input3")
+    return [(operand, solved(op, operand, -2 if op["left"] else -1, op.shape))]
+
+
+@rule(aten.linalg_cross.default)
+def cross(op: Op) -> Local:
+    """`a x b` on an axis of size 3: each element is made of the two others of each operand."""
+    if len(op.linear) > 1:
+        raise NotLinear
+    (operand,) = op.linear
+    shape, axis = op.shape, op["dim"] % len(op.shape)
+    other = op["other"] if operand is op["self"] else op["self"]
+    sign = 1.0 if operand is op["self"] else -1.0
+    theirs = other.factors.expand(shape)
+
+    def turned(t: Tensor, step: int) -> Tensor:
+        return on_axis(lambda x: x.roll(-step, axis), t, axis)
+
+    def placed(step: int) -> Factors:
+        return moved(theirs, lambda t: turned(t, step), shape)
+
+    def rolled(step: int) -> LinearMap:
+        return index_map(lambda t: turned(t, step), shape, shape, False)
+
+    return [
+        (
+            operand,
+            product(
+                add(
+                    product(diagonal(shape, times(placed(2), sign)), rolled(1)),
+                    product(diagonal(shape, times(placed(1), -sign)), rolled(2)),
+                ),
+                broadcast(shape, operand.shape),
+            ),
+        )
+    ]

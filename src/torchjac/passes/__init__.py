@@ -1,0 +1,1 @@
+"""Passes over the autograd graph: modes, candidates, and the choice among them."""

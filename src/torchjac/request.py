@@ -1,0 +1,108 @@
+"""The request: which Jacobian a call asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import scipy.sparse
+import torch
+
+from torchjac.errors import ArgumentError
+from torchjac.sparsity.pattern import Pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a plan is made for.
+
+    Attributes:
+        layout: Layout of the result.
+        budget: Bytes that intermediate values may take, or None for the default.
+        predicted: Seconds that passes would take.
+        compiled: Whether the operations are to be compiled.
+        differentiable: Whether the result is to keep its graph.
+        saved: Plans that were loaded.
+        orders: Orders of elimination to try.
+        whole: Whether operations are to be on whole tensors, not on a few samples of a batch.
+    """
+
+    layout: torch.layout = torch.strided
+    budget: int | None = None
+    predicted: float = 0.0
+    compiled: bool = False
+    differentiable: bool = False
+    saved: tuple[Any, ...] = ()
+    orders: tuple[Mode, ...] = ("reverse", "forward")
+    whole: bool = False
+
+
+Mode = Literal["reverse", "forward"]
+
+
+# A torch layout, or a SciPy class of sparse matrices.
+Layout = Any
+
+
+# Layouts of torch that a result may have.
+_LAYOUTS = frozenset({torch.strided, torch.sparse_csr, torch.sparse_coo})
+
+
+def check_layout(layout: Layout, create_graph: bool, pattern: Any = None) -> None:
+    """Refuses a layout that is not written.
+
+    Raises:
+        ArgumentError: It is not strided, CSR, COO or a class of SciPy, a sparse result must be
+            differentiable, or there is a pattern for a dense one.
+    """
+    known = isinstance(layout, torch.layout) and layout in _LAYOUTS
+    if not known and not _is_scipy(layout):
+        raise ArgumentError(
+            f"torchjac: layout must be torch.strided, torch.sparse_csr, torch.sparse_coo or a "
+            f"SciPy class such as scipy.sparse.csr_array, got {layout!r}."
+        )
+    if pattern is not None and layout is torch.strided:
+        raise ArgumentError(
+            "torchjac: pattern= is for sparse results; pass layout=torch.sparse_csr (or another "
+            "sparse layout) with it."
+        )
+    if create_graph and layout is not torch.strided:
+        raise ArgumentError(
+            "torchjac: with create_graph=True or inside another Jacobian the result is dense only; "
+            "use layout=torch.strided, and convert the result (.to_sparse()) where it is needed."
+        )
+
+
+def _is_scipy(layout: Layout) -> bool:
+    return isinstance(layout, type) and issubclass(
+        layout, (scipy.sparse.sparray, scipy.sparse.spmatrix)
+    )
+
+
+def torch_layout(layout: Layout) -> torch.layout:
+    """The layout in which a result is computed before it becomes what was asked for."""
+    return torch.sparse_csr if _is_scipy(layout) else layout
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for beside the program itself.
+
+    Attributes:
+        entry: The public call, for the record.
+        layout: Layout of the result.
+        pattern: Structural nonzeros, if they are known.
+        pattern_given: Whether the user says so.
+        independent: Whether the samples of the batch are proved to be independent.
+        memory_budget: Bytes that a chunk may hold, or None for the default.
+        key: Tells the functions of different callers apart, or None.
+    """
+
+    entry: str
+    layout: torch.layout
+    memory_budget: int | None
+    key: Hashable | None
+    pattern: Pattern | None = None
+    pattern_given: bool = False
+    independent: bool = False

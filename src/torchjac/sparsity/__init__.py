@@ -1,0 +1,1 @@
+"""Sparsity: the pattern of a Jacobian, read off its linear program."""

@@ -1,0 +1,124 @@
+"""Lanes: axes along which a program is independent, proved from what each gradient depends on.
+
+An input axis b and an output axis a of the same size are a lane if element k along b influences
+outputs only at k along a. Along a lane J is block diagonal, so all of its samples share a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchjac.capture.linear_program import Derivative
+from torchjac.linear.maps import Shape, on_support
+from torchjac.sparsity.dependence import Dependence, Term
+from torchjac.sparsity.interpret import Interpretation
+
+# Coordinate of a row that belongs to another output leaf, or of nothing.
+_NONE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A pair of axes along which outputs depend on inputs of the same position only.
+
+    Attributes:
+        output: Number of the output leaf.
+        output_axis: Its axis.
+        input: Number of the input leaf.
+        input_axis: Its axis.
+        size: Size of both axes.
+    """
+
+    output: int
+    output_axis: int
+    input: int
+    input_axis: int
+    size: int
+
+
+def lanes(derivative: Derivative, found: Interpretation) -> tuple[Lane, ...]:
+    """Every lane between every output and input leaf (axes of size 1 are trivially one)."""
+    made = []
+    first = 0
+    for i, row_shape in enumerate(derivative.row_shapes):
+        for a, size in enumerate(row_shape):
+            coordinate = _coordinates(tuple(row_shape), a, first, derivative.m)
+            for j, (gradient, shape) in enumerate(
+                zip(found.gradients, derivative.column_shapes, strict=True)
+            ):
+                for b, width in enumerate(shape):
+                    if width == size and _independent(gradient, coordinate, b):
+                        made.append(Lane(i, a, j, b, size))
+        first += row_shape.numel()
+    return tuple(made)
+
+
+def is_batched(derivative: Derivative, found: Interpretation) -> bool:
+    """Whether the leading axes of all leaves are a batch of independent samples."""
+    first = 0
+    for row_shape in derivative.row_shapes:
+        coordinate = _coordinates(tuple(row_shape), 0, first, derivative.m)
+        if not all(_independent(g, coordinate, 0) for g in found.gradients):
+            return False
+        first += row_shape.numel()
+    return True
+
+
+def _coordinates(shape: Shape, axis: int, first: int, m: int) -> NDArray[np.int64]:
+    """Position along an axis of each row that belongs to a leaf."""
+    found = np.full(m, _NONE)
+    along = np.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    found[first : first + math.prod(shape)] = np.broadcast_to(along, shape).ravel()
+    return found
+
+
+def _independent(gradient: Dependence | None, coordinate: NDArray[np.int64], axis: int) -> bool:
+    if gradient is None:
+        return True
+    return all(_term_independent(term, coordinate, axis) for term in gradient.terms)
+
+
+def _term_independent(term: Term, coordinate: NDArray[np.int64], axis: int) -> bool:
+    if term.table is None:
+        low = high = torch.from_numpy(coordinate)
+    else:
+        low, high = _ranges(term, coordinate)
+    size = term.positions.shape[axis]
+    own = (
+        torch.arange(size)
+        .reshape([-1 if i == axis else 1 for i in range(term.positions.ndim)])
+        .expand(term.positions.shape)
+    )
+    used = term.factors
+    used = used if isinstance(used, Tensor) else torch.tensor(used).expand(term.positions.shape)
+
+    def fine(positions: Tensor, mine: Tensor, factors: Tensor) -> Tensor:
+        below, above = low[positions], high[positions]
+        other = below == _NONE
+        return other | ((below == mine) & (above == mine)) | (factors == 0)
+
+    return bool(on_support(fine, term.positions, own, used).all())
+
+
+def _ranges(term: Term, coordinate: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Least and largest coordinate in each row of a table; none if it has no entry there."""
+    table = term.table
+    assert table is not None
+    where = coordinate[table.indices]
+    counts = np.diff(table.indptr)
+    filled = counts > 0
+    low = np.full(len(counts), _NONE)
+    high = low.copy()
+    if filled.any():
+        begin = table.indptr[:-1][filled]
+        high[filled] = np.maximum.reduceat(where, begin)
+        beyond = np.iinfo(np.int64).max
+        least = np.minimum.reduceat(np.where(where == _NONE, beyond, where), begin)
+        low[filled] = np.where(least == beyond, _NONE, least)
+    return torch.from_numpy(low), torch.from_numpy(high)

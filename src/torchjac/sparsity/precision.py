@@ -1,0 +1,39 @@
+"""What of known factors survives arithmetic in half precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from torchjac.linear.maps import UNKNOWN
+from torchjac.linear.maps.factors import Known, on_support
+from torchjac.sparsity.dependence import Dependence, Term
+
+
+def coarse(value: Dependence) -> Dependence:
+    """The same, computed in half precision: only factors of one are still known.
+
+    2049 is 2048 there, so that 2049 - 2048 - 1 need not be zero.
+    """
+    return Dependence(
+        value.shape,
+        value.m,
+        tuple(Term(t.positions, _factors(t.factors), _table(t.table)) for t in value.terms),
+    )
+
+
+def _factors(factors: Known) -> Known:
+    if isinstance(factors, float):
+        return factors if abs(factors) == 1 else UNKNOWN
+    return on_support(lambda t: torch.where((t.abs() == 1) | (t == 0), t, UNKNOWN), factors)
+
+
+def _table(table: sparse.csr_array | None) -> sparse.csr_array | None:
+    if table is None:
+        return None
+    known = np.abs(table.data) == 1
+    if (known | np.isnan(table.data)).all():
+        return table
+    data = np.where(known, table.data, UNKNOWN)
+    return sparse.csr_array((data, table.indices, table.indptr), shape=table.shape)
