@@ -11,8 +11,8 @@ from torch import Tensor
 from torchjac.call import Call
 from torchjac.capture.eager import capture_function
 from torchjac.compiler.compile import planned
-from torchjac.compiler.compiled import Accumulated
-from torchjac.request import Mode, Wanted
+from torchjac.compiler.compiled import Compiled
+from torchjac.request import CompileRequest, Mode
 
 
 def plan_of(
@@ -23,7 +23,7 @@ def plan_of(
     batched: bool = False,
     orders: tuple[Mode, ...] = ("reverse", "forward"),
     **kwargs: Any,
-) -> tuple[Accumulated, Any]:
+) -> tuple[Compiled, Any]:
     """The plan of a function, and the Jacobian at these arguments.
 
     Raises:
@@ -31,7 +31,7 @@ def plan_of(
     """
     call = Call(f, argnums, False, args, kwargs)
     program, _ = capture_function(call, batched=batched, create_graph=False, replayable=False)
-    return planned(call, program, Wanted(layout, predicted=1.0, orders=orders))
+    return planned(call, program, CompileRequest(layout, predicted=1.0, orders=orders))
 
 
 def graph_plan_of(f: Callable[..., Any], x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -42,12 +42,12 @@ def graph_plan_of(f: Callable[..., Any], x: Tensor) -> tuple[Callable[[Tensor], 
     """
     call = Call(f, 0, False, (x,), {})
     program, _ = capture_function(call, batched=False, create_graph=True, replayable=False)
-    plan, first = planned(call, program, Wanted(predicted=1.0, differentiable=True))
+    plan, first = planned(call, program, CompileRequest(predicted=1.0, differentiable=True))
     return lambda x: plan(Call(f, 0, False, (x,), {})), first
 
 
 def run(
-    plan: Accumulated,
+    plan: Compiled,
     f: Callable[..., Any],
     *args: Any,
     argnums: int | tuple[int, ...] = 0,

@@ -14,7 +14,7 @@ from accumulating import graph_plan_of
 from laws import oracle_jacobian, same, value
 from test_accumulate import PROBLEMS
 from torchjac.errors import PlanRefused
-from torchjac.jit.dispatcher import Accumulation
+from torchjac.jit.dispatcher import Dispatcher
 
 Function = Callable[..., Any]
 CALLS = 25
@@ -23,7 +23,7 @@ CALLS = 25
 @pytest.fixture(autouse=True)
 def plans_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not when calls have taken long enough: how long that is depends on the machine."""
-    monkeypatch.setattr(Accumulation, "_soon", True)
+    monkeypatch.setattr(Dispatcher, "_is_eager", True)
 
 
 def used(J: Any, *args: Any) -> bool:

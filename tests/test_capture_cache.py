@@ -19,9 +19,9 @@ import torchjac
 from guarding import X, bare, call, guarded
 from torchjac.guards.guard import Fingerprint
 from torchjac.jit.cache import CaptureCache
-from torchjac.jit.dispatcher import Accumulation
+from torchjac.jit.dispatcher import Dispatcher
 from torchjac.jit.patterns import Remembered
-from torchjac.request import Wanted
+from torchjac.request import Request
 
 k = 2.0
 
@@ -131,7 +131,7 @@ class TestSize:
 # What torchjac keeps from call to call, and what it writes to there.
 INERT = {
     "cache": (CaptureCache, "_size"),
-    "plans": (lambda: Accumulation(Wanted()), "_spent"),
+    "dispatcher": (lambda: Dispatcher(torch.sin, 0, Request()), "refused"),
     "memory": (Remembered, "_seconds"),
 }
 

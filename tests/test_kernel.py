@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ from torchjac.compiler.codegen.build import Written, written
 from torchjac.compiler.codegen.c import toolchain as compiler
 from torchjac.compiler.codegen.executable import Kernel
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
-from torchjac.compiler.compiled import Accumulated
+from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.native import with_kernel
 from torchjac.errors import CaptureRefused, PlanRefused
+from torchjac.jit.entry import Entry
+from torchjac.jit.tiers import Tier
 from torchjac.request import Mode
 
 aten = torch.ops.aten
@@ -52,13 +55,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
-def kernel_of(plan: Accumulated, f: Function, *args: Any) -> Accumulated:
+def kernel_of(plan: Compiled, f: Function, *args: Any) -> Compiled:
     """The same plan, run as a kernel."""
     if plan.emitted.samples is not None:
         return plan  # it is one
     inputs = arguments(Call(f, 0, False, args, {}))
-    plan.emitted = with_kernel(plan.programs, inputs, plan.shape[2])
-    return plan
+    return replace(plan, emitted=with_kernel(plan.programs, inputs, plan.shape[2]))
+
+
+def after_many_runs(entry: Entry, tier: Tier, call: Call) -> None:
+    """An entry after as many runs by a tier as pay for native code."""
+    entry.state = replace(entry.state, banked=1e3)  # type: ignore[type-var]
+    entry.ran(tier, 1e-3, call)
 
 
 def check(f: Function, *args: Tensor, **how: Any) -> None:
@@ -127,7 +135,7 @@ def test_programs(program: Program) -> None:
             with contextlib.suppress(CaptureRefused, PlanRefused):
                 plan, _ = plan_of(program, *inputs, argnums=argnums, orders=(order,))
                 call = Call(program, argnums, False, inputs, {})
-                plan.emitted = with_kernel(plan.programs, arguments(call), None)
+                plan = replace(plan, emitted=with_kernel(plan.programs, arguments(call), None))
                 got = plan(call)
                 if got is not None:
                     agrees(got, want)
@@ -497,10 +505,11 @@ def test_a_bad_compiler_is_not_the_end(fresh: Path, monkeypatch: pytest.MonkeyPa
     plan, _ = plan_of(f, value(*shape))
     with pytest.raises(PlanRefused, match="the C compiler failed"):
         kernel_of(plan, f, value(*shape))
-    plan.spent = 1e3
-    plan.ran(1.0, Call(f, 0, False, (value(*shape),), {}))
-    same(plan(Call(f, 0, False, (value(*shape),), {})), oracle_jacobian(f)(value(*shape)))
-    assert any("the C compiler failed" in str(t.refused) for t in plan.tried)
+    call, entry = Call(f, 0, False, (value(*shape),), {}), Entry.of(plan, False)
+    after_many_runs(entry, Tier.PROGRAM, call)
+    same(entry.run(call, entry.tier()), oracle_jacobian(f)(value(*shape)))
+    record = entry.record(plan, "jacobian", torch.strided, 1.0)
+    assert "the C compiler failed" in dict(record.refusals)["kernel"]
 
 
 def test_an_unforeseen_error_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,11 +576,11 @@ def test_made_when_it_is_worth_it() -> None:
     f, shape = PROBLEMS["pairs"]
     x = value(*shape)
     plan, _ = plan_of(f, x)
-    plan.ran(0.1, Call(f, 0, False, (x,), {}))
-    assert not plan.emitted.is_compiled
-    plan.ran(10.0, Call(f, 0, False, (x,), {}))
-    assert plan.emitted.form.endswith("kernel")
-    same(plan(Call(f, 0, False, (x,), {})), oracle_jacobian(f)(x))
+    call, entry = Call(f, 0, False, (x,), {}), Entry.of(plan, False)
+    entry.ran(Tier.PROGRAM, 10.0, call)
+    assert not entry.compiled.emitted.is_compiled, "what a run took decides nothing"
+    after_many_runs(entry, Tier.PROGRAM, call)
+    same(entry.run(call, Tier.NATIVE), oracle_jacobian(f)(x))
 
 
 def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -624,13 +633,18 @@ def test_made_though_passes_win() -> None:
     """Passes that beat the operations one by one need not beat a kernel of them."""
     f, shape = PROBLEMS["pairs"]
     x = value(*shape)
-    plan, _ = plan_of(f, x)
-    plan.seconds[:] = [1.0] * 3
-    plan.passed(1e-3, Call(f, 0, False, (x,), {}))
-    assert not plan.wins()
-    plan.passed(10.0, Call(f, 0, False, (x,), {}))
-    assert plan.emitted.form.endswith("kernel")
-    assert plan.wins()
+    plan = replace(plan_of(f, x)[0], passes=1e-3)
+    call, entry = Call(f, 0, False, (x,), {}), Entry.of(plan, False)
+    for _ in range(4):
+        entry.ran(Tier.PROGRAM, 1.0, call)
+    for _ in range(3):
+        entry.ran(Tier.PASSES, 1e-3, call)
+    assert entry.tier() is Tier.PASSES
+    after_many_runs(entry, Tier.PASSES, call)
+    assert entry.tier() is Tier.NATIVE
+    for _ in range(4):
+        entry.ran(Tier.NATIVE, 1e-5, call)
+    assert entry.settled_native() is not None
 
 
 # Integers and truths: where they decide something the derivative is another one, and one point does

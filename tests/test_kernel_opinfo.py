@@ -7,6 +7,7 @@ The board (`data/kernel_scoreboard.json`) holds, for each op of which a plan has
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from opinfo_exceptions import TORCH_DISAGREES
 from test_accumulate import OPS, agrees, cases, elsewhere, realized
 from test_kernel import cache  # noqa: F401
 from torchjac.call import Call, arguments
-from torchjac.compiler.compiled import Accumulated
+from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.native import with_kernel
 from torchjac.errors import CaptureRefused, PlanRefused
 from versions import COUNTED, board, write_board
@@ -26,7 +27,7 @@ from versions import COUNTED, board, write_board
 SCOREBOARD = "kernel_scoreboard"
 
 
-def plan(f: Any, *args: Any, argnums: Any) -> Accumulated | None:
+def plan(f: Any, *args: Any, argnums: Any) -> Compiled | None:
     """Its plan; None if the accumulate engine has none."""
     try:
         return plan_of(f, *args, argnums=argnums)[0]
@@ -49,7 +50,9 @@ def refusal(n: str) -> str | None:
                 continue
             call = Call(f, argnums, False, given[0], {})
             try:
-                made.emitted = with_kernel(made.programs, arguments(call), None, 20.0)
+                made = replace(
+                    made, emitted=with_kernel(made.programs, arguments(call), None, 20.0)
+                )
             except PlanRefused as refused:
                 why = why or re.sub(r"\d+", "n", str(refused).split("; ")[0])
                 continue

@@ -18,7 +18,7 @@ from laws import oracle_jacobian, same, value
 from torchjac.host import cache_dir as disk
 from torchjac.host import costs as machines
 from torchjac.host.costs import DEFAULT, Machine, Work, calibrated, machine, measured
-from torchjac.jit.entry import record
+from torchjac.jit.entry import Entry
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_both_orders_are_looked_at() -> None:
     x = value(1000)
     plan, first = plan_of(f, x)
     same(first, torch.func.jacrev(f)(x))
-    found = record(plan, "jacobian", torch.strided, 1e-3)
+    found = Entry.of(plan, False).record(plan, "jacobian", torch.strided, 1e-3)
     assert {c.name for c in found.candidates} == {
         "accumulate reverse",
         "accumulate forward",

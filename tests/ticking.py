@@ -47,6 +47,7 @@ class Ticking:
         plan: Seconds that a run of a plan takes.
         kernel: Seconds that a run of a kernel takes.
         trace: Seconds that it takes to trace the function.
+        operation: Seconds that an operation is predicted to take.
         now: Seconds since the clock was made.
         runs: How often each of them ran within the last call.
     """
@@ -58,6 +59,7 @@ class Ticking:
     plan: float = 0.0
     kernel: float = 0.0
     trace: float = 0.0
+    operation: float = 2.5e-6
     now: float = 0.0
     runs: Counter[str] = field(default_factory=Counter)
 
@@ -95,7 +97,7 @@ def ticking(**costs: float) -> Iterator[Ticking]:
         ticks.ran("plan" if self.kernel is None else "kernel")
         return run(self, inputs)
 
-    model = replace(machine.DEFAULT)  # a measured one would be of this clock
+    model = replace(machine.DEFAULT, operation=ticks.operation)  # not measured by this clock
     with pytest.MonkeyPatch.context() as patch, replaced(ticks):
         patch.setitem(machine._known, machine._name(), model)
         patch.setattr(Emitted, "__call__", metered_run)
@@ -151,7 +153,7 @@ def history(ticks: Ticking, J: Any, calls: Iterable[Any]) -> list[str]:
 # Passes are slow, plans faster, kernels the fastest: far apart, none of them hopeless.
 USUAL = {"body": 10.0, "plan": 1.0, "kernel": 0.1}
 # A compiled function: its own first run, then passes as the incumbent, then the kernel for good.
-TRIAL = "+kernel kernel passes kernel*2"
+TRIAL = "+kernel kernel*2 passes kernel*2"
 
 
 def product(x: Tensor) -> Tensor:

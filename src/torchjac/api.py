@@ -18,7 +18,7 @@ from torchjac.jacobian import Hessian, Jacobian
 from torchjac.jit.eager import solve
 from torchjac.jit.patterns import pattern_if_worth, with_pattern
 from torchjac.layout.arrange import converted
-from torchjac.request import Layout, Request, check_layout, torch_layout
+from torchjac.request import Layout, PassRequest, check_layout, torch_layout
 from torchjac.sparsity.detect import pattern_of_graph
 from torchjac.sparsity.pattern import Pattern
 
@@ -83,7 +83,7 @@ def jac(
     program = capture_graph(
         outputs, inputs, batched=batched, retain_graph=retain_graph, create_graph=create_graph
     )
-    request = Request("jac", torch_layout(layout), memory_budget, None)
+    request = PassRequest("jac", torch_layout(layout), memory_budget, None)
     if layout is not torch.strided:
         request = with_pattern(request, program, pattern, lambda: pattern_if_worth(program))
     arranged = solve(program, request)

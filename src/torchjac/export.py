@@ -23,7 +23,7 @@ from torchjac.compiler.codegen.build import Written, written, written_for_sample
 from torchjac.compiler.codegen.c.standalone import Array, Standalone, identifier, standalone
 from torchjac.compiler.codegen.c.toolchain import NoCompiler
 from torchjac.compiler.codegen.executable import Kernel
-from torchjac.compiler.compiled import Accumulated
+from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.native import agree, first_written, jacobian_of
 from torchjac.compiler.per_sample import of_several_sizes
 from torchjac.compiler.program.optimize import compilable
@@ -35,7 +35,7 @@ from torchjac.passes.verify import Reference
 from torchjac.sparsity.detect import KEEP
 
 
-def export(path: Path, call: Call, plan: Accumulated) -> list[Path]:
+def export(path: Path, call: Call, plan: Compiled) -> list[Path]:
     """Writes value and Jacobian down, as the suffix of the path says.
 
     Args:
@@ -67,7 +67,7 @@ def is_package(path: Path) -> bool:
     return path.suffix == ".pt2"
 
 
-def _package(path: Path, call: Call, plan: Accumulated) -> Path:
+def _package(path: Path, call: Call, plan: Compiled) -> Path:
     inputs = [x.detach().contiguous() for x in variables(call)]
     try:
         with torch.no_grad():
@@ -104,7 +104,7 @@ class _Both(nn.Module):
         return (*values, *self.jacobian(*inputs, *constants))
 
 
-def _for_any_number(call: Call, plan: Accumulated) -> _Both | None:
+def _for_any_number(call: Call, plan: Compiled) -> _Both | None:
     """What takes any number of samples; None where there are none, or it depends on how many.
 
     It is compared with the function and with passes at these samples, at twice as many, and at one.
@@ -132,7 +132,7 @@ def _agrees(made: _Both, call: Call) -> bool:
     return all(x.shape == y.shape and agree(x, y) for x, y in zip(found, values, strict=False))
 
 
-def _program(call: Call, plan: Accumulated, name: str) -> tuple[Written, list[Tensor]]:
+def _program(call: Call, plan: Compiled, name: str) -> tuple[Written, list[Tensor]]:
     """Value and Jacobian in C, and the values here."""
     inputs = [x.detach().contiguous() for x in variables(call)]
     with torch.no_grad():
@@ -152,7 +152,7 @@ def _program(call: Call, plan: Accumulated, name: str) -> tuple[Written, list[Te
     return program, values
 
 
-def _value(call: Call, plan: Accumulated, module: fx.GraphModule) -> Recording:
+def _value(call: Call, plan: Compiled, module: fx.GraphModule) -> Recording:
     """The function, recorded with as many samples as the plan is."""
     samples = plan.emitted.samples
     if samples is not None:
@@ -166,7 +166,7 @@ def _value(call: Call, plan: Accumulated, module: fx.GraphModule) -> Recording:
 
 
 def _check(
-    program: Written, plan: Accumulated, inputs: Sequence[Tensor], values: Sequence[Tensor]
+    program: Written, plan: Compiled, inputs: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
     """Compares what C gives here with what the plan and the function give.
 
@@ -188,7 +188,7 @@ def _check(
 
 
 def _described(
-    call: Call, plan: Accumulated, program: Written, values: Sequence[Tensor], name: str
+    call: Call, plan: Compiled, program: Written, values: Sequence[Tensor], name: str
 ) -> Standalone:
     """The files, with names for all arguments."""
     named = _different(_names(call), name)

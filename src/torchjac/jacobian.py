@@ -5,32 +5,18 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchjac._torch.vmap import inside_transform
-from torchjac.call import Argnums, Call, check_argnums
-from torchjac.capture.checks import unused_in_function
-from torchjac.capture.eager import capture_function, detached
-from torchjac.capture.eager_graph import Program
-from torchjac.capture.nesting import differentiating
-from torchjac.errors import ArgumentError, LocalPatternWarning, UnusedInputError, UnusedInputWarning
+from torchjac.call import Argnums, check_argnums
+from torchjac.errors import ArgumentError, LocalPatternWarning
 from torchjac.export import export, is_package
-from torchjac.host.clock import now
-from torchjac.host.memory import check_budget
-from torchjac.jit.dispatcher import Accumulation, is_checking
-from torchjac.jit.eager import solve
-from torchjac.jit.entry import accumulate, note
-from torchjac.jit.fast_path import is_for_a_kernel, shortcut
-from torchjac.jit.functorch import delegate
-from torchjac.jit.patterns import Remembered, with_pattern
-from torchjac.layout.arrange import Arranged, converted
-from torchjac.passes.race import is_forced
+from torchjac.jit.dispatcher import Dispatcher
 from torchjac.record import Record, last_run
-from torchjac.request import Layout, Request, Wanted, check_layout, torch_layout
+from torchjac.request import Layout, Request
 from torchjac.sparsity.detect import pattern_of_function
 from torchjac.sparsity.pattern import Pattern
 
@@ -53,72 +39,53 @@ class Jacobian:
         compile: bool = False,
         entry: str = "jacobian",
     ):
-        self._options = {
-            "has_aux": has_aux,
-            "batched": batched,
-            "strict": strict,
-            "create_graph": create_graph,
-            "layout": layout,
-            "pattern": pattern,
-            "memory_budget": memory_budget,
-            "compile": compile,
-            "entry": entry,
-        }
         if not callable(function):
             raise ArgumentError(
                 f"torchjac: {entry} takes a function, got {type(function).__name__}. For tensors "
                 f"that are already computed use torchjac.jac(outputs, inputs)."
             )
-        check_layout(layout, create_graph, pattern)
+        self._request = Request(
+            entry=entry,
+            has_aux=has_aux,
+            batched=batched,
+            strict=strict,
+            create_graph=create_graph,
+            layout=layout,
+            pattern=pattern,
+            memory_budget=memory_budget,
+            compile=compile,
+        ).check()
         check_argnums(argnums)
         self._function = function
         self._argnums = argnums
-        self._has_aux = has_aux
-        self._batched = batched
-        self._strict = strict
-        self._create_graph = create_graph
-        self._layout = layout
-        self._given = pattern
-        self._remembered = Remembered()
-        self._memory_budget = check_budget(memory_budget)
-        self._accumulation = Accumulation(
-            Wanted(
-                torch_layout(layout),
-                self._memory_budget,
-                compiled=compile,
-                differentiable=create_graph,
-            )
-        )
-        self._entry = entry
-        self._identity = object()  # unlike id(self), never another Jacobian's
+        self._dispatcher = Dispatcher(function, argnums, self._request)
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The Jacobian at these arguments; `(J, aux)` with `has_aux=True`."""
-        shortcut = self._accumulation.shortcut
-        if shortcut is not None and not kwargs:
-            found = shortcut(args)
-            if found is not None:
-                return found
-        value, jacobian = self._evaluate(
-            args, kwargs, replayable=not self._has_aux, beside=self._has_aux
-        )
-        return (jacobian, value[1]) if self._has_aux else jacobian
+        fast_path = self._dispatcher.fast_path
+        if fast_path is not None and not kwargs:
+            jacobian = fast_path(args)
+            if jacobian is not None:
+                return jacobian
+        has_aux = self._request.has_aux
+        value, jacobian = self._evaluate(args, kwargs, not has_aux, is_value_read=has_aux)
+        return (jacobian, value[1]) if has_aux else jacobian
 
     def value_and(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """`(f(x), J)` from one forward pass; `((output, aux), J)` with `has_aux=True`."""
-        return self._evaluate(args, kwargs, replayable=False, beside=True)
+        return self._evaluate(args, kwargs, replayable=False, is_value_read=True)
 
     def explain(self, *args: Any, **kwargs: Any) -> Record:
         """Computes the Jacobian once and tells how: engine, mode, passes, chunk, time, refusals."""
-        self._evaluate(args, kwargs, replayable=not self._has_aux)
+        self._evaluate(args, kwargs, replayable=not self._request.has_aux)
         record = last_run()
         assert record is not None, "every evaluation leaves a record"
-        reason = self._accumulation.refused
+        reason = self._dispatcher.refused
         if reason is None or record.engine == "accumulate":
             return record
         refusals = (*record.refusals, ("accumulate", reason))
-        return replace(record, refusals=refusals, report=self._accumulation.report)
+        return replace(record, refusals=refusals, report=self._dispatcher.report)
 
     def pattern(self, *args: Any, **kwargs: Any) -> Pattern:
         """The sparsity pattern, valid for every input of the shapes of these arguments.
@@ -135,7 +102,7 @@ class Jacobian:
         Raises:
             CaptureRefused: The derivative cannot be traced.
         """
-        call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
+        call = self._dispatcher.call(args, kwargs)
         found = pattern_of_function(call)
         if found.scope == "local":
             warnings.warn(
@@ -165,8 +132,8 @@ class Jacobian:
             >>> J.save("f.plan", x)
             >>> J = torchjac.jacobian(f).load("f.plan")  # in another process
         """
-        call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
-        self._accumulation.save(path, call, lambda: self._captured(call))
+        call = self._dispatcher.call(args, kwargs)
+        self._dispatcher.save(path, call)
 
     def load(self, path: str | Path) -> Jacobian:
         """Reads a plan that `save` wrote, for calls like the one it was made for.
@@ -181,7 +148,7 @@ class Jacobian:
             PlanError: The file holds something else, or a plan for another version of torch.
             OSError: The file cannot be read.
         """
-        self._accumulation.load(path)
+        self._dispatcher.load(path)
         return self
 
     def export(self, path: str | Path, *args: Any, **kwargs: Any) -> list[Path]:
@@ -218,15 +185,10 @@ class Jacobian:
             >>> torchjac.jacobian(f).export("build/arm", q)  # arm.c, arm.h, arm.hpp
             >>> torchjac.jacobian(f).export("build/arm.pt2", q)
         """
-        call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
+        call = self._dispatcher.call(args, kwargs)
         packaged = is_package(Path(path))
-        plan = self._accumulation.made(call, lambda: self._captured(call), whole=packaged)
+        plan = self._dispatcher.compiled(call, whole=packaged)
         return export(Path(path), call, plan)
-
-    def _captured(self, call: Call) -> Program:
-        return capture_function(call, batched=self._batched, create_graph=False, replayable=False)[
-            0
-        ]
 
     def spy(self, *args: Any, path: str | Path | None = None, **kwargs: Any) -> Any:
         """Plots the pattern at these arguments; see `Pattern.spy`."""
@@ -234,15 +196,19 @@ class Jacobian:
 
     def __reduce__(self) -> Any:
         """Copies and pickles hold the function and the options, not what calls have shown."""
-        return _again, (type(self), self._function, self._argnums, self._options)
+        return _again, (type(self), self._function, self._argnums, self._request)
 
     def __repr__(self) -> str:
         """Names the function and what is differentiated."""
         name = getattr(self._function, "__qualname__", repr(self._function))
-        return f"torchjac.{self._entry}({name}, argnums={self._argnums})"
+        return f"torchjac.{self._request.entry}({name}, argnums={self._argnums})"
 
     def _evaluate(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], replayable: bool, beside: bool = False
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        replayable: bool,
+        is_value_read: bool = False,
     ) -> tuple[Any, Any]:
         """What f returned, and the Jacobian.
 
@@ -250,80 +216,16 @@ class Jacobian:
             args: Positional arguments of f.
             kwargs: Keyword arguments of f.
             replayable: Whether f may run once more.
-            beside: Whether anybody looks at what f returned.
+            is_value_read: Whether anybody reads what f returned.
         """
-        call = Call(self._function, self._argnums, self._has_aux, args, kwargs)
-        if inside_transform() or torch.compiler.is_compiling() or call.traced():
-            return delegate(call, self._batched, torch_layout(self._layout), self._entry)
-        create_graph = self._create_graph or differentiating()
-        check_layout(self._layout, create_graph, self._given)
-        layout = torch_layout(self._layout)
-        entered = now()
-        accumulates = not differentiating() and self._given is None and not is_forced()
-        plan = self._accumulation.find(call) if accumulates else None
-        if plan is not None and plan.wins() and not is_checking():
-            value = accumulate(plan, call, self._entry, layout)
-            if value is not None:
-                if layout is self._layout and not create_graph and is_for_a_kernel(plan):
-                    latest = self._accumulation.latest()
-                    make = functools.partial(shortcut, call, latest, plan, self._entry, layout)
-                    self._accumulation.missed(make)
-                return self._returned(call, beside, create_graph), converted(value, self._layout)
-        # A module in training mode keeps statistics and counters: it must run once a call.
-        stateful = isinstance(self._function, torch.nn.Module) and self._function.training
-        replayable = replayable and not stateful
-        before = self._accumulation.before(call) if accumulates and plan is None else None
-        program, returned = capture_function(
-            call, batched=self._batched, create_graph=create_graph, replayable=replayable
-        )
-        if accumulates and (plan is None or is_checking()):
-            planned = self._accumulation.checked(plan, call, program, before)
-            if planned is not None:
-                plan, value = planned
-                note(plan, self._entry, layout, now() - entered)
-                returned = returned if create_graph else detached(returned)
-                return returned, converted(value, self._layout)
-        request = Request(self._entry, layout, self._memory_budget, self._identity)
-        if layout is not torch.strided:
-            find = functools.partial(self._remembered.pattern, call, program)
-            request = with_pattern(request, program, self._given, find)
-        elif self._batched and program.outputs:
-            request = replace(request, independent=self._remembered.independent(call))
-        started = now()
-        arranged = solve(program, request)
-        self._remembered.spent(now() - started)
-        self._accumulation.spent(now() - started)
-        if plan is not None:
-            plan.passed(now() - entered, call)
-        self._report_unused(program, arranged)
-        value = converted(arranged.value, self._layout)
-        return (returned if create_graph else detached(returned)), value
-
-    def _returned(self, call: Call, wanted: bool, create_graph: bool) -> Any:
-        """What f returns; not evaluated where nobody looks at it."""
-        if not wanted:
-            return None
-        _, returned = capture_function(
-            call, batched=self._batched, create_graph=create_graph, replayable=False
-        )
-        return returned if create_graph else detached(returned)
-
-    def _report_unused(self, program: Program, arranged: Arranged) -> None:
-        if not arranged.unused:
-            return
-        if self._strict:
-            raise UnusedInputError(unused_in_function(program, arranged.unused))
-        # The derivative of a Jacobian that is constant is zero without anything being amiss; the
-        # inner Jacobian has spoken if the input itself is unused.
-        if not isinstance(self._function, Jacobian) and self._entry != "hessian":
-            warnings.warn(
-                unused_in_function(program, arranged.unused), UnusedInputWarning, stacklevel=4
-            )
+        dispatcher = self._dispatcher
+        return dispatcher(dispatcher.call(args, kwargs), replayable, is_value_read)
 
 
 def _again(kind: type[Jacobian], *given: Any) -> Jacobian:
     """A Jacobian like another one."""
-    function, argnums, options = given
+    function, argnums, request = given
+    options = {f.name: getattr(request, f.name) for f in fields(request)}
     return kind(function, argnums, **options)
 
 
@@ -336,5 +238,5 @@ class Hessian(Jacobian):
 
     def value_and(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """`(f(x), H)` from one forward pass."""
-        (_, value), hessian = self._evaluate(args, kwargs, replayable=False, beside=True)
+        (_, value), hessian = self._evaluate(args, kwargs, replayable=False, is_value_read=True)
         return value, hessian

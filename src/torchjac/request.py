@@ -10,11 +10,58 @@ import scipy.sparse
 import torch
 
 from torchjac.errors import ArgumentError
+from torchjac.host.memory import check_budget
 from torchjac.sparsity.pattern import Pattern
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Request:
+    """What the user asks for: the options of `torchjac.jacobian`.
+
+    Attributes:
+        entry: The public call, for records and messages.
+        has_aux: Whether the function returns `(output, aux)`.
+        batched: Whether leading axes are a batch of independent samples.
+        strict: Whether an input that no output depends on is an error.
+        create_graph: Whether the result is to keep its graph.
+        layout: Layout of the result: of torch, or a SciPy class.
+        pattern: Structural nonzeros as the user gives them, or None.
+        memory_budget: Bytes that intermediate values may take, or None for the default.
+        compile: Whether native code is to be made at the first call.
+    """
+
+    entry: str = "jacobian"
+    has_aux: bool = False
+    batched: bool = False
+    strict: bool = False
+    create_graph: bool = False
+    layout: Layout = torch.strided
+    pattern: Any = None
+    memory_budget: int | None = None
+    compile: bool = False
+
+    def check(self) -> Request:
+        """The request itself, where it can be answered.
+
+        Raises:
+            ArgumentError: Layout, pattern and graph do not go together, or the budget is none.
+        """
+        check_layout(self.layout, self.create_graph, self.pattern)
+        check_budget(self.memory_budget)
+        return self
+
+    def to_compiler(self) -> CompileRequest:
+        """What the compiler is asked for."""
+        return CompileRequest(
+            torch_layout(self.layout),
+            self.memory_budget,
+            compiled=self.compile,
+            differentiable=self.create_graph,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CompileRequest:
     """What a plan is made for.
 
     Attributes:
@@ -86,7 +133,7 @@ def torch_layout(layout: Layout) -> torch.layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PassRequest:
     """What is asked for beside the program itself.
 
     Attributes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchjac._torch.pytree import flatten, unflatten
 from torchjac.call import Argnums
-from torchjac.jit.dispatcher import checking
+from torchjac.jit.checking import checking
 from torchjac.passes.plan import Mode, Plan
 from torchjac.passes.race import forced_plan
 

@@ -23,7 +23,7 @@ from torchjac.capture.trace import trace_function
 from torchjac.compiler.accumulate.emit import elsewhere, evaluated
 from torchjac.compiler.accumulate.output import Target
 from torchjac.compiler.bug_report import report
-from torchjac.compiler.compiled import Accumulated, Tried
+from torchjac.compiler.compiled import Compiled, Tried
 from torchjac.compiler.native import faster, with_kernel
 from torchjac.compiler.orders import Limits, ranked, ways
 from torchjac.compiler.per_sample import compiled_again, sampled
@@ -35,7 +35,7 @@ from torchjac.host.gc_pause import seldom_collected
 from torchjac.host.memory import default_budget
 from torchjac.layout.nested import finisher
 from torchjac.passes.verify import Reference
-from torchjac.request import Wanted
+from torchjac.request import CompileRequest
 from torchjac.sparsity.detect import KEEP
 from torchjac.sparsity.interpret import interpret
 from torchjac.sparsity.lanes import is_batched
@@ -51,7 +51,7 @@ _LIMIT, _SECONDS, _NODE = 1.0, 4.0, 4e-3
 
 
 @seldom_collected()
-def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, Any]:
+def planned(call: Call, program: Program, wanted: CompileRequest) -> tuple[Compiled, Any]:
     """A plan for a function, checked, and the Jacobian at these arguments.
 
     Args:
@@ -83,7 +83,7 @@ def planned(call: Call, program: Program, wanted: Wanted) -> tuple[Accumulated, 
                 chosen = replace(chosen, tried=(*chosen.tried, refused))
     nest, samples = program.nest, program.batch
     pattern = chosen.pattern
-    plan = Accumulated(
+    plan = Compiled(
         derivative,
         chosen.emitted,
         pattern,
@@ -118,7 +118,11 @@ class _Chosen:
 
 
 def _of_one_sample(
-    call: Call, derivative: Derivative, program: Program, wanted: Wanted, reference: Reference
+    call: Call,
+    derivative: Derivative,
+    program: Program,
+    wanted: CompileRequest,
+    reference: Reference,
 ) -> _Chosen:
     """A kernel that runs for each sample of a batch.
 
@@ -156,7 +160,7 @@ def _of_all(
     call: Call,
     derivative: Derivative,
     program: Program,
-    wanted: Wanted,
+    wanted: CompileRequest,
     reference: Reference,
     started: float,
 ) -> _Chosen:
@@ -233,7 +237,7 @@ _Made = tuple[Sequence[Emitted], Pattern | None, tuple[Tried, ...]]
 
 
 def _loaded(
-    derivative: Derivative, program: Program, wanted: Wanted, reference: Reference
+    derivative: Derivative, program: Program, wanted: CompileRequest, reference: Reference
 ) -> _Made | None:
     """The plan that was loaded for this program, if there is one."""
     for saved in wanted.saved:
@@ -254,7 +258,7 @@ def _eliminated(
     call: Call,
     derivative: Derivative,
     program: Program,
-    wanted: Wanted,
+    wanted: CompileRequest,
     reference: Reference,
     started: float,
 ) -> _Made:
@@ -284,7 +288,7 @@ def _refuse_beforehand(derivative: Derivative) -> None:
         raise PlanRefused("there is nothing to compute")
 
 
-def _pattern(derivative: Derivative, program: Program, wanted: Wanted) -> Pattern | None:
+def _pattern(derivative: Derivative, program: Program, wanted: CompileRequest) -> Pattern | None:
     """The pattern of a sparse result. That samples are independent is proved first."""
     sparse, batched = wanted.layout is not torch.strided, program.batch is not None
     if not sparse and not batched:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchjac.capture.linear_program import Derivative
-from torchjac.compiler.compiled import Accumulated
+from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.program.optimize import executable
 from torchjac.compiler.program.serialize import NotStorable, bytes_of, restored, signature, stored
 from torchjac.compiler.program.tensor_program import Emitted
@@ -45,7 +45,7 @@ class Saved:
     pattern: Pattern | None
 
     @classmethod
-    def of(cls, plan: Accumulated, layout: torch.layout) -> Saved:
+    def of(cls, plan: Compiled, layout: torch.layout) -> Saved:
         """Writes a plan down.
 
         Raises:

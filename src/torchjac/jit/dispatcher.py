@@ -1,271 +1,388 @@
-"""The plans of a function whose Jacobian is accumulated: when they are made, and found again.
+"""The dispatcher: it answers each call by the tier that the state machine names.
 
-A plan holds as long as nothing that the function reads has changed (`guards.guard`). It is made
-when calls have taken as long as it will take, or when this one would.
+`jit.tiers` decides, the dispatcher acts: it finds the entry whose guard holds, runs compiled code
+or passes, calls the compiler, and tells the state machine how long runs took.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import logging
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchjac.call import Call
+from torchjac._torch.vmap import inside_transform
+from torchjac.call import Argnums, Call
+from torchjac.capture.checks import unused_in_function
+from torchjac.capture.eager import capture_function, detached
 from torchjac.capture.eager_graph import Program
+from torchjac.capture.nesting import differentiating
 from torchjac.compiler.batch_invariance import MANY
 from torchjac.compiler.bug_report import report
 from torchjac.compiler.compile import planned
-from torchjac.compiler.compiled import Accumulated
+from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.store import Saved
-from torchjac.errors import CaptureRefused, Disagrees, PlanError, PlanRefused, RefusedHere
+from torchjac.errors import (
+    CaptureRefused,
+    Disagrees,
+    PlanError,
+    PlanRefused,
+    RefusedHere,
+    UnusedInputError,
+    UnusedInputWarning,
+)
 from torchjac.guards.builder import Policy
-from torchjac.guards.guard import Fingerprint
+from torchjac.guards.guard import Unguardable
 from torchjac.guards.objects import inert
+from torchjac.host.clock import now
 from torchjac.host.memory import default_budget
+from torchjac.jit import tiers
 from torchjac.jit.cache import Before, CaptureCache
+from torchjac.jit.checking import is_checking
+from torchjac.jit.eager import solve
+from torchjac.jit.entry import Entry
+from torchjac.jit.fast_path import FastPath, fast_path, has_fast_path
+from torchjac.jit.functorch import delegate
+from torchjac.jit.patterns import Remembered, with_pattern
+from torchjac.jit.tiers import Action, FunctionEvent, FunctionState, Tier
+from torchjac.layout.arrange import Arranged, converted
 from torchjac.passes.candidates import plain_seconds
-from torchjac.request import Wanted
+from torchjac.passes.race import is_forced
+from torchjac.request import PassRequest, Request, check_layout, torch_layout
 
-# Seconds that a plan takes: to trace, and for each operation of the graph.
-_PLAN, _PLAN_NODE = 25e-3, 0.8e-3
-# And more of them for a batch, whose kernel is made in the same turn.
-_KERNEL, _KERNEL_NODE = 0.3, 4e-3
-# Plans that did not hold before this function is not planned any more.
-_PATIENCE = 3
-# Calls that miss a shortcut for each that makes another one, at most: that takes as long as some
-# hundred of them, and a shortcut that is never taken is to be replaced.
-_SELDOM = 256
-
-_checking: ContextVar[bool] = ContextVar("torchjac_checking", default=False)
-
-
-# Whether every result of a plan is compared with passes.
-is_checking: Callable[[], bool] = _checking.get
-
-
-@contextmanager
-def checking() -> Iterator[None]:
-    """Compares every result of a plan in this context with passes."""
-    token = _checking.set(True)
-    try:
-        yield
-    finally:
-        _checking.reset(token)
+_log = logging.getLogger("torchjac")
 
 
 @inert
-class Accumulation:
-    """The plans of one function.
+class Dispatcher:
+    """Answers the calls of one function.
 
     Attributes:
-        refused: Why there is no plan, where there is none.
-        report: What the issue tracker needs to know of a plan that was wrong.
-        shortcut: To the result of calls like the last one, if there is one.
+        refused: Why there is no compiled code for the last call, where there is none.
+        report: What the issue tracker needs to know of compiled code that was wrong.
+        fast_path: The fast path to the result of calls like the last one, if there is one.
     """
 
-    def __init__(self, wanted: Wanted):
-        """Begins without any.
+    def __init__(self, function: Callable[..., Any], argnums: Argnums, request: Request):
+        """Begins cold.
 
         Args:
-            wanted: What plans are made for.
+            function: The user's function.
+            argnums: Positions of the arguments to differentiate.
+            request: What the user asks for.
         """
-        self._wanted = wanted
-        self._plans: CaptureCache[Accumulated | str] = CaptureCache(
-            policy=Policy(parameters="objects")
-        )
-        self._spent = 0.0
-        self._needed = 0.0  # to have been spent before a plan is made; known after the first call
-        self._made = 0
+        self._function = function
+        self._argnums = argnums
+        self._request = request
+        self._layout = torch_layout(request.layout)
+        self._to_compiler = request.to_compiler()
+        self._entries: CaptureCache[Entry] = CaptureCache(policy=Policy(parameters="objects"))
+        self._patterns = Remembered()
+        self._identity = object()  # unlike id(self), never another dispatcher's
+        self._state: FunctionState = tiers.Cold()
+        self._misses = tiers.Misses()
         self.refused: str | None = None
         self.report: str | None = None
-        self.shortcut: Callable[[tuple[Any, ...]], Any] | None = None
-        self._missed, self._until = 0, 1
+        self.fast_path: FastPath | None = None
 
-    def find(self, call: Call) -> Accumulated | None:
-        """The plan for a call, if there is one."""
-        if not len(self._plans) or torch.is_autocast_enabled("cpu"):
-            return None
-        found = self._plans.lookup(call)
-        if isinstance(found, str):
-            self.refused = found
-            return None
-        return found
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """One call of the function."""
+        return Call(self._function, self._argnums, self._request.has_aux, args, kwargs)
 
-    def latest(self) -> tuple[Fingerprint, Any] | None:
-        """The plan that was used last, and the fingerprint of its calls."""
-        return self._plans.latest()
+    def __call__(self, call: Call, replayable: bool, is_value_read: bool) -> tuple[Any, Any]:
+        """What f returns, and the Jacobian.
 
-    def missed(self, make: Callable[[], Callable[[tuple[Any, ...]], Any] | None]) -> None:
-        """Notes a call that a shortcut could have answered; now and then makes one for its like.
-
-        It is done ever more seldom.
+        Args:
+            call: The function and its arguments.
+            replayable: Whether f may run once more.
+            is_value_read: Whether anybody reads what f returns.
         """
-        self._missed += 1
-        if self._missed == self._until:
-            self._missed, self._until = 0, min(2 * self._until, _SELDOM)
-            self.shortcut = make()
+        request = self._request
+        if inside_transform() or torch.compiler.is_compiling() or call.traced():
+            return delegate(call, request.batched, self._layout, request.entry)
+        create_graph = request.create_graph or differentiating()
+        check_layout(request.layout, create_graph, request.pattern)
+        entered = now()
+        entry = None
+        if self._may_compile():
+            entry = self._find(call)
+            if entry is not None and not is_checking():
+                value = self._run(entry, call, entered)
+                if value is not None:
+                    returned = self._returned(call, is_value_read, create_graph)
+                    return returned, converted(value, request.layout)
+        # A module in training mode keeps statistics and counters: it must run once a call.
+        stateful = isinstance(self._function, torch.nn.Module) and self._function.training
+        return self._interpret(call, entry, create_graph, replayable and not stateful, entered)
 
-    def spent(self, seconds: float) -> None:
-        """Notes how long a call took that was answered by passes."""
-        self._spent += seconds
+    def _may_compile(self) -> bool:
+        """Whether compiled code may answer: not where passes are asked for, or graphs recorded."""
+        return (
+            self._request.pattern is None
+            and not differentiating()
+            and not is_forced()
+            and not torch.is_autocast_enabled("cpu")
+        )
 
-    def before(self, call: Call) -> Before | None:
-        """What a call reads, where it may be planned once its function has run.
+    def _find(self, call: Call) -> Entry | None:
+        """The entry whose guard holds for a call."""
+        entry = self._entries.lookup(call) if len(self._entries) else None
+        if entry is not None:
+            self.refused = entry.refused
+            if entry.refused is None:
+                self._step(tiers.Hit())
+        return entry
+
+    def _run(self, entry: Entry, call: Call, entered: float) -> Any:
+        """The Jacobian by compiled code; None where passes are to answer."""
+        tier = entry.tier()
+        if tier is Tier.PASSES:
+            return None
+        value = entry.run(call, tier)
+        if value is None:
+            entry.step(tiers.NotFinite())
+            return None
+        seconds = now() - entered
+        entry.leave_record(tier, self._request.entry, self._layout, seconds)
+        entry.ran(tier, seconds, call)
+        self._missed_fast_path(entry, call)
+        return value
+
+    def _missed_fast_path(self, entry: Entry, call: Call) -> None:
+        """Installs a fast path, now and then, for calls that could have taken one."""
+        request = self._request
+        compiled = entry.settled_native()
+        if request.layout is not self._layout or request.create_graph or compiled is None:
+            return
+        if not has_fast_path(compiled):
+            return
+        self._misses, action = self._misses.more()
+        if action is Action.INSTALL:
+            latest = self._entries.latest()
+            guard = latest[0] if latest is not None and latest[1] is entry else None
+            run = partial(entry.record, compiled, request.entry, self._layout)
+            self.fast_path = fast_path(call, guard, compiled, run)
+
+    def _interpret(
+        self,
+        call: Call,
+        entry: Entry | None,
+        create_graph: bool,
+        replayable: bool,
+        entered: float,
+    ) -> tuple[Any, Any]:
+        """Answers a call by its autograd graph: by passes, or by code that is compiled now."""
+        request = self._request
+        missed = entry is None and self._may_compile()
+        guard = self._watch(call) if missed else None
+        side_exit = entry is not None and entry.tier() is not Tier.PASSES
+        program, returned = capture_function(
+            call, batched=request.batched, create_graph=create_graph, replayable=replayable
+        )
+        returned = returned if create_graph else detached(returned)
+        if guard is not None:
+            answer = self._compile(call, program, guard, entered)
+        else:
+            answer = self._checked(entry, call, program, entered) if is_checking() else None
+        if answer is not None:
+            return returned, converted(answer[0], request.layout)
+        arranged = self._pass(call, program)
+        if missed:
+            self._step(tiers.Passed(arranged.work))
+        elif entry is not None and entry.refused is None and not side_exit:
+            entry.ran(Tier.PASSES, now() - entered, call)
+        return returned, converted(arranged.value, request.layout)
+
+    def _watch(self, call: Call) -> Before | None:
+        """The guard of a call, where the function may be compiled once it has run.
 
         A function that changes what it reads, by whatever means, does something each time it runs:
-        it is not planned.
+        it is not compiled.
         """
-        if self._made >= _PATIENCE:
-            return None
-        return self._plans.before(call) if self._soon or self._spent >= self._needed else None
+        action = self._step(tiers.Missed(self._is_eager))
+        return self._entries.before(call) if action is Action.WATCH else None
 
-    def plan(
-        self, call: Call, program: Program, before: Before | None
-    ) -> tuple[Accumulated, Any] | None:
-        """A new plan and the Jacobian at this call, where that is worth the time.
+    @property
+    def _is_eager(self) -> bool:
+        """Whether the function is compiled at the first call."""
+        return self._to_compiler.compiled or bool(self._to_compiler.saved)
 
-        Args:
-            call: The function and its arguments.
-            program: Its graph at these arguments, to check the plan against.
-            before: What it read before the graph was made.
-        """
-        if before is None or self._made >= _PATIENCE or not _is_supported(call, program):
-            return None
-        nodes, predicted = self._passes(program)
-        self._needed = _PLAN + _PLAN_NODE * nodes - predicted
-        if (program.batch or 0) >= MANY:
-            self._needed += _KERNEL + _KERNEL_NODE * nodes
-        if not self._soon and self._spent < self._needed:
-            return None
-        if self._plans.lookup(call) is not None:
-            return None
-        self._made += 1
-        made: list[Any] = []
+    def _step(self, event: FunctionEvent) -> Action:
+        self._state, action = tiers.step(self._state, event)  # type: ignore[assignment]
+        return action
 
-        def make() -> Accumulated | str:
-            try:
-                wanted = replace(self._wanted, predicted=predicted)
-                plan, value = planned(call, program, wanted)
-            except RefusedHere:  # it says nothing of other values
-                raise
-            except (CaptureRefused, PlanRefused) as refusal:
-                if isinstance(refusal, Disagrees):
-                    self.report = refusal.report
-                return str(refusal)
-            except Exception as error:  # passes give the result; the record says what went wrong
-                return f"{type(error).__name__}: {error}"
-            made.append(value)
-            return plan
-
+    def _compile(
+        self, call: Call, program: Program, guard: Before, entered: float
+    ) -> tuple[Any] | None:
+        """The Jacobian at a call by code that is compiled now, where that is due."""
+        nodes, seconds = self._predicted(program)
+        is_batch = (program.batch or 0) >= MANY
+        action = self._step(tiers.Captured(nodes, seconds, is_batch, self._is_eager))
+        if action is not Action.COMPILE or self._entries.lookup(call) is not None:
+            return None
+        if not _is_supported(program):
+            self._give_up("inputs or outputs are empty, unused, or not on the CPU")
+            return None
+        if isinstance(guard, Unguardable):
+            self._give_up(guard.reason)
+            return None
+        value = None
         try:
-            found = make()
-        except RefusedHere as refusal:
+            request = replace(self._to_compiler, predicted=seconds)
+            compiled, value = planned(call, program, request)
+            entry = Entry.of(compiled, self._to_compiler.compiled)
+        except RefusedHere as refusal:  # it says nothing of other values
+            self._step(tiers.NotFinite())
             self.refused = str(refusal)
             return None
-        changed = self._plans.keep(before, call, found)
-        self.refused = found if isinstance(found, str) else changed
-        if isinstance(found, str) or changed is not None:
+        except (CaptureRefused, PlanRefused) as refusal:
+            entry = Entry(tiers.Rejected(str(refusal)))
+            if isinstance(refusal, Disagrees):
+                self.report = refusal.report
+        except Exception as error:  # passes give the result; the record says what went wrong
+            entry = Entry(tiers.Rejected(f"{type(error).__name__}: {error}"))
+        changed = self._entries.keep(guard, call, entry)
+        if entry.refused is not None or changed is not None:
+            self._give_up(entry.refused or changed or "")
             return None
-        return found, made[0]
+        self.refused = None
+        self._step(tiers.Compiled())
+        entry.leave_record_of(compiled, self._request.entry, self._layout, now() - entered)
+        return (value,)
 
-    def save(self, path: str | Path, call: Call, capture: Callable[[], Program]) -> None:
-        """Writes the plan for a call to a file; it is made now if there is none.
+    def _give_up(self, reason: str) -> None:
+        """Leaves the function to passes until the next warm-up has paid for another try."""
+        self.refused = reason
+        self._step(tiers.Refused(reason))
 
-        Args:
-            path: The file.
-            call: The function and its arguments.
-            capture: Gives its graph at these arguments.
+    def _checked(
+        self, entry: Entry | None, call: Call, program: Program, entered: float
+    ) -> tuple[Any] | None:
+        """The Jacobian at a call by the code of an entry, compared with passes."""
+        if entry is None or entry.refused is not None:
+            return None
+        compiled = entry.compiled
+        try:
+            value = compiled.checked(call, program)
+        except RefusedHere:
+            return None
+        except Disagrees as wrong:
+            self._step(tiers.Disagreed(str(wrong)))
+            self._entries.clear()
+            self.fast_path = None
+            _log.warning("compiled code of %r is not used any more: %s", self._function, wrong)
+            self.refused = str(wrong)
+            self.report = report(call, compiled.derivative, compiled.emitted, wrong)
+            return None
+        if value is None:
+            return None
+        entry.leave_record_of(compiled, self._request.entry, self._layout, now() - entered)
+        return (value,)
+
+    def _pass(self, call: Call, program: Program) -> Arranged:
+        """The Jacobian by passes over a graph."""
+        options = self._request
+        budget = options.memory_budget
+        request = PassRequest(options.entry, self._layout, budget, self._identity)
+        if self._layout is not torch.strided:
+            find = partial(self._patterns.pattern, call, program)
+            request = with_pattern(request, program, options.pattern, find)
+        elif options.batched and program.outputs:
+            request = replace(request, independent=self._patterns.independent(call))
+        started = now()
+        arranged = solve(program, request)
+        self._patterns.spent(now() - started)
+        self._report_unused(program, arranged)
+        return arranged
+
+    def _returned(self, call: Call, is_read: bool, create_graph: bool) -> Any:
+        """What f returns; not evaluated where nobody reads it."""
+        if not is_read:
+            return None
+        _, returned = capture_function(
+            call, batched=self._request.batched, create_graph=create_graph, replayable=False
+        )
+        return returned if create_graph else detached(returned)
+
+    def _report_unused(self, program: Program, arranged: Arranged) -> None:
+        if not arranged.unused:
+            return
+        if self._request.strict:
+            raise UnusedInputError(unused_in_function(program, arranged.unused))
+        # The derivative of a Jacobian that is constant is zero without anything being amiss; the
+        # inner Jacobian has spoken if the input itself is unused.
+        if (
+            not isinstance(getattr(self._function, "_dispatcher", None), Dispatcher)
+            and self._request.entry != "hessian"
+        ):
+            warnings.warn(
+                unused_in_function(program, arranged.unused), UnusedInputWarning, stacklevel=6
+            )
+
+    def _predicted(self, program: Program) -> tuple[int, float]:
+        """Operations of a graph, and predicted seconds of passes over it."""
+        return plain_seconds(program, self._request.memory_budget or default_budget(program.device))
+
+    def save(self, path: str | Path, call: Call) -> None:
+        """Writes the compiled code for a call to a file; it is compiled now if there is none.
 
         Raises:
-            PlanError: There is no plan, or it cannot be written down.
+            PlanError: There is no compiled code, or it cannot be written down.
         """
-        Saved.of(self.made(call, capture), self._wanted.layout).write(path)
+        Saved.of(self.compiled(call), self._layout).write(path)
 
-    def made(self, call: Call, capture: Callable[[], Program], whole: bool = False) -> Accumulated:
-        """The plan for a call; it is made now if there is none.
+    def compiled(self, call: Call, whole: bool = False) -> Compiled:
+        """The compiled Jacobian for a call; it is compiled now if there is none.
 
         Args:
             call: The function and its arguments.
-            capture: Gives its graph at these arguments.
             whole: Whether its operations must be on whole tensors, not on a few samples.
 
         Raises:
             PlanError: There is none.
         """
-        plan, why = self.find(call), self.refused
-        if whole and plan is not None and plan.emitted.samples is not None:
-            plan = None
-        before = self._plans.before(call)
-        if plan is None and _is_supported(call, program := capture()):
-            _, predicted = self._passes(program)
-            try:
-                wanted = replace(self._wanted, predicted=predicted, whole=whole)
-                plan, _ = planned(call, program, wanted)
-            except (CaptureRefused, PlanRefused) as refusal:
-                why = str(refusal)
-            else:
-                if not whole:
-                    self._plans.keep(before, call, plan)
-        if plan is None:
+        entry = self._find(call) if self._may_compile() else None
+        if entry is not None and entry.refused is None:
+            compiled = entry.compiled
+            if not (whole and compiled.emitted.samples is not None):
+                return compiled
+        why, guard = self.refused, self._entries.before(call)
+        program, _ = capture_function(
+            call, batched=self._request.batched, create_graph=False, replayable=False
+        )
+        if (entry is not None and entry.refused is not None) or not _is_supported(program):
             raise PlanError(f"torchjac: there is no plan: {why or 'not supported'}.")
-        return plan
+        _, predicted = self._predicted(program)
+        try:
+            request = replace(self._to_compiler, predicted=predicted, whole=whole)
+            compiled, _ = planned(call, program, request)
+        except (CaptureRefused, PlanRefused) as refusal:
+            raise PlanError(f"torchjac: there is no plan: {refusal}.") from refusal
+        if not whole:
+            self._entries.keep(guard, call, Entry.of(compiled, request.compiled))
+        return compiled
 
     def load(self, path: str | Path) -> None:
-        """Reads a plan, to be used for the calls that it was made for.
+        """Reads compiled code, to be used for the calls that it was made for.
 
         Raises:
             PlanError: The file holds something else.
         """
-        saved = (*self._wanted.saved, Saved.read(path))
-        self._wanted = replace(self._wanted, saved=saved)
-        self.shortcut = None
-
-    def _passes(self, program: Program) -> tuple[int, float]:
-        """Operations of its graph, and seconds that passes should take."""
-        return plain_seconds(program, self._wanted.budget or default_budget(program.device))
-
-    @property
-    def _soon(self) -> bool:
-        """Whether a plan is made at the first call, whatever that takes."""
-        return self._wanted.compiled or bool(self._wanted.saved)
-
-    def checked(
-        self, plan: Accumulated | None, call: Call, program: Program, before: Before | None
-    ) -> tuple[Accumulated, Any] | None:
-        """A plan and the Jacobian at this call, compared with passes; None where there is none.
-
-        Args:
-            plan: The plan there is, if there is one; if it is wrong it is given up.
-            call: The function and its arguments.
-            program: Its graph at these arguments.
-            before: What it read before the graph was made.
-        """
-        if plan is None:
-            return self.plan(call, program, before)
-        try:
-            value = plan.checked(call, program)
-        except RefusedHere:
-            return None
-        except Disagrees as wrong:
-            self._plans.clear()
-            self.shortcut = None
-            self._made = _PATIENCE
-            self.refused = str(wrong)
-            self.report = report(call, plan.derivative, plan.emitted, wrong)
-            return None
-        return None if value is None else (plan, value)
+        saved = (*self._to_compiler.saved, Saved.read(path))
+        self._to_compiler = replace(self._to_compiler, saved=saved)
+        self.fast_path = None
 
 
-def _is_supported(call: Call, program: Program) -> bool:
-    given = (*program.inputs, *program.outputs)
+def _is_supported(program: Program) -> bool:
+    leaves = (*program.inputs, *program.outputs)
     return (
         bool(program.inputs)
         and len(program.inputs) == len(program.nest.inputs)
-        and all(t.device.type == "cpu" and t.numel() for t in given)
+        and all(t.device.type == "cpu" and t.numel() for t in leaves)
         and not torch.is_autocast_enabled("cpu")
     )

@@ -27,7 +27,7 @@ from torchjac.passes.plan import Batching, Plan
 from torchjac.passes.race import Race, race_for, single_pass
 from torchjac.passes.structure import Structure, analyze
 from torchjac.record import Candidate, Record, remember
-from torchjac.request import Request
+from torchjac.request import PassRequest
 
 _warned_of: set[str] = set()
 
@@ -48,7 +48,7 @@ class Ran:
     """
 
     structure: Structure
-    request: Request
+    request: PassRequest
     race: Race
     plan: Plan
     passes: int
@@ -81,7 +81,7 @@ class Ran:
         )
 
 
-def solve(program: Program, request: Request) -> Arranged:
+def solve(program: Program, request: PassRequest) -> Arranged:
     """Computes a Jacobian and remembers what ran.
 
     Candidates are tried until one is not refused; the row loop never is.
@@ -120,7 +120,7 @@ def solve(program: Program, request: Request) -> Arranged:
     return solve(program, replace(request, pattern=None))
 
 
-def _solved(program: Program, structure: Structure, request: Request) -> Arranged:
+def _solved(program: Program, structure: Structure, request: PassRequest) -> Arranged:
     race = _race(program, structure, request)
     if modes.needs_passes_context():
         with modes.passes((*program.outputs, *program.inputs)):
@@ -128,7 +128,7 @@ def _solved(program: Program, structure: Structure, request: Request) -> Arrange
     return _run(program, structure, request, race)
 
 
-def _race(program: Program, structure: Structure, request: Request) -> Race:
+def _race(program: Program, structure: Structure, request: PassRequest) -> Race:
     graph = structure.graph
     if modes.tracing(program.inputs):
         if structure.batch is not None:
@@ -161,7 +161,7 @@ def _race(program: Program, structure: Structure, request: Request) -> Race:
     )
 
 
-def _run(program: Program, structure: Structure, request: Request, race: Race) -> Arranged:
+def _run(program: Program, structure: Structure, request: PassRequest, race: Race) -> Arranged:
     refused: dict[Plan, PlanRefused] = {}
     while True:
         try:
@@ -195,7 +195,7 @@ def _run(program: Program, structure: Structure, request: Request, race: Race) -
         light = request if request.pattern is None else replace(request, pattern=None)
         ran = (arranged.passes, arranged.chunk, seconds, _described(request))
         remember(Ran(shape, light, race, plan, *ran).record)
-        return arranged
+        return replace(arranged, work=race.predicted.get(replace(plan, checked=False), 0.0))
 
 
 def _independence(structure: Structure) -> str | None:
@@ -204,7 +204,7 @@ def _independence(structure: Structure) -> str | None:
     return "proved" if structure.independent else "tested"
 
 
-def _described(request: Request) -> str | None:
+def _described(request: PassRequest) -> str | None:
     pattern = request.pattern
     if pattern is None:
         return None

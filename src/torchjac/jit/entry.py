@@ -1,78 +1,193 @@
-"""A Jacobian that is accumulated: run, timed, checked on demand, and told about."""
+"""One guarded entry: a compiled Jacobian, its tiers, and their timings."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from torchjac.call import Call
-from torchjac.compiler.compiled import Accumulated, Tried
-from torchjac.host.clock import now
+from torchjac.compiler.compiled import Compiled, Tried
+from torchjac.compiler.native import kernel_seconds
+from torchjac.errors import PlanRefused
+from torchjac.host.costs import machine
+from torchjac.jit import tiers
+from torchjac.jit.tiers import Action, EntryEvent, EntryState, Rejected, Tier
 from torchjac.record import Candidate, Counts, Record, remember
 
 
-def accumulate(plan: Accumulated, call: Call, entry: str, layout: torch.layout) -> Any:
-    """Computes a Jacobian by its plan, and leaves a record of it; None where it is not finite."""
-    started = now()
-    value = plan(call)
-    if value is None:
-        return None
-    took = now() - started
-    plan.ran(took, call)
-    note(plan, entry, layout, took)
-    return value
+class Entry:
+    """What answers the calls that one guard holds for.
+
+    Attributes:
+        state: The state of the entry (`jit.tiers`).
+        report: What the issue tracker needs to know, where compiled code was wrong.
+    """
+
+    def __init__(self, state: EntryState, compiled: Compiled | None = None):
+        """Begins with what the compiler gives.
+
+        Args:
+            state: The first state.
+            compiled: The compiled Jacobian; None for a rejected entry.
+        """
+        self.state = state
+        self.report: str | None = None
+        self._tiers: dict[Tier, Compiled] = {}
+        self._work: dict[Tier, float] = {}
+        if compiled is not None:
+            self._add(compiled)
+        self._refused: tuple[Tried, ...] = ()
+
+    def _add(self, compiled: Compiled) -> None:
+        tier = tier_of(compiled)
+        self._tiers[tier] = compiled
+        self._work[tier] = machine().seconds(compiled.emitted.work)
+        self._work[Tier.PASSES] = compiled.passes
+
+    @classmethod
+    def of(cls, compiled: Compiled, asked: bool) -> Entry:
+        """The entry of a new compiled Jacobian.
+
+        Args:
+            compiled: The compiled Jacobian.
+            asked: Whether the user asked for native code: then the compiler has tried it.
+        """
+        ready = asked or compiled.emitted.is_compiled or compiled.emitted.differentiable
+        cost = float("inf") if ready else kernel_seconds(compiled.programs)
+        entry = cls(tiers.Rejected("not begun"), compiled)
+        tier = tier_of(compiled)
+        entry.state = tiers.begin(tier, entry._work[tier], compiled.passes, cost)
+        return entry
+
+    @property
+    def refused(self) -> str | None:
+        """Why passes answer; None where compiled code may."""
+        return self.state.reason if isinstance(self.state, Rejected) else None
+
+    @property
+    def compiled(self) -> Compiled:
+        """The compiled Jacobian of the tier that answers, or of the highest there is."""
+        tier = tiers.tier_to_run(self.state)
+        return self._tiers.get(tier) or self._tiers[max(self._tiers)]  # type: ignore[arg-type]
+
+    def tier(self) -> Tier:
+        """The tier that answers the next call."""
+        tier = tiers.tier_to_run(self.state)
+        return Tier.PASSES if tier is None else tier
+
+    def settled_native(self) -> Compiled | None:
+        """The compiled Jacobian, where native code answers for good."""
+        settled = isinstance(self.state, tiers.Settled) and self.state.tier is Tier.NATIVE
+        return self._tiers[Tier.NATIVE] if settled else None
+
+    def step(self, event: EntryEvent) -> Action:
+        """Takes an event in; says what to do next."""
+        self.state, action = tiers.step(self.state, event)  # type: ignore[assignment]
+        return action
+
+    def run(self, call: Call, tier: Tier) -> Any:
+        """The Jacobian at a call by a compiled tier; None where it is not finite."""
+        return self._tiers[tier](call)
+
+    def ran(self, tier: Tier, seconds: float, call: Call) -> None:
+        """Takes in how long a call took, and makes native code where that is due."""
+        if self.step(tiers.Ran(tier, seconds, self._work[tier])) is Action.MAKE_NATIVE:
+            self._make_native(call)
+
+    def _make_native(self, call: Call) -> None:
+        program = self._tiers[Tier.PROGRAM]
+        seconds = kernel_seconds(program.programs)
+        try:
+            if tiers.is_too_long(seconds):
+                raise PlanRefused(
+                    f"it should take {seconds:.0f} s to write; compile=True has it done"
+                )
+            if torch.are_deterministic_algorithms_enabled():
+                raise PlanRefused("algorithms are to be deterministic, and rounding would change")
+            native = program.native(call)
+        except PlanRefused as refusal:
+            tried = Tried(program.emitted.mode, refused=str(refusal), form="kernel")
+            self._refused = (*self._refused, tried)
+            self.step(tiers.Refused(str(refusal)))
+            return
+        self._tiers[Tier.PROGRAM] = replace(program, alternatives=())
+        self._add(native)
+        self.step(tiers.NativeArrived(self._work[Tier.NATIVE]))
+
+    def leave_record(self, tier: Tier, entry: str, layout: torch.layout, seconds: float) -> None:
+        """Leaves the record of a run by a tier."""
+        self.leave_record_of(self._tiers[tier], entry, layout, seconds)
+
+    def leave_record_of(
+        self, compiled: Compiled, entry: str, layout: torch.layout, seconds: float
+    ) -> None:
+        """Leaves the record of a run, which holds no result."""
+        remember(lambda: self.record(compiled, entry, layout, seconds))
+
+    def record(
+        self, compiled: Compiled, entry: str, layout: torch.layout, seconds: float
+    ) -> Record:
+        """The record of one run."""
+        m, n, samples = compiled.shape
+        emitted = compiled.emitted
+        tried = (*self._tiers[max(self._tiers)].tried, *self._refused)
+        candidates = [self._candidate(t) for t in tried if t.predicted is not None]
+        passes = Candidate("passes", compiled.passes, self._measured(Tier.PASSES))
+        refusals = [
+            (t.form or f"accumulate {t.mode}", t.refused) for t in tried if t.refused is not None
+        ]
+        if emitted.note is not None:
+            refusals.append(("compile", emitted.note))
+        return Record(
+            entry=entry,
+            engine="accumulate",
+            mode=emitted.form,
+            passes=0,
+            chunk=0,
+            budget=compiled.budget,
+            rows=m,
+            columns=n,
+            batch=samples,
+            layout=layout,
+            seconds=seconds,
+            independence=None if samples is None else "proved",
+            pattern=None
+            if compiled.pattern is None
+            else f"{compiled.pattern.nnz} nonzeros, global",
+            candidates=(*candidates, passes),
+            refusals=tuple(refusals),
+            counts=_counts(compiled),
+        )
+
+    def _candidate(self, tried: Tried) -> Candidate:
+        assert tried.predicted is not None, "asked for only where it is known"
+        measured = tried.measured
+        for tier, compiled in self._tiers.items():
+            if compiled.emitted.form == tried.name:
+                measured = self._measured(tier) or measured
+        return Candidate(f"accumulate {tried.name}", tried.predicted, measured)
+
+    def _measured(self, tier: Tier) -> float | None:
+        """Seconds of the tier's best run that counts."""
+        return None if isinstance(self.state, Rejected) else self.state.contest.best(tier)
 
 
-def note(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) -> None:
-    """Leaves a record of a run, which holds no result."""
-    remember(lambda: record(plan, entry, layout, seconds))
+def tier_of(compiled: Compiled) -> Tier:
+    """The tier of a compiled Jacobian."""
+    return Tier.NATIVE if compiled.emitted.is_compiled else Tier.PROGRAM
 
 
-def record(plan: Accumulated, entry: str, layout: torch.layout, seconds: float) -> Record:
-    """The record of one run."""
-    m, n, samples = plan.shape
-    emitted = plan.emitted
-    candidates = [_candidate(plan, tried) for tried in plan.tried if tried.predicted is not None]
-    passes = Candidate("passes", plan.predicted, min(plan.others, default=None))
-    refusals = [
-        (t.form or f"accumulate {t.mode}", t.refused) for t in plan.tried if t.refused is not None
-    ]
-    if emitted.note is not None:
-        refusals.append(("compile", emitted.note))
-    work = emitted.work
-    fixed, whole = emitted.fixed
-    return Record(
-        entry=entry,
-        engine="accumulate",
-        mode=emitted.form,
-        passes=0,
-        chunk=0,
-        budget=plan.budget,
-        rows=m,
-        columns=n,
-        batch=samples,
-        layout=layout,
-        seconds=seconds,
-        independence=None if samples is None else "proved",
-        pattern=None if plan.pattern is None else f"{plan.pattern.nnz} nonzeros, global",
-        candidates=(*candidates, passes),
-        refusals=tuple(refusals),
-        counts=Counts(
-            operations=work.operations,
-            multiplications=work.multiplications,
-            bytes=work.bytes,
-            constant=fixed / max(whole, 1),
-            lanes=samples or 1,
-            waists=emitted.waists,
-            blame=plan.blame,
-        ),
+def _counts(compiled: Compiled) -> Counts:
+    work = compiled.emitted.work
+    fixed, whole = compiled.emitted.fixed
+    return Counts(
+        operations=work.operations,
+        multiplications=work.multiplications,
+        bytes=work.bytes,
+        constant=fixed / max(whole, 1),
+        lanes=compiled.shape[2] or 1,
+        waists=compiled.emitted.waists,
+        blame=compiled.blame,
     )
-
-
-def _candidate(plan: Accumulated, tried: Tried) -> Candidate:
-    measured = tried.measured
-    if tried.name == plan.emitted.form:
-        measured = min(plan.seconds, default=measured)
-    assert tried.predicted is not None
-    return Candidate(f"accumulate {tried.name}", tried.predicted, measured)

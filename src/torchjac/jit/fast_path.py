@@ -18,56 +18,55 @@ from torchjac.call import Call
 from torchjac.capture.nesting import depth
 from torchjac.compiler.codegen.c.guard_reads import unchanged
 from torchjac.compiler.codegen.executable import Kernel
-from torchjac.compiler.compiled import Accumulated
+from torchjac.compiler.compiled import Compiled
 from torchjac.guards.guard import Fingerprint
 from torchjac.host.clock import now
-from torchjac.jit.dispatcher import is_checking
-from torchjac.jit.entry import record
+from torchjac.jit.checking import is_checking
 from torchjac.passes.race import forced
-from torchjac.record import remember
+from torchjac.record import Record, remember
 
-Shortcut = Callable[[tuple[Any, ...]], Any]
-
-
-def is_for_a_kernel(plan: Accumulated) -> bool:
-    """Whether a plan stays as it is, and a kernel of ours gives its result."""
-    return isinstance(plan.emitted.kernel, Kernel) and plan.settled()
+FastPath = Callable[[tuple[Any, ...]], Any]
 
 
-def shortcut(
+def has_fast_path(compiled: Compiled) -> bool:
+    """Whether native code of our own gives the result, so that a fast path may lead to it."""
+    return isinstance(compiled.emitted.kernel, Kernel)
+
+
+def fast_path(
     call: Call,
-    latest: tuple[Fingerprint, Any] | None,
-    plan: Accumulated,
-    entry: str,
-    layout: torch.layout,
-) -> Shortcut | None:
-    """A function that gives the Jacobian at arguments like those of a call; None if there is none.
+    guard: Fingerprint | None,
+    compiled: Compiled,
+    record: Callable[[float], Record],
+) -> FastPath | None:
+    """The fast path: check the guard predicate, then call the native kernel.
 
-    It gives None where that is for others to say.
+    It returns the Jacobian at arguments like those of a call, or None where the dispatcher is to
+    answer.
 
     Args:
-        call: A call that the plan is for.
-        latest: The plan that was used last, and what its calls read.
-        plan: The plan; it is for a kernel.
-        entry: What the user calls it.
-        layout: Of the result.
+        call: A call that the compiled Jacobian is for.
+        guard: The guard of its entry; None where another entry was used since.
+        compiled: The compiled Jacobian, whose native code answers for good.
+        record: The record of a run, of its seconds.
+
+    Returns:
+        The fast path; None where calls like this one have none.
     """
-    if latest is None or latest[1] is not plan or call.kwargs or call.has_aux:
+    if guard is None or call.kwargs or call.has_aux:
         return None
-    kernel = plan.emitted.kernel
+    kernel = compiled.emitted.kernel
     assert isinstance(kernel, Kernel)
     plain = all(
         type(x) is Tensor and x.is_floating_point() and x.is_contiguous() and not x.is_neg()
         for x in call.args
     )
     glance = (
-        latest[0].glance(call, (transform, depth, forced, is_checking), unchanged)
-        if plain
-        else None
+        guard.glance(call, (transform, depth, forced, is_checking), unchanged) if plain else None
     )
     if glance is None:
         return None
-    alike, finish, compiling = glance, plan.finish, torch.compiler.is_compiling
+    alike, finish, compiling = glance, compiled.finish, torch.compiler.is_compiling
     evaluate, order = kernel.launcher(), _order(call)
 
     def jacobian(args: tuple[Any, ...]) -> Any:
@@ -81,7 +80,7 @@ def shortcut(
         if not fine:
             return None
         value, took = finish(parts), now() - started
-        remember(partial(record, plan, entry, layout, took))
+        remember(partial(record, took))
         return value
 
     return jacobian

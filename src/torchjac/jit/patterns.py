@@ -22,7 +22,7 @@ from torchjac.guards.objects import inert
 from torchjac.host.memory import default_budget
 from torchjac.jit.cache import CaptureCache
 from torchjac.passes.candidates import plain_seconds
-from torchjac.request import Request
+from torchjac.request import PassRequest
 from torchjac.sparsity.detect import global_pattern, is_independent, pattern_of_graph
 from torchjac.sparsity.pattern import Pattern, given_pattern
 
@@ -106,8 +106,8 @@ _TRACE, _TRACE_NODE = 3e-3, 0.3e-3
 
 
 def with_pattern(
-    request: Request, program: Program, given: Any, find: Callable[[], Pattern | None]
-) -> Request:
+    request: PassRequest, program: Program, given: Any, find: Callable[[], Pattern | None]
+) -> PassRequest:
     """The request with the pattern to restrict passes to, if there is one.
 
     Args:

@@ -34,12 +34,14 @@ class Arranged:
         unused: Positions of input leaves that no output depends on.
         passes: Passes that were made.
         chunk: Most seeds that one pass carried.
+        work: Predicted seconds of the passes; 0 where nothing was predicted.
     """
 
     value: Any
     unused: tuple[int, ...]
     passes: int
     chunk: int
+    work: float = 0.0
 
 
 def converted(value: Any, layout: Layout) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torchjac.capture.eager_graph import Program
 from torchjac.host.costs import DEFAULT, machine
-from torchjac.passes.autograd_graph import Profile, profile
+from torchjac.passes.autograd_graph import Profile, profile, survey
 from torchjac.passes.coloring import column_groups, row_groups
 from torchjac.passes.plan import Mode, Plan
 from torchjac.passes.structure import Structure, analyze
@@ -84,9 +84,10 @@ def candidates(
 def plain_seconds(program: Program, budget: int) -> tuple[int, float]:
     """Operations of a program's graph, and predicted seconds of its Jacobian without a pattern."""
     structure = analyze(program)
-    if structure.graph is None:
+    if not structure.m or not structure.n:
         return 0, 0.0
-    size = profile(program, structure.graph)
+    graph = structure.graph or survey(program)  # one row is evaluated without a survey
+    size = profile(program, graph)
     return size.nodes, candidates(structure, size, budget, False)[0][1]
 
 

@@ -1,0 +1,144 @@
+"""The contest: which of several ways to do one thing is the fastest, by few timed runs.
+
+A contest is a value. `next` names the candidate to run, `timed` gives the contest after that run,
+and `winner` is the fastest candidate so far. Whoever holds a contest reads the clock: `hold` does
+for runs that follow one another; the dispatcher does for runs that calls are answered by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
+
+from torchjac.host.clock import now
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How long candidates are run, and which of them wins.
+
+    Attributes:
+        runs: Timed runs of a candidate; the best one counts.
+        hopeless: A candidate predicted this many times slower than the first is not run.
+        beaten: A candidate measured this many times slower than the fastest is not run once more;
+            a new one not before two runs count, so that one slow run decides nothing.
+        alike: Best times within this factor are a tie, which the better prediction wins.
+    """
+
+    runs: int
+    hopeless: float = math.inf
+    beaten: float = math.inf
+    alike: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Contest(Generic[C]):
+    """Candidates, their predictions, and the runs that were timed.
+
+    Attributes:
+        predicted: Predicted seconds of each candidate, the best prediction first.
+        rules: How long candidates are run.
+        warmups: First runs of a candidate that warm caches up and do not count; none if absent.
+        timings: Seconds of each candidate's runs that count, in order.
+        new: Candidates that came with warm-ups.
+    """
+
+    predicted: Mapping[C, float]
+    rules: Rules
+    warmups: Mapping[C, int] = field(default_factory=dict)
+    timings: Mapping[C, tuple[float, ...]] = field(default_factory=dict)
+    new: frozenset[C] = frozenset()
+
+    def best(self, candidate: C) -> float | None:
+        """Seconds of the fastest run that counts; None before there is one."""
+        return min(self.timings.get(candidate, ()), default=None)
+
+    def fastest(self) -> float:
+        """Seconds of the fastest run of all; infinite before there is one."""
+        return min((min(t) for t in self.timings.values() if t), default=math.inf)
+
+    def next(self, among: Collection[C] | None = None) -> C | None:
+        """The candidate to run now: of those worth a run the one expected to be the fastest.
+
+        Args:
+            among: Candidates that may run; all of them if absent.
+
+        Returns:
+            The candidate; None where the contest is decided.
+        """
+        worth = [c for c in self.predicted if (among is None or c in among) and self._is_worth(c)]
+        return min(worth, key=self._expected, default=None)
+
+    def timed(self, candidate: C, seconds: float) -> Contest[C]:
+        """The contest after a run."""
+        left = self.warmups.get(candidate, 0)
+        if left:
+            return replace(self, warmups={**self.warmups, candidate: left - 1})
+        runs = (*self.timings.get(candidate, ()), seconds)
+        return replace(self, timings={**self.timings, candidate: runs})
+
+    def with_candidate(self, candidate: C, predicted: float, warmups: int = 0) -> Contest[C]:
+        """The contest with one more candidate, or with one anew: its timings are dropped."""
+        timings = {c: runs for c, runs in self.timings.items() if c != candidate}
+        predictions = {**self.predicted, candidate: predicted}
+        ranked = dict(sorted(predictions.items(), key=lambda item: item[1]))
+        return replace(
+            self,
+            predicted=ranked,
+            timings=timings,
+            warmups={**self.warmups, candidate: warmups},
+            new=self.new | {candidate} if warmups else self.new - {candidate},
+        )
+
+    def winner(self, among: Collection[C] | None = None) -> C:
+        """The fastest candidate that ran; of those about as fast the one with the best prediction.
+
+        The best prediction where none ran.
+        """
+        entrants = [c for c in self.predicted if among is None or c in among]
+        ran = [c for c in entrants if self.timings.get(c)]
+        fastest = min((min(self.timings[c]) for c in ran), default=0.0)
+        tied = [c for c in ran if min(self.timings[c]) <= self.rules.alike * fastest]
+        return (tied or entrants)[0]
+
+    def _expected(self, candidate: C) -> tuple[bool, float]:
+        """How soon a candidate runs: new ones at first, then by seconds, measured or predicted."""
+        best = self.best(candidate)
+        seconds = self.predicted[candidate] if best is None else best
+        return candidate not in self.new or best is not None, seconds
+
+    def _is_worth(self, candidate: C) -> bool:
+        runs = self.timings.get(candidate, ())
+        if len(runs) >= self.rules.runs:
+            return False
+        enough = len(runs) > (candidate in self.new)
+        if enough and min(runs) > self.rules.beaten * self.fastest():
+            return False
+        first = next(iter(self.predicted.values()))
+        return self.predicted[candidate] <= self.rules.hopeless * first
+
+
+def hold(contest: Contest[C], run: Callable[[C], object]) -> Contest[C]:
+    """Runs candidates one after the other until the contest is decided.
+
+    Args:
+        contest: The contest.
+        run: Runs a candidate.
+    """
+    while (candidate := contest.next()) is not None:
+        started = now()
+        run(candidate)
+        contest = contest.timed(candidate, now() - started)
+    return contest
+
+
+def ranked(contest: Contest[C]) -> Sequence[C]:
+    """Candidates, the fastest first; those that did not run behind, by their predictions."""
+    return sorted(
+        contest.predicted,
+        key=lambda c: (c not in contest.timings, contest.best(c) or contest.predicted[c]),
+    )
