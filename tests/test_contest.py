@@ -44,6 +44,13 @@ def test_hopeless_predictions_do_not_run() -> None:
     assert contest.winner() == "a"
 
 
+def test_predictions_of_nothing() -> None:
+    """A result that is constant takes no time by the model."""
+    contest, runs = held(Contest({"a": 0.0, "b": 1.0}, Rules(runs=1)))
+    assert sorted(runs) == ["a", "b"]
+    assert contest.winner() == "b"
+
+
 def test_beaten_candidates_run_once() -> None:
     _, runs = held(Contest({"b": 1.0, "c": 1.0}, Rules(runs=3, beaten=4.0)))
     assert runs.count("c") == 1

@@ -261,11 +261,11 @@ class TestRace:
 
     def test_the_fastest_is_kept(self) -> None:
         with ticking(backward=1e-4, batched=2e-3):
-            assert candidates(25) == "reverse-3*3 loop*22"
+            assert candidates(25) == "reverse-3 loop*3 reverse-3 loop*20"
 
     def test_of_equals_the_prediction_decides(self) -> None:
         with ticking(step=1e-3):
-            assert candidates(25) == "reverse-3*3 loop*3 reverse-3*19"
+            assert candidates(25) == "reverse-3 loop reverse-3*2 loop*2 reverse-3*19"
 
     def test_deterministic_algorithms(self) -> None:
         """The best prediction at once: nothing is measured."""

@@ -24,7 +24,7 @@ from torchjac.compiler.accumulate.emit import elsewhere, evaluated
 from torchjac.compiler.accumulate.output import Target
 from torchjac.compiler.bug_report import report
 from torchjac.compiler.compiled import Compiled, Tried
-from torchjac.compiler.native import faster, with_kernel
+from torchjac.compiler.native import timed, with_kernel
 from torchjac.compiler.orders import Limits, ranked, ways
 from torchjac.compiler.per_sample import compiled_again, sampled
 from torchjac.compiler.program.tensor_program import Emitted
@@ -208,13 +208,13 @@ def _compiled(
     except PlanRefused as refusal:
         refused.append(Tried(programs[0].mode, refused=str(refusal), form="kernel"))
         made = programs[0].compiled(inputs)
-    ways = [programs[0], made] if made.is_compiled else [made]
-    best, seconds = faster(ways, inputs)
+    forms = {way.form: way for way in ([programs[0], made] if made.is_compiled else [made])}
+    contest = timed(forms, inputs)
     tried = [
-        Tried(way.mode, machine().seconds(way.work), took, form=way.form)
-        for way, took in zip(ways, seconds, strict=True)
+        Tried(way.mode, contest.predicted[form], contest.best(form), form=form)
+        for form, way in forms.items()
     ]
-    return best, tried + refused
+    return forms[contest.winner()], tried + refused
 
 
 def _twice(emitted: Emitted, call: Call, reference: Reference) -> tuple[Tensor, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ from torchjac.compiler.codegen.c.toolchain import LIMIT
 from torchjac.compiler.codegen.executable import Kernel
 from torchjac.compiler.program.tensor_program import Emitted
 from torchjac.errors import PlanRefused
-from torchjac.host.clock import now
+from torchjac.host.contest import Contest, Rules, hold
+from torchjac.host.costs import machine
 from torchjac.host.gc_pause import seldom_collected
+
+C = TypeVar("C")
 
 # Seconds that the compiler may take where nobody asked for it.
 PATIENCE = 10.0
@@ -27,8 +31,8 @@ _KERNEL, _KERNEL_NUMBER = 0.5, 7e-8
 _BRIEF = 0.7
 # Programs that compute so many times as many numbers are not among them.
 _CLOSE = 2.0
-# Runs of which the best counts.
-_RUNS = 5
+# Timed runs of a program; the best one counts.
+_TIMED = Rules(runs=5)
 # Disagreement put down to rounding, by dtype: of an element, and beside the largest one. Sine and
 # its kin are within four units in the last place, and what follows may cancel.
 _ROUNDING = {torch.float64: (1e-7, 2e-11), torch.float32: (1e-2, 1e-5)}
@@ -134,21 +138,20 @@ def jacobian_of(program: Emitted) -> tuple[Recording, int]:
     return program.recording, len(program.recording.outputs) - 1
 
 
-def faster(ways: Sequence[Emitted], inputs: Sequence[Tensor]) -> tuple[Emitted, list[float]]:
-    """Which way is the fastest here, and the seconds that each takes."""
-    seconds = [timed(way, inputs, _RUNS) for way in ways]
-    return ways[seconds.index(min(seconds))], seconds
+def timed(
+    programs: Mapping[C, Emitted], inputs: Sequence[Tensor], rules: Rules = _TIMED
+) -> Contest[C]:
+    """The contest of some programs, after their runs.
 
-
-def timed(way: Emitted, inputs: Sequence[Tensor], runs: int) -> float:
-    """Seconds of the best of some runs."""
-    best = math.inf
-    for _ in range(runs):
-        started = now()
-        with torch.no_grad():
-            way(inputs)
-        best = min(best, now() - started)
-    return best
+    Args:
+        programs: Programs that give the same.
+        inputs: Inputs to run them at.
+        rules: How long they are run.
+    """
+    predicted = {name: machine().seconds(program.work) for name, program in programs.items()}
+    with torch.no_grad():
+        contest = Contest(dict(sorted(predicted.items(), key=lambda item: item[1])), rules)
+        return hold(contest, lambda name: programs[name](inputs))
 
 
 def agree(got: Tensor, want: Tensor) -> bool:

@@ -17,12 +17,14 @@ from torchjac.compiler.native import timed
 from torchjac.compiler.program.tensor_program import Emitted
 from torchjac.errors import CaptureRefused, NotKnownLinear, PlanRefused, RefusedHere
 from torchjac.host.clock import now
+from torchjac.host.contest import Rules
+from torchjac.host.contest import ranked as fastest_first
 from torchjac.host.costs import calibrated
 from torchjac.request import Mode
 from torchjac.sparsity.detect import KEEP
 
-# Orders whose predictions differ less than this are both timed, as often as this.
-_CLOSE, _RUNS = 4.0, 3
+# Three timed runs of each order; an order predicted 4x slower than the other one is not run.
+_RULES = Rules(runs=3, hopeless=4.0)
 # The second order is tried where the first took less than this share of the time there is.
 _SHARE = 0.5
 
@@ -89,16 +91,8 @@ def ranked(
     programs = [way for _, way in found if not isinstance(way, str)]
     if not programs:
         raise PlanRefused(str(refused[0].refused))
-    costs = calibrated()
-    predicted = {way.mode: costs.seconds(way.work) for way in programs}
-    best = min(predicted.values())
-    tried = {}
-    for way in programs:
-        seconds = predicted[way.mode]
-        close = len(programs) > 1 and seconds < _CLOSE * best
-        tried[way.mode] = Tried(way.mode, seconds, timed(way, inputs, _RUNS) if close else None)
-
-    def rank(way: Emitted) -> float:
-        return tried[way.mode].measured or predicted[way.mode] * _CLOSE
-
-    return sorted(programs, key=rank), (*tried.values(), *refused)
+    calibrated()  # predictions that are compared are those of this machine
+    modes = {way.mode: way for way in programs}
+    contest = timed(modes, inputs, _RULES if len(modes) > 1 else Rules(runs=0))
+    tried = [Tried(m, seconds, contest.best(m)) for m, seconds in contest.predicted.items()]
+    return [modes[mode] for mode in fastest_first(contest)], (*tried, *refused)

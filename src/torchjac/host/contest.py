@@ -26,12 +26,14 @@ class Rules:
         hopeless: A candidate predicted this many times slower than the first is not run.
         beaten: A candidate measured this many times slower than the fastest is not run once more;
             a new one not before two runs count, so that one slow run decides nothing.
+        long: Seconds; a candidate that takes longer has one timed run fewer.
         alike: Best times within this factor are a tie, which the better prediction wins.
     """
 
     runs: int
     hopeless: float = math.inf
     beaten: float = math.inf
+    long: float = math.inf
     alike: float = 1.0
 
 
@@ -113,11 +115,13 @@ class Contest(Generic[C]):
 
     def _is_worth(self, candidate: C) -> bool:
         runs = self.timings.get(candidate, ())
-        if len(runs) >= self.rules.runs:
+        if len(runs) >= self.rules.runs - bool(runs and min(runs) >= self.rules.long):
             return False
         enough = len(runs) > (candidate in self.new)
         if enough and min(runs) > self.rules.beaten * self.fastest():
             return False
+        if math.isinf(self.rules.hopeless):
+            return True
         first = next(iter(self.predicted.values()))
         return self.predicted[candidate] <= self.rules.hopeless * first
 

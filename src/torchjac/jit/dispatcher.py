@@ -140,6 +140,8 @@ class Dispatcher:
 
     def _run(self, entry: Entry, call: Call, entered: float) -> Any:
         """The Jacobian by compiled code; None where passes are to answer."""
+        if entry.step(tiers.Called()) is not Action.RUN:
+            return None
         tier = entry.tier()
         if tier is Tier.PASSES:
             return None

@@ -30,8 +30,10 @@ V = TypeVar("V")
 
 # Seconds that a proof takes.
 _PROOF = 0.03
-# Captures that were not used again before this function is no longer captured.
+# Captures in a row that were not used again, after which the next one waits.
 _PATIENCE = 3
+# It waits for two to the power of their number calls, and at most of this number.
+_DOUBLINGS = 12
 
 
 @inert
@@ -61,7 +63,7 @@ class Remembered:
 
 
 class _Memo(Generic[V]):
-    """Remembers what was made for calls of one function; gives up where that does not pay."""
+    """Remembers what was made for calls of one function; waits where that does not pay."""
 
     def __init__(self, make: Callable[[Call], V | None]):
         """Takes what makes a value, or None where there is none."""
@@ -71,6 +73,7 @@ class _Memo(Generic[V]):
             policy=Policy(parameters="shapes")
         )
         self._unused = 0
+        self._rest = 0
 
     def find(self, call: Call) -> V | None:
         """What was made for a call like this one; made now if it is worth a try."""
@@ -78,12 +81,15 @@ class _Memo(Generic[V]):
         if found is not None:
             self._unused = 0
             return found[0]
-        if self._unused >= _PATIENCE:
+        if self._rest:
+            self._rest -= 1
             return None
         self._unused += 1
         (value,) = self._cache.get_or_make(call, lambda: (self._make(call),))
         if self._cache.refused is not None:
-            self._unused = _PATIENCE
+            self._unused = max(self._unused, _PATIENCE)
+        if self._unused >= _PATIENCE:
+            self._rest = 2 ** min(self._unused, _DOUBLINGS)
         return value
 
 

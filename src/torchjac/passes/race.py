@@ -17,21 +17,19 @@ from dataclasses import replace
 import torch
 
 from torchjac.errors import PlanRefused
+from torchjac.host.contest import Contest, Rules
 from torchjac.passes.autograd_graph import Profile
 from torchjac.passes.candidates import candidates, compressed_candidates, grouped, predict
 from torchjac.passes.plan import Batching, Plan
 from torchjac.passes.structure import Structure
 
-# Timings of one candidate, of which the best counts (the first one also warms caches up): more
-# where they are short and noisy than where they are long.
-_RUNS_SHORT, _RUNS_LONG, _SHORT = 3, 2, 5e-3
-# A candidate predicted this much slower than the best is not worth a run.
-_HOPELESS = 2.5
+# Three timed runs of a candidate, the best one counts (the first one also warms caches up); two
+# where they take more than 5 ms. A candidate predicted 2.5x slower than the best is not run; one
+# measured 1.5x slower not once more. Best times within 15 % are not told apart by a few runs.
+_RULES = Rules(runs=3, hopeless=2.5, beaten=1.5, long=5e-3, alike=1.15)
 # Where a call takes longer than this, only candidates predicted about as fast as the fastest so far
 # are measured, and beyond the second limit none: a second look must not cost a user seconds.
 _LONG, _CLOSE, _VERY_LONG = 0.1, 1.5, 2.0
-# Timings this close are not told apart by a few runs.
-_ALIKE = 1.15
 # Calls at which candidates that came near the fastest are measured anew: what was timed while the
 # machine was busy with something else must not decide for ever.
 _REVIEWS = frozenset({30, 300, 3000, 30_000})
@@ -103,16 +101,17 @@ class Race:
         entrants = [p for p in self.predicted if p not in self.refused and _kind(p) not in kinds]
         if not entrants:
             raise PlanRefused("; ".join(f"{p}: {why}" for p, why in self.refused.items()))
-        plan = self._settle(entrants) if skipped else self._choose(entrants)
+        plan = self._contest(entrants).winner() if skipped else self._choose(entrants)
         return replace(plan, checked=True) if _kind(plan) in self._checked else plan
 
     def _choose(self, entrants: list[Plan]) -> Plan:
         if torch.are_deterministic_algorithms_enabled():
             return entrants[0]
-        for plan in entrants:
-            if self._worth_running(plan, entrants[0]):
-                return plan
-        fastest = self._settle(entrants)
+        contest = self._contest(entrants)
+        plan = contest.next({p for p in entrants if self._may_run(p, contest)})
+        if plan is not None:
+            return plan
+        fastest = contest.winner()
         self._settled = replace(fastest, checked=True)
         return fastest
 
@@ -131,11 +130,18 @@ class Race:
         self._settled = None
         return True
 
-    def _settle(self, entrants: list[Plan]) -> Plan:
-        """The fastest; among those that are about as fast, the one with the best prediction."""
-        ran = [p for p in entrants if p in self.measured]
-        best = min((min(self.measured[p]) for p in ran), default=0.0)
-        return next((p for p in ran if min(self.measured[p]) <= _ALIKE * best), entrants[0])
+    def _contest(self, entrants: list[Plan]) -> Contest[Plan]:
+        """The contest of the candidates that are not refused.
+
+        One slow run does not rule the best prediction out: it is the first, with caches cold.
+        """
+        timings = {p: tuple(self.measured[p]) for p in entrants if p in self.measured}
+        return Contest(
+            {p: self.predicted[p] for p in entrants},
+            _RULES,
+            timings=timings,
+            new=frozenset(entrants[:1]),
+        )
 
     def ran(self, plan: Plan, seconds: float) -> None:
         """Notes that a candidate gave a result, and what it cost."""
@@ -179,23 +185,18 @@ class Race:
         kinds = {_kind(plan) for plan in plans}
         self.refused = {p: why for p, why in self.refused.items() if _kind(p) not in kinds}
 
-    def _worth_running(self, plan: Plan, first: Plan) -> bool:
-        """Whether a candidate may still win; `first` is the one with the best prediction."""
+    def _may_run(self, plan: Plan, contest: Contest[Plan]) -> bool:
+        """Whether a run of a candidate costs the user little enough."""
         if plan in self._left_out:
             return False
-        runs = self.measured.get(plan, [])
-        if len(runs) >= (_RUNS_SHORT if runs and min(runs) < _SHORT else _RUNS_LONG):
-            return False
-        if plan == first or not self.measured:
+        if not contest.timings or plan == next(iter(contest.predicted)):
             return True
         # The replicated pass calls the user's function with shapes the user did not pass: not for
         # the sake of a measurement, only where it should win.
-        if plan.mode == "replicated" or self.predicted[plan] > _HOPELESS * self.predicted[first]:
+        if plan.mode == "replicated":
             return False
-        fastest, times = min(self.measured.items(), key=lambda item: min(item[1]))
-        best = min(times)
-        if runs and min(runs) > 1.5 * best:
-            return False
+        best = contest.fastest()
+        fastest = min(contest.timings, key=lambda p: min(contest.timings[p]))
         slower = self.predicted[plan] / max(self.predicted[fastest], 1e-9)
         return best < _LONG or slower < 1 or (slower < _CLOSE and best < _VERY_LONG)
 
