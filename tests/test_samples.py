@@ -19,7 +19,7 @@ from test_kernel import cache  # noqa: F401
 from torchjac.call import Call
 from torchjac.capture.trace import trace_function
 from torchjac.compiler.batch_invariance import alike, fewer
-from torchjac.compiler.codegen.c import openmp as threads
+from torchjac.compiler.codegen import executable as threads
 from torchjac.errors import CaptureRefused, PlanRefused
 from torchjac.sparsity.detect import KEEP
 

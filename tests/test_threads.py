@@ -18,7 +18,7 @@ from benchmarks.workloads import build
 from laws import oracle_jacobian, same, value
 from test_accumulate import PROBLEMS
 from test_kernel import fresh, kernel_of, script  # noqa: F401
-from torchjac.compiler.codegen.c import openmp as threads
+from torchjac.compiler.codegen import executable as threads
 from torchjac.compiler.codegen.c import parallel_loops as parted
 from torchjac.compiler.codegen.executable import Kernel, Threads
 from torchjac.compiler.native import with_kernel

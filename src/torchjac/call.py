@@ -5,57 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchjac._torch import modes
-from torchjac._torch.pytree import flatten, leaf_names
+from torchjac._torch.pytree import TreeSpec, flatten, leaf_names
 from torchjac.errors import ArgumentError
-
-
-def to_differentiate(call: Call) -> list[Tensor]:
-    """The tensors of a call, so that what they give can be differentiated in any case."""
-    given = variables(call)
-    count = len(flatten(call.differentiated())[0])
-    return [
-        x if i >= count or x.requires_grad else x.detach().requires_grad_()
-        for i, x in enumerate(given)
-    ]
-
-
-def arguments(call: Call) -> list[Tensor]:
-    """The tensors that a traced function takes before its cotangents, in order, without a graph."""
-    return [t.detach() if t.requires_grad else t for t in variables(call)]
-
-
-def variables(call: Call) -> list[Tensor]:
-    """As `arguments`, with the graph that they have.
-
-    The differentiated ones come first, then other floating-point arguments.
-    """
-    given = flatten(call.differentiated())[0]
-    if len(call.args) > len(call.positions()) or call.kwargs:
-        beside = flatten((_without(call), call.kwargs))[0]
-        given = [*given, *(beside[i] for i in _variable(beside))]
-    return given
-
-
-def _variable(leaves: Sequence[Any]) -> list[int]:
-    """Which leaves may have any value."""
-    return [
-        i
-        for i, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    ]
-
-
-def _without(call: Call) -> tuple[Any, ...]:
-    """Arguments that are not differentiated; None in the place of the others."""
-    taken = set(call.positions())
-    return tuple(None if i in taken else a for i, a in enumerate(call.args))
-
 
 Argnums = int | tuple[int, ...]
 
@@ -79,9 +37,11 @@ def check_argnums(argnums: Any) -> None:
         raise ArgumentError(f"torchjac: argnums elements must be unique, got {given}.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One call of a user's function: what to differentiate, and what is passed through.
+
+    Arguments are flattened once, when their leaves are first read.
 
     Attributes:
         function: The user's function.
@@ -96,6 +56,34 @@ class Call:
     has_aux: bool
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @cached_property
+    def _differentiated(self) -> tuple[list[Any], TreeSpec]:
+        return flatten(self.differentiated())
+
+    @cached_property
+    def _others(self) -> tuple[list[Any], TreeSpec]:
+        return flatten((_without(self), self.kwargs))
+
+    @property
+    def leaves(self) -> list[Any]:
+        """Leaves of the differentiated arguments; not to be changed."""
+        return self._differentiated[0]
+
+    @property
+    def spec(self) -> TreeSpec:
+        """Nesting of the differentiated arguments."""
+        return self._differentiated[1]
+
+    @property
+    def other_leaves(self) -> list[Any]:
+        """Leaves of the other arguments, with None for differentiated ones; not to be changed."""
+        return self._others[0]
+
+    @property
+    def other_spec(self) -> TreeSpec:
+        """Nesting of the other arguments: positional ones, then keyword arguments."""
+        return self._others[1]
 
     def positions(self) -> tuple[int, ...]:
         """Nonnegative positions of the differentiated arguments.
@@ -170,3 +158,43 @@ class Call:
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
         return f" (parameter {named[number]!r})" if number < len(named) else ""
+
+
+def to_differentiate(call: Call) -> list[Tensor]:
+    """The tensors of a call, so that what they give can be differentiated in any case."""
+    count = len(call.leaves)
+    return [
+        x if i >= count or x.requires_grad else x.detach().requires_grad_()
+        for i, x in enumerate(variables(call))
+    ]
+
+
+def arguments(call: Call) -> list[Tensor]:
+    """The tensors that a traced function takes before its cotangents, in order, without a graph."""
+    return [t.detach() if t.requires_grad else t for t in variables(call)]
+
+
+def variables(call: Call) -> list[Tensor]:
+    """As `arguments`, with the graph that they have.
+
+    The differentiated ones come first, then other floating-point arguments.
+    """
+    if len(call.args) == len(call.positions()) and not call.kwargs:
+        return list(call.leaves)
+    others = call.other_leaves
+    return [*call.leaves, *(others[i] for i in _variable(others))]
+
+
+def _variable(leaves: Sequence[Any]) -> list[int]:
+    """Which leaves may have any value."""
+    return [
+        i
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    ]
+
+
+def _without(call: Call) -> tuple[Any, ...]:
+    """Arguments that are not differentiated; None in the place of the others."""
+    taken = set(call.positions())
+    return tuple(None if i in taken else a for i, a in enumerate(call.args))

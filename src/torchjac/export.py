@@ -214,7 +214,7 @@ def _described(
         about = f"entries of the {rows} x {columns} Jacobian, row by row"
         outputs = [array("jacobian", about, *shapes[0])]
     else:
-        across = len(flatten(call.differentiated())[0])
+        across = len(call.leaves)
         outputs = []
         for k, (shape, dtype) in enumerate(shapes[:count]):
             i, j = divmod(k, across)

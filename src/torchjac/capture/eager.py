@@ -40,11 +40,11 @@ def capture_function(
         ArgumentError: An argument or a result is not a tensor, or leading axes do not fit.
         DtypeError: A tensor is not real floating-point.
     """
-    given, input_spec = flatten(call.differentiated())
+    given, input_spec = call.leaves, call.spec
     check_leaves(given, call.name_input, "input", PASS_THROUGH)
     if _has_inference_tensors(call):
         call = _without_inference_tensors(call)
-        given = flatten(call.differentiated())[0]
+        given = call.leaves
     with modes.recording(), nested():
         inputs = tuple(_differentiable(leaf, create_graph) for leaf in given)
         output, returned = call.run(unflatten(inputs, input_spec))

@@ -19,7 +19,7 @@ from torchjac._torch import modes
 from torchjac._torch.autograd import backward, gradient_node, sequence_number
 from torchjac._torch.pytree import flatten, leaf_names, unflatten
 from torchjac._torch.trace import trace as tracing
-from torchjac.call import Call, _variable, _without
+from torchjac.call import Call, _variable
 from torchjac.capture.checks import check_leaves
 from torchjac.capture.eager import BESIDE, PASS_THROUGH
 from torchjac.capture.eager_graph import Program
@@ -131,9 +131,9 @@ class FunctionOfTensors:
     def __init__(self, call: Call):
         """Takes the arguments apart."""
         self._call = call
-        self._given, self._spec = flatten(call.differentiated())
+        self._given, self._spec = call.leaves, call.spec
         check_leaves(self._given, call.name_input, "input", PASS_THROUGH)
-        self._beside, self._rest = flatten((_without(call), call.kwargs))
+        self._beside, self._rest = call.other_leaves, call.other_spec
         self._variable = _variable(self._beside)
         self.row_shapes: list[torch.Size] = []
         self.column_shapes = [t.shape for t in self._given]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from torchjac._torch import modes
-from torchjac._torch.pytree import flatten
 from torchjac.call import Call, arguments, to_differentiate, variables
 from torchjac.capture.eager_graph import Program
 from torchjac.capture.linear_program import Derivative
@@ -220,7 +219,7 @@ def _compiled(
 def _twice(emitted: Emitted, call: Call, reference: Reference) -> tuple[Tensor, ...]:
     """The result with its graph, whose derivative is compared with that of passes first."""
     given = variables(call)
-    count = len(flatten(call.differentiated())[0])
+    count = len(call.leaves)
     beside = [t for t in (*given[count:], *emitted.constants) if t.requires_grad]
     with torch.enable_grad():
         leaves = [elsewhere(x.detach()).requires_grad_() for x in given[:count]]
