@@ -19,6 +19,7 @@ from torchjac.compiler.codegen.c.cpython_entry import entered, entry
 from torchjac.compiler.codegen.c.openmp import shared
 from torchjac.compiler.codegen.c.toolchain import LIMIT, compiled
 from torchjac.host.clock import now
+from torchjac.host.contest import Contest, Rules
 
 # Bytes of memory to work in that are kept from call to call, but for that of one call.
 _SPARE = 1 << 26
@@ -164,15 +165,14 @@ def _suited(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 # Seconds of work that are worth a thread: to wake one up takes about a fifth of that.
 _SHARE = 25e-6
-
-
-# Runs by one thread of which the fastest says how long it takes, and by several threads, of which
-# the fastest must be faster.
-_RUNS, _TRIED = 3, 5
-
-
-# Or there are so many more by one thread before others are tried again, twice as many each time.
-_REST, _LONGEST = 25, 400
+# Timed runs by one thread; the best one counts.
+_SERIAL = 3
+# Timed runs by several threads; the best one must be faster than that of one thread.
+_SHARED = 5
+# Runs by one thread after several threads lost; twice as many each time.
+_REST = 25
+# Such runs, at most.
+_LONGEST = 400
 
 
 class Threads:
@@ -183,45 +183,55 @@ class Threads:
     """
 
     def __init__(self, most: int):
-        """Does not know yet how long it takes."""
+        """Times one thread first."""
         self._most = most
-        self._seconds = float("inf")
-        self._shared = float("inf")
-        self._tried = 0
-        self._rest, self._next = _RUNS, _REST
+        self._rest = _REST
+        self._serial = 0.0  # seconds of the best run by one thread
+        self._contest: Contest[int] = Contest({1: 0.0}, Rules(_SERIAL))
+        self._threads, self._left = 1, _SERIAL
 
     def __call__(self, run: Callable[[int], bool]) -> bool:
-        """Runs it; what it says.
+        """Runs a kernel; returns what it returns.
 
         Args:
             run: Takes the number of threads.
         """
-        started = now()
-        if self._rest > 0:
-            self._rest -= 1
-            fine = run(1)
-            self._seconds = min(self._seconds, now() - started)
-            return fine
-        worth = int(min(self._seconds / _SHARE, self._most))
-        threads = min(torch.get_num_threads(), worth) if worth > 1 else 1
-        if threads < 2 or get_ident() in _stale:
+        if _stale and get_ident() in _stale:
             return run(1)
+        if not self._left:
+            threads = self._worth()
+            if threads < 2:  # little work: nothing is to be timed
+                return run(1)
+            self._begin(threads, _SHARED)
+        threads = self._threads
+        started = now()
         fine = run(threads)
-        self._compare(now() - started)
+        self._contest = self._contest.timed(threads, now() - started)
+        self._left -= 1
+        if not self._left:
+            self._decide()
         return fine
 
-    def _compare(self, seconds: float) -> None:
+    def _begin(self, threads: int, runs: int) -> None:
+        """Times some runs: of one thread, or of several against the best run of one."""
+        self._threads, self._left = threads, runs
+        candidates, timings = {1: 0.0, threads: 0.0}, {1: (self._serial,)}
+        self._contest = Contest(candidates, Rules(runs), timings=timings if threads > 1 else {})
+
+    def _worth(self) -> int:
+        """The number of threads that the work is worth, of those that torch would use."""
+        worth = int(min(self._serial / _SHARE, self._most))
+        return min(torch.get_num_threads(), worth) if worth > 1 else 1
+
+    def _decide(self) -> None:
         """Goes back to one thread for a while where others have something else to do."""
-        self._shared = min(self._shared, seconds)
-        self._tried += 1
-        if self._tried < _TRIED:
-            return
-        if self._shared < self._seconds:
-            self._next = _REST
+        if self._threads == 1:
+            self._serial = self._contest.fastest()
+        elif self._contest.winner() != 1:
+            self._rest = _REST
         else:
-            self._rest, self._seconds = self._next, float("inf")
-            self._next = min(2 * self._next, _LONGEST)
-        self._tried, self._shared = 0, float("inf")
+            self._begin(1, self._rest)
+            self._rest = min(2 * self._rest, _LONGEST)
 
 
 # The thread that a forked process began with: OpenMP takes it to have the threads that it had
