@@ -198,7 +198,7 @@ class Threads:
         """
         if _stale and get_ident() in _stale:
             return run(1)
-        if not self._left:
+        if self._left <= 0:  # several Python threads may count at once
             threads = self._worth()
             if threads < 2:  # little work: nothing is to be timed
                 return run(1)
@@ -208,7 +208,7 @@ class Threads:
         fine = run(threads)
         self._contest = self._contest.timed(threads, now() - started)
         self._left -= 1
-        if not self._left:
+        if self._left <= 0:  # several Python threads may count at once
             self._decide()
         return fine
 
