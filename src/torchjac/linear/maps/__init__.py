@@ -18,14 +18,12 @@ map             entries                                      made by
 =============== ============================================ =============================
 
 The rest of the usual zoo are compositions: a stencil is a `Sum` of `Diagonal` x `IndexMap`; a
-batched or Kronecker map is a product whose other axes are lanes (`axes.lanes`); a low-rank map is
-a product with a small middle (`rank_bound`); a matrix of fixed sparsity is `fixed` (scatter x
-diagonal x gather).
+batched or Kronecker map is a product whose other axes are lanes; a low-rank map is a product
+with a small middle (`rank_bound`); a matrix of fixed sparsity is `fixed` (scatter x diagonal x
+gather).
 
 `kinds` holds the classes, `build` makes them, `algebra` combines them, `factors` is what is known
-of their entries. `count` (patterns, counts, multiplications) and `axes` (lanes) ask questions of
-them; `count` needs `sparsity.dependence`, which needs this package, so it is imported by its own
-name.
+of their entries.
 """
 
 from torchjac.linear.maps.algebra import add, fixed, product, rank_bound, transpose
