@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchjac
 from torchjac.call import Call
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.nesting import nested
 from torchjac.capture.trace import trace_function
 
@@ -44,7 +44,7 @@ class Case:
     keeps: list[Any] = field(default_factory=list)
 
 
-def evaluated(derivative: Derivative, tensors: list[Tensor]) -> Tensor:
+def evaluated(derivative: LinearProgram, tensors: list[Tensor]) -> Tensor:
     """J of all outputs and inputs from the graph, a row at a time, at these inputs."""
     rows = []
     seeds = torch.eye(derivative.m, dtype=D).split([s.numel() for s in derivative.row_shapes], 1)
@@ -95,11 +95,11 @@ def expected(case: Case, args: tuple[Any, ...]) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0, sum(t.numel() for t in inputs), dtype=D)
 
 
-def captured(case: Case) -> Derivative:
+def captured(case: Case) -> LinearProgram:
     return trace_function(Call(case.f, case.argnums, False, case.args, case.kwargs), ())
 
 
-def captured_of(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Derivative:
+def captured_of(f: Callable[..., Any], *args: Any, **kwargs: Any) -> LinearProgram:
     return captured(Case(f, args or (values(4),), kwargs=kwargs))
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from torchjac.call import Call
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function
 from torchjac.compiler.codegen.c.guard_reads import unchanged
 from torchjac.guards.builder import Mismatch, Policy
-from torchjac.guards.guard import Fingerprint, Unguardable, fingerprint
+from torchjac.guards.guard import Guard, Unguardable, fingerprint
 from torchjac.jit.cache import CaptureCache
 
 D = torch.float64
@@ -24,10 +24,10 @@ def call(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
     return Call(f, 0, False, args or (X,), kwargs)
 
 
-class Guard:
+class GuardOfCall:
     """A fingerprint and its glances: whatever is asked, they pass no more."""
 
-    def __init__(self, found: Fingerprint, c: Call):
+    def __init__(self, found: Guard, c: Call):
         self._found, self._call = found, c
         self.size = found.size
         self.glance = found.glance(c)
@@ -45,14 +45,14 @@ class Guard:
         return self._found.has_grown()
 
 
-def bare(c: Call, policy: Policy = Policy()) -> Fingerprint:  # noqa: B008
+def bare(c: Call, policy: Policy = Policy()) -> Guard:  # noqa: B008
     found = fingerprint(c, policy)
-    assert isinstance(found, Fingerprint), found
+    assert isinstance(found, Guard), found
     return found
 
 
-def guarded(c: Call, policy: Policy = Policy()) -> Guard:  # noqa: B008
-    return Guard(bare(c, policy), c)
+def guarded(c: Call, policy: Policy = Policy()) -> GuardOfCall:  # noqa: B008
+    return GuardOfCall(bare(c, policy), c)
 
 
 def reason(f: Callable[..., Any], *args: Any) -> str:
@@ -61,7 +61,7 @@ def reason(f: Callable[..., Any], *args: Any) -> str:
     return found.reason
 
 
-def evaluated(derivative: Derivative, inputs: tuple[Tensor, ...]) -> Tensor:
+def evaluated(derivative: LinearProgram, inputs: tuple[Tensor, ...]) -> Tensor:
     """J from a traced derivative of one output and one input, a row at a time."""
     (cotangent,), (gradient,) = derivative.cotangents, derivative.gradients
     rows = []
@@ -83,7 +83,7 @@ class Cached:
 
     def __init__(self, f: Callable[..., Any]):
         self.f = f
-        self.cache: CaptureCache[Derivative] = CaptureCache()
+        self.cache: CaptureCache[LinearProgram] = CaptureCache()
         self.traces = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -92,7 +92,7 @@ class Cached:
         floats = [a for a in made.args if isinstance(a, Tensor) and a.is_floating_point()]
         return evaluated(derivative, tuple(floats))
 
-    def trace(self, made: Call) -> Derivative:
+    def trace(self, made: Call) -> LinearProgram:
         self.traces += 1
         return trace_function(made, ())
 

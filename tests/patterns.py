@@ -18,7 +18,7 @@ from torch import Tensor
 from laws import rows
 from torchjac.call import Call
 from torchjac.capture.eager import capture_graph
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function, trace_graph
 from torchjac.linear.rules import RULES
 from torchjac.sparsity.dependence import matrix
@@ -32,7 +32,7 @@ def interpreted(
     *args: Any,
     argnums: int | tuple[int, ...] = 0,
     scope: Scope = "global",
-) -> tuple[Derivative, Interpretation]:
+) -> tuple[LinearProgram, Interpretation]:
     """The traced derivative of a function (or of its graph at these arguments), interpreted."""
     if scope == "global":
         derivative = trace_function(Call(f, argnums, False, args, {}), frozenset(RULES))
@@ -55,7 +55,7 @@ def pattern_of(
     return dense_pattern(*interpreted(f, *args, argnums=argnums, scope=scope))
 
 
-def dense_pattern(derivative: Derivative, found: Interpretation) -> np.ndarray:
+def dense_pattern(derivative: LinearProgram, found: Interpretation) -> np.ndarray:
     """The matrix of an interpretation."""
     blocks = [np.zeros((0, derivative.m))]
     for gradient, shape in zip(found.gradients, derivative.column_shapes, strict=True):

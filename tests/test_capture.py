@@ -22,7 +22,7 @@ from torchjac._torch.trace.op_traits import OpOverload
 from torchjac._torch.trace.trace import is_random
 from torchjac.call import Call
 from torchjac.capture.eager import capture_function, capture_graph
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function, trace_graph
 
 X = values(4)
@@ -282,7 +282,7 @@ def _is_sum(f: Callable[..., Any]) -> bool:
 
 
 class TestGraphsThatExist:
-    def local(self, outputs: Any, inputs: Any) -> Derivative:
+    def local(self, outputs: Any, inputs: Any) -> LinearProgram:
         program = capture_graph(
             outputs, inputs, batched=False, retain_graph=True, create_graph=False
         )
@@ -337,7 +337,7 @@ class TestGraphsThatExist:
         assert torch.equal(found, 2 * torch.eye(4, dtype=D)[X > 0.5])
 
 
-def evaluated_local(derivative: Derivative) -> Tensor:
+def evaluated_local(derivative: LinearProgram) -> Tensor:
     """A local derivative takes cotangents as its arguments."""
     shapes = derivative.row_shapes
     rows = []

@@ -17,10 +17,10 @@ import changes
 import changes_objects as objects
 import torchjac
 from guarding import X, bare, call, guarded
-from torchjac.guards.guard import Fingerprint
+from torchjac.guards.guard import Guard
 from torchjac.jit.cache import CaptureCache
 from torchjac.jit.dispatcher import Dispatcher
-from torchjac.jit.patterns import Remembered
+from torchjac.jit.patterns import Memos
 from torchjac.request import Request
 
 k = 2.0
@@ -55,7 +55,7 @@ class TestMemory:
         assert guard.mismatch(call(f)) is not None
 
     def test_a_function_and_its_class_are_not_kept_alive(self) -> None:
-        def build() -> tuple[Fingerprint, weakref.ref[Any], weakref.ref[Any]]:
+        def build() -> tuple[Guard, weakref.ref[Any], weakref.ref[Any]]:
             class Model:
                 def f(self, x: Tensor) -> Tensor:
                     return x * 2
@@ -132,7 +132,7 @@ class TestSize:
 INERT = {
     "cache": (CaptureCache, "_size"),
     "dispatcher": (lambda: Dispatcher(torch.sin, 0, Request()), "refused"),
-    "memory": (Remembered, "_seconds"),
+    "memory": (Memos, "_seconds"),
 }
 
 

@@ -24,7 +24,7 @@ from changes import Case
 from changes_objects import Net, fresh
 from guarding import Cached, D, X, call, direct, guarded, reason
 from torchjac.guards.builder import MOST_CHECKS, Policy
-from torchjac.guards.guard import Fingerprint, Unguardable, fingerprint
+from torchjac.guards.guard import Guard, Unguardable, fingerprint
 from torchjac.jit.cache import CaptureCache
 
 k = 2.0
@@ -222,7 +222,7 @@ class TestUnguardable:
 
             __hash__ = None  # type: ignore[assignment]
 
-        assert isinstance(fingerprint(call(Odd())), (Fingerprint, Unguardable))
+        assert isinstance(fingerprint(call(Odd())), (Guard, Unguardable))
 
 
 class TestRecursion:

@@ -30,9 +30,9 @@ from torchjac._torch.trace.recorder import Recorder
 from torchjac._torch.trace.recording import Recording, recorded
 from torchjac.call import Call, arguments
 from torchjac.compiler import native as compilation
-from torchjac.compiler.codegen.build import Written, written
+from torchjac.compiler.codegen.build import SourceUnit, written
 from torchjac.compiler.codegen.c import toolchain as compiler
-from torchjac.compiler.codegen.executable import Kernel
+from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
 from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.native import with_kernel
@@ -146,14 +146,14 @@ def test_programs(program: Program) -> None:
 
 def of_operation(
     operation: Any, inputs: Sequence[Tensor], *rest: Any, samples: int | None = None
-) -> tuple[Kernel, Tensor]:
+) -> tuple[Executable, Tensor]:
     """One operation as a kernel, and what torch gives."""
     recorder = Recorder((), parameters_vary=True)
     for x in inputs:
         recorder.input(x)
     with torch.no_grad(), recorder:
         made = operation(*inputs, *rest).to(inputs[0].dtype)
-    return Kernel(written([(recorded(recorder, [made]), 1)], samples)), made
+    return Executable(written([(recorded(recorder, [made]), 1)], samples)), made
 
 
 def special(dtype: torch.dtype) -> Tensor:
@@ -252,7 +252,7 @@ def test_polygamma(order: int, dtype: torch.dtype) -> None:
     recorder.input(x)
     with torch.no_grad(), recorder:
         made = aten.polygamma.default(order, x)
-    kernel = Kernel(written([(recorded(recorder, [made]), 1)], None))
+    kernel = Executable(written([(recorded(recorder, [made]), 1)], None))
     (got,), _ = kernel.run([x])
     want = torch.from_numpy(scipy.special.polygamma(order, x.double().numpy()))
     eps = torch.finfo(dtype).eps
@@ -262,7 +262,7 @@ def test_polygamma(order: int, dtype: torch.dtype) -> None:
 # What may go wrong.
 
 
-def small() -> tuple[Kernel, Tensor, Tensor]:
+def small() -> tuple[Executable, Tensor, Tensor]:
     """A kernel of one operation, an input, and the result."""
     x = value(3, 4)
     kernel, want = of_operation(lambda x: x.sin() * 2, [x])
@@ -390,7 +390,7 @@ def test_what_is_assembled(layout: torch.layout, dtype: torch.dtype) -> None:
     for order in ORDERS:
         plan, _ = plan_of(mesh, x, orders=(order,), layout=layout)
         plan = kernel_of(plan, mesh, x)
-        assert isinstance(plan.emitted.kernel, Kernel)
+        assert isinstance(plan.emitted.kernel, Executable)
         assert "+= kept_float" in plan.emitted.kernel.source.text
         J = plan(Call(mesh, 0, False, (x,), {}))
         got = (J if layout is torch.strided else J.to_dense()).double()
@@ -518,7 +518,7 @@ def test_an_unforeseen_error_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(compilation, "Kernel", fail)
+    monkeypatch.setattr(compilation, "Executable", fail)
     f, shape = PROBLEMS["pairs"]
     J = torchjac.jacobian(f, compile=True)
     same(J(value(*shape)), oracle_jacobian(f)(value(*shape)))
@@ -591,7 +591,7 @@ def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     (other,) = plan.alternatives
     refused = plan.emitted.recording
 
-    def refuse(ways: Sequence[tuple[Recording, int]], *how: Any) -> Written:
+    def refuse(ways: Sequence[tuple[Recording, int]], *how: Any) -> SourceUnit:
         if ways[0][0] is refused:
             raise PlanRefused("not this one")
         return written(ways, *how)

@@ -139,13 +139,13 @@ def test_without_them_python_reads(missing: str, monkeypatch: pytest.MonkeyPatch
     else:
         monkeypatch.setattr(readings, "_library", lambda: None)
     texts: list[str] = []
-    compiled = glance.Lines._compiled
+    compiled = glance.GuardCode._compiled
 
-    def noted(self: glance.Lines, *args: Any) -> Any:
+    def noted(self: glance.GuardCode, *args: Any) -> Any:
         texts.extend(self._text)
         return compiled(self, *args)
 
-    monkeypatch.setattr(glance.Lines, "_compiled", noted)
+    monkeypatch.setattr(glance.GuardCode, "_compiled", noted)
     c = torch.tensor([2.0, 3.0])
     J = torchjac.jacobian(lambda x: (c * x).sin(), compile=True)
     x = torch.rand(2)

@@ -30,7 +30,7 @@ from patterns import dense_pattern, numeric, numeric_of_graph
 from test_opinfo import REAL, Case, cases
 from torchjac.call import Call
 from torchjac.capture.eager import capture_graph
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function, trace_graph
 from torchjac.errors import CaptureRefused
 from torchjac.linear.rules import RULES
@@ -70,7 +70,7 @@ def elsewhere(tensors: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
 
 def traced_graph(
     function: Callable[..., Any], tensors: tuple[Tensor, ...]
-) -> tuple[Derivative, np.ndarray]:
+) -> tuple[LinearProgram, np.ndarray]:
     """The derivative of the graph that a function records at a point, and its Jacobian."""
     outputs = function(*tensors)
     program = capture_graph(outputs, tensors, batched=False, retain_graph=True, create_graph=False)

@@ -20,7 +20,7 @@ from test_accumulate import PROBLEMS
 from test_kernel import fresh, kernel_of, script  # noqa: F401
 from torchjac.compiler.codegen import executable as threads
 from torchjac.compiler.codegen.c import parallel_loops as parted
-from torchjac.compiler.codegen.executable import Kernel, Threads
+from torchjac.compiler.codegen.executable import Executable, Threads
 from torchjac.compiler.native import with_kernel
 from torchjac.errors import PlanRefused
 
@@ -34,11 +34,11 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_SHARE", 1e-12)
 
 
-def parts(f: Callable[..., Any], *args: Tensor, layout: torch.layout = torch.strided) -> Kernel:
+def parts(f: Callable[..., Any], *args: Tensor, layout: torch.layout = torch.strided) -> Executable:
     """A kernel whose loops are divided."""
     plan, _ = plan_of(f, *args, layout=layout)
     made = with_kernel(plan.programs, args, None).kernel
-    assert isinstance(made, Kernel)
+    assert isinstance(made, Executable)
     return made
 
 
@@ -78,7 +78,7 @@ class TestResults:
         except PlanRefused as refusal:
             pytest.skip(f"no kernel: {refusal}")
         made = plan.emitted.kernel
-        assert isinstance(made, Kernel)
+        assert isinstance(made, Executable)
         if made._threads is not None:
             monkeypatch.setattr(made, "_threads", lambda go: go(3))
         same(run(plan, f, x), oracle_jacobian(f, 0)(x))
@@ -174,7 +174,7 @@ def test_little_work_is_for_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [1] * 9
 
 
-def _in_child(made: Kernel, x: tuple[Tensor, ...], want: Tensor) -> None:
+def _in_child(made: Executable, x: tuple[Tensor, ...], want: Tensor) -> None:
     used: list[int] = []
     run = made._run
 

@@ -4,8 +4,9 @@ No time here is real. A run of the function, of a backward pass, of a plan or of
 the test says, so that no machine decides otherwise. Functions say that they run through a logger:
 guards let loggers alone, since no derivative depends on one.
 
-Two internal names stand here. `Emitted.__call__` is where a plan or a kernel runs, so that it can
-take its time. `machine` holds the costs that predictions rest on: the default ones on any machine.
+Two internal names stand here. `TensorProgram.__call__` is where a plan or a kernel runs, so that
+it can take its time. `machine` holds the costs that predictions rest on: the default ones on any
+machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 import torchjac
 from laws import value
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.host import costs as machine
 from torchjac.host.clock import clock as replaced
 
@@ -91,16 +92,16 @@ class _Heard(logging.Handler):
 def ticking(**costs: float) -> Iterator[Ticking]:
     """Replaces the clock of torchjac by one that is driven."""
     ticks = Ticking(**costs)  # type: ignore[arg-type]
-    heard, run = _Heard(ticks), Emitted.__call__
+    heard, run = _Heard(ticks), TensorProgram.__call__
 
-    def metered_run(self: Emitted, inputs: Any) -> Any:
+    def metered_run(self: TensorProgram, inputs: Any) -> Any:
         ticks.ran("plan" if self.kernel is None else "kernel")
         return run(self, inputs)
 
     model = replace(machine.DEFAULT, operation=ticks.operation)  # not measured by this clock
     with pytest.MonkeyPatch.context() as patch, replaced(ticks):
         patch.setitem(machine._known, machine._name(), model)
-        patch.setattr(Emitted, "__call__", metered_run)
+        patch.setattr(TensorProgram, "__call__", metered_run)
         meter.addHandler(heard)
         try:
             yield ticks

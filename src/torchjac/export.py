@@ -19,17 +19,17 @@ from torchjac.call import Call, variables
 from torchjac.capture.eager import capture_function
 from torchjac.capture.trace import trace_value
 from torchjac.compiler.batch_invariance import alike, fewer, with_samples
-from torchjac.compiler.codegen.build import Written, written, written_for_samples
+from torchjac.compiler.codegen.build import SourceUnit, written, written_for_samples
 from torchjac.compiler.codegen.c.standalone import Array, Standalone, identifier, standalone
 from torchjac.compiler.codegen.c.toolchain import NoCompiler
-from torchjac.compiler.codegen.executable import Kernel
+from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.native import agree, first_written, jacobian_of
 from torchjac.compiler.per_sample import of_several_sizes
 from torchjac.compiler.program.optimize import compilable
 from torchjac.compiler.program.record import recording_of
 from torchjac.compiler.program.resize import for_any_number
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanError, PlanRefused, TorchjacError
 from torchjac.passes.verify import Reference
 from torchjac.sparsity.detect import KEEP
@@ -132,7 +132,7 @@ def _agrees(made: _Both, call: Call) -> bool:
     return all(x.shape == y.shape and agree(x, y) for x, y in zip(found, values, strict=False))
 
 
-def _program(call: Call, plan: Compiled, name: str) -> tuple[Written, list[Tensor]]:
+def _program(call: Call, plan: Compiled, name: str) -> tuple[SourceUnit, list[Tensor]]:
     """Value and Jacobian in C, and the values here."""
     inputs = [x.detach().contiguous() for x in variables(call)]
     with torch.no_grad():
@@ -140,7 +140,7 @@ def _program(call: Call, plan: Compiled, name: str) -> tuple[Written, list[Tenso
         values = list(module(*inputs))
     value = _value(call, plan, module)
 
-    def write(way: Emitted) -> Written:
+    def write(way: TensorProgram) -> SourceUnit:
         parts = [jacobian_of(way), (value, len(values))]
         if way.samples is not None:
             few, many = way.samples
@@ -166,7 +166,7 @@ def _value(call: Call, plan: Compiled, module: fx.GraphModule) -> Recording:
 
 
 def _check(
-    program: Written, plan: Compiled, inputs: Sequence[Tensor], values: Sequence[Tensor]
+    program: SourceUnit, plan: Compiled, inputs: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
     """Compares what C gives here with what the plan and the function give.
 
@@ -176,7 +176,7 @@ def _check(
         PlanRefused: It is something else.
     """
     try:
-        kernel = Kernel(program)
+        kernel = Executable(program)
     except NoCompiler:
         return
     with torch.no_grad():
@@ -188,7 +188,7 @@ def _check(
 
 
 def _described(
-    call: Call, plan: Compiled, program: Written, values: Sequence[Tensor], name: str
+    call: Call, plan: Compiled, program: SourceUnit, values: Sequence[Tensor], name: str
 ) -> Standalone:
     """The files, with names for all arguments."""
     named = _different(_names(call), name)

@@ -4,9 +4,10 @@ Three things are watched, and nothing is changed:
 
 - C goes to the compiler as a file whose name ends in `.c`, by `subprocess.Popen`. The text is noted
   there, whatever wrote it. It is compiled without optimization, which takes a tenth of the time.
-- Programs are instances of `Emitted`, of which `module`, a graph of `torch.fx`, `recording` and
-  `constants` are read.
-- Kernels are instances of `Kernel`, made of something with `source.tables`: arrays that C reads.
+- Programs are instances of `TensorProgram`, of which `module`, a graph of `torch.fx`, `recording`
+  and `constants` are read.
+- Kernels are instances of `Executable`, built from a source with `source.tables`: arrays that C
+  reads.
 
 A change that moves or renames one of these corrects the names here. Each revision is replayed with
 its own hooks, so the texts stay comparable. The compiler of PyTorch is hidden: it would take
@@ -29,9 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from torchjac.compiler.codegen.executable import Kernel
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.compiler.codegen.executable import Executable
+from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.host.clock import clock
+from torchjac.passes.race import _races
 
 from .normal import normal_c, normal_words
 
@@ -72,6 +74,7 @@ def watched() -> Iterator[Noted]:
         Exception: What was made could not be noted: the hooks are not those of this revision.
     """
     noted = Noted()
+    _races.clear()  # what earlier cases measured decides nothing
 
     def kernel(made: Any, program: Any, *rest: Any) -> None:
         noted.note("c", lambda: _tables(program.source.tables))
@@ -82,8 +85,8 @@ def watched() -> Iterator[Noted]:
     with (
         _replaced(sys.modules, "torch._inductor.compile_fx", None),
         _replaced(vars(subprocess), "Popen", _compiler(noted)),
-        _noticed(Kernel, kernel),
-        _noticed(Emitted, emitted),
+        _noticed(Executable, kernel),
+        _noticed(TensorProgram, emitted),
     ):
         yield noted
     if noted.wrong:

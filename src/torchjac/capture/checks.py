@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.vmap import inside_transform
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import ArgumentError, DtypeError
 
 Name = Callable[[int], str]
@@ -90,7 +90,7 @@ def _wrong_dtype(name: str, leaf: Tensor, role: str, remedy: str) -> str:
     )
 
 
-def unused_in_graph(program: Program, positions: tuple[int, ...]) -> str:
+def unused_in_graph(program: EagerGraph, positions: tuple[int, ...]) -> str:
     """What to say where no output of a graph depends on some inputs."""
     names = [program.nest.name_input(p) for p in positions]
     ungraphed = [p for p in positions if not program.nest.inputs[p].requires_grad]
@@ -120,7 +120,7 @@ def unused_in_graph(program: Program, positions: tuple[int, ...]) -> str:
     )
 
 
-def unused_in_function(program: Program, positions: tuple[int, ...]) -> str:
+def unused_in_function(program: EagerGraph, positions: tuple[int, ...]) -> str:
     """What to say where no output of a function depends on some inputs."""
     names = ", ".join(program.nest.name_input(p) for p in positions)
     return (

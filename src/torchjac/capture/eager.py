@@ -11,7 +11,7 @@ from torchjac._torch import modes
 from torchjac._torch.pytree import LEAF, TreeSpec, flatten, leaf_names, tree_map, unflatten
 from torchjac.call import Call
 from torchjac.capture.checks import check_batch, check_leaves
-from torchjac.capture.eager_graph import Nest, Program
+from torchjac.capture.eager_graph import EagerGraph, Nest
 from torchjac.capture.nesting import nested
 
 PASS_THROUGH = "pass it as an argument outside argnums, or as a keyword argument"
@@ -20,7 +20,7 @@ BESIDE = "return it beside the result with has_aux=True"
 
 def capture_function(
     call: Call, *, batched: bool, create_graph: bool, replayable: bool
-) -> tuple[Program, Any]:
+) -> tuple[EagerGraph, Any]:
     """Evaluates a function once and keeps its graph.
 
     The graph is the one PyTorch records while the function runs as usual, so control flow,
@@ -56,7 +56,7 @@ def capture_function(
     outputs = check_leaves(leaves, name_output, "output", BESIDE)
     batch = check_batch(outputs, inputs, name_output, call.name_input) if batched else None
     nest = build_nest(outputs, inputs, output_spec, input_spec, name_output, call.name_input)
-    program = Program(
+    program = EagerGraph(
         outputs=pick(outputs, nest.live_outputs),
         inputs=inputs,
         nest=nest,
@@ -116,7 +116,7 @@ def _replay(
 
 def capture_graph(
     outputs: Any, inputs: Any, *, batched: bool, retain_graph: bool, create_graph: bool
-) -> Program:
+) -> EagerGraph:
     """Takes outputs that exist, with the graph behind them, as a program.
 
     Args:
@@ -143,7 +143,7 @@ def capture_graph(
     ins = check_leaves(input_leaves, name_input, "input", "leave it out of inputs")
     batch = check_batch(outs, ins, name_output, name_input) if batched else None
     nest = build_nest(outs, ins, output_spec, input_spec, name_output, name_input)
-    return Program(
+    return EagerGraph(
         outputs=outs if len(nest.live_outputs) == len(outs) else pick(outs, nest.live_outputs),
         inputs=ins if len(nest.live_inputs) == len(ins) else pick(ins, nest.live_inputs),
         nest=nest,

@@ -39,7 +39,7 @@ class Nest:
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class EagerGraph:
     """A computation whose graph exists, ready to be differentiated.
 
     Attributes:

@@ -14,7 +14,7 @@ Scope = Literal["global", "local"]
 
 
 @dataclass(frozen=True, slots=True)
-class Derivative:
+class LinearProgram:
     """A traced backward pass.
 
     Attributes:

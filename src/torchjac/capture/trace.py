@@ -22,14 +22,14 @@ from torchjac._torch.trace import trace as tracing
 from torchjac.call import Call, _variable
 from torchjac.capture.checks import check_leaves
 from torchjac.capture.eager import BESIDE, PASS_THROUGH
-from torchjac.capture.eager_graph import Program
-from torchjac.capture.linear_program import Derivative, Scope
+from torchjac.capture.eager_graph import EagerGraph
+from torchjac.capture.linear_program import LinearProgram, Scope
 from torchjac.capture.nesting import nested
 from torchjac.errors import CaptureRefused, TorchjacError
 from torchjac.guards.rollback import restoring
 
 
-def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
+def trace_function(call: Call, keep: Collection[Any]) -> LinearProgram:
     """Traces the derivative of a function at any input of these shapes.
 
     Floating-point arguments have no value while it is traced; integer and bool arguments, and
@@ -60,7 +60,7 @@ def trace_function(call: Call, keep: Collection[Any]) -> Derivative:
     return _derivative(module, program.row_shapes, program.column_shapes, "global", lines)
 
 
-def trace_transposed(call: Call, keep: Collection[Any]) -> Derivative:
+def trace_transposed(call: Call, keep: Collection[Any]) -> LinearProgram:
     """Traces v -> Jv, the transposed of the derivative of a function.
 
     u -> J'u is linear in u, so pulling v back through it gives Jv (see NOTE in
@@ -178,7 +178,7 @@ def _copied(tensor: Tensor) -> Tensor:
     return memory.as_strided(tensor.shape, steps, start).copy_(tensor)
 
 
-def trace_graph(program: Program, keep: Collection[Any]) -> Derivative:
+def trace_graph(program: EagerGraph, keep: Collection[Any]) -> LinearProgram:
     """Traces the backward pass of a graph that exists, by running it once.
 
     Tensors that the graph saved are constants, so the result holds for this evaluation only.
@@ -262,9 +262,9 @@ def _derivative(
     columns: Sequence[torch.Size],
     scope: Scope,
     lines: dict[int, str],
-) -> Derivative:
+) -> LinearProgram:
     leaves: list[Any] = list(_end(module).args[0])  # type: ignore[arg-type]
-    return Derivative(
+    return LinearProgram(
         module,
         tuple(leaves[: len(rows)]),
         tuple(leaves[len(rows) :]),

@@ -8,11 +8,11 @@ import torch
 
 from torchjac._torch.pytree import flatten
 from torchjac.call import Call
-from torchjac.capture.linear_program import Derivative
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.capture.linear_program import LinearProgram
+from torchjac.compiler.program.tensor_program import TensorProgram
 
 
-def report(call: Call, derivative: Derivative, emitted: Emitted, error: Exception) -> str:
+def report(call: Call, derivative: LinearProgram, emitted: TensorProgram, error: Exception) -> str:
     """The program and the plan as code, shapes and versions; no values of the user's.
 
     Args:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from torchjac._torch import modes
 from torchjac.call import Call, arguments, to_differentiate, variables
-from torchjac.capture.eager_graph import Program
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.eager_graph import EagerGraph
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function
 from torchjac.compiler.accumulate.emit import elsewhere, evaluated
 from torchjac.compiler.accumulate.output import Target
@@ -26,7 +26,7 @@ from torchjac.compiler.compiled import Compiled, Tried
 from torchjac.compiler.native import timed, with_kernel
 from torchjac.compiler.orders import Limits, ranked, ways
 from torchjac.compiler.per_sample import compiled_again, sampled
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import CaptureRefused, Disagrees, PlanRefused
 from torchjac.host.clock import now
 from torchjac.host.costs import machine
@@ -50,7 +50,7 @@ _LIMIT, _SECONDS, _NODE = 1.0, 4.0, 4e-3
 
 
 @seldom_collected()
-def planned(call: Call, program: Program, wanted: CompileRequest) -> tuple[Compiled, Any]:
+def planned(call: Call, program: EagerGraph, wanted: CompileRequest) -> tuple[Compiled, Any]:
     """A plan for a function, checked, and the Jacobian at these arguments.
 
     Args:
@@ -109,17 +109,17 @@ class _Chosen:
         alternatives: Programs of other orders.
     """
 
-    emitted: Emitted
+    emitted: TensorProgram
     parts: tuple[Tensor, ...]
     pattern: Pattern | None
     tried: tuple[Tried, ...]
-    alternatives: tuple[Emitted, ...] = ()
+    alternatives: tuple[TensorProgram, ...] = ()
 
 
 def _of_one_sample(
     call: Call,
-    derivative: Derivative,
-    program: Program,
+    derivative: LinearProgram,
+    program: EagerGraph,
     wanted: CompileRequest,
     reference: Reference,
 ) -> _Chosen:
@@ -142,7 +142,7 @@ def _of_one_sample(
 
 
 def _right(
-    emitted: Emitted, call: Call, pattern: Pattern | None, reference: Reference
+    emitted: TensorProgram, call: Call, pattern: Pattern | None, reference: Reference
 ) -> tuple[Tensor, ...]:
     """What a program gives, compared with autograd.
 
@@ -157,8 +157,8 @@ def _right(
 
 def _of_all(
     call: Call,
-    derivative: Derivative,
-    program: Program,
+    derivative: LinearProgram,
+    program: EagerGraph,
     wanted: CompileRequest,
     reference: Reference,
     started: float,
@@ -173,7 +173,7 @@ def _of_all(
     if made is None:
         made = _eliminated(call, derivative, program, wanted, reference, started)
     programs, pattern, tried = made
-    ways: Sequence[Emitted] = programs
+    ways: Sequence[TensorProgram] = programs
     if wanted.compiled and not wanted.differentiable:
         best, timings = _compiled(programs, arguments(call), program.batch)
         ways = [best, *programs]
@@ -198,8 +198,8 @@ def _of_all(
 
 
 def _compiled(
-    programs: Sequence[Emitted], inputs: Sequence[Tensor], samples: int | None
-) -> tuple[Emitted, list[Tried]]:
+    programs: Sequence[TensorProgram], inputs: Sequence[Tensor], samples: int | None
+) -> tuple[TensorProgram, list[Tried]]:
     """A program as compiled code, or as it is where that is faster (most of it are products)."""
     refused: list[Tried] = []
     try:
@@ -216,7 +216,7 @@ def _compiled(
     return forms[contest.winner()], tried + refused
 
 
-def _twice(emitted: Emitted, call: Call, reference: Reference) -> tuple[Tensor, ...]:
+def _twice(emitted: TensorProgram, call: Call, reference: Reference) -> tuple[Tensor, ...]:
     """The result with its graph, whose derivative is compared with that of passes first."""
     given = variables(call)
     count = len(call.leaves)
@@ -232,11 +232,11 @@ def _twice(emitted: Emitted, call: Call, reference: Reference) -> tuple[Tensor, 
 
 
 # Programs, the one to be preferred first, the pattern of a sparse result, and what was tried.
-_Made = tuple[Sequence[Emitted], Pattern | None, tuple[Tried, ...]]
+_Made = tuple[Sequence[TensorProgram], Pattern | None, tuple[Tried, ...]]
 
 
 def _loaded(
-    derivative: Derivative, program: Program, wanted: CompileRequest, reference: Reference
+    derivative: LinearProgram, program: EagerGraph, wanted: CompileRequest, reference: Reference
 ) -> _Made | None:
     """The plan that was loaded for this program, if there is one."""
     for saved in wanted.saved:
@@ -255,8 +255,8 @@ def _loaded(
 
 def _eliminated(
     call: Call,
-    derivative: Derivative,
-    program: Program,
+    derivative: LinearProgram,
+    program: EagerGraph,
     wanted: CompileRequest,
     reference: Reference,
     started: float,
@@ -276,7 +276,7 @@ def _eliminated(
     return programs, pattern, tried
 
 
-def _refuse_beforehand(derivative: Derivative) -> None:
+def _refuse_beforehand(derivative: LinearProgram) -> None:
     if derivative.writes:
         raise PlanRefused("it writes to tensors that others may read")
     if derivative.draws:
@@ -287,7 +287,9 @@ def _refuse_beforehand(derivative: Derivative) -> None:
         raise PlanRefused("there is nothing to compute")
 
 
-def _pattern(derivative: Derivative, program: Program, wanted: CompileRequest) -> Pattern | None:
+def _pattern(
+    derivative: LinearProgram, program: EagerGraph, wanted: CompileRequest
+) -> Pattern | None:
     """The pattern of a sparse result. That samples are independent is proved first."""
     sparse, batched = wanted.layout is not torch.strided, program.batch is not None
     if not sparse and not batched:

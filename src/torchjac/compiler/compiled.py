@@ -11,10 +11,10 @@ from torch import Tensor
 
 from torchjac._torch import modes
 from torchjac.call import Call, arguments, to_differentiate
-from torchjac.capture.eager_graph import Program
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.eager_graph import EagerGraph
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.native import PATIENCE, with_kernel
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.host.costs import machine
 from torchjac.passes.verify import Reference
 from torchjac.request import Mode
@@ -62,8 +62,8 @@ class Compiled:
         alternatives: Tensor programs of the other orders.
     """
 
-    derivative: Derivative
-    emitted: Emitted
+    derivative: LinearProgram
+    emitted: TensorProgram
     pattern: Pattern | None
     finish: Callable[[Any], Any]
     shape: tuple[int, int, int | None]
@@ -71,10 +71,10 @@ class Compiled:
     budget: int
     tried: tuple[Tried, ...] = ()
     blame: tuple[str, ...] = ()
-    alternatives: tuple[Emitted, ...] = ()
+    alternatives: tuple[TensorProgram, ...] = ()
 
     @property
-    def programs(self) -> tuple[Emitted, ...]:
+    def programs(self) -> tuple[TensorProgram, ...]:
         """All tensor programs of this Jacobian."""
         return (self.emitted, *self.alternatives)
 
@@ -89,7 +89,7 @@ class Compiled:
         parts = self.parts(call)
         return None if parts is None else self.finish(parts)
 
-    def checked(self, call: Call, program: Program) -> Any:
+    def checked(self, call: Call, program: EagerGraph) -> Any:
         """The same, compared with passes.
 
         Raises:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from torchjac._torch.trace.recording import Recording
 from torchjac.compiler.accumulate.emit import elsewhere
-from torchjac.compiler.codegen.build import Written, written
+from torchjac.compiler.codegen.build import SourceUnit, written
 from torchjac.compiler.codegen.c.toolchain import LIMIT
-from torchjac.compiler.codegen.executable import Kernel
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.compiler.codegen.executable import Executable
+from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanRefused
 from torchjac.host.contest import Contest, Rules, hold
 from torchjac.host.costs import machine
@@ -38,20 +38,22 @@ _TIMED = Rules(runs=5)
 _ROUNDING = {torch.float64: (1e-7, 2e-11), torch.float32: (1e-2, 1e-5)}
 
 
-def kernel_seconds(programs: Sequence[Emitted]) -> float:
+def kernel_seconds(programs: Sequence[TensorProgram]) -> float:
     """Seconds that it should take to make a kernel of one of some programs."""
     return _KERNEL + min(map(_writing_seconds, programs))
 
 
-def _writing_seconds(program: Emitted) -> float:
+def _writing_seconds(program: TensorProgram) -> float:
     """Seconds that it should take to write a program down."""
     results = [v for c in program.recording.calls for v in c.results if v is not None]
     return _KERNEL_NUMBER * sum(math.prod(v.shape) for v in results)
 
 
 def written_in_order(
-    programs: Sequence[Emitted], write: Callable[[Emitted], Written], refusals: list[str]
-) -> Iterator[tuple[Emitted, Written]]:
+    programs: Sequence[TensorProgram],
+    write: Callable[[TensorProgram], SourceUnit],
+    refusals: list[str],
+) -> Iterator[tuple[TensorProgram, SourceUnit]]:
     """Programs in C, those first that should run fastest.
 
     What is the fastest as tensor operations need not be the fastest as scalar ones. How many
@@ -82,8 +84,11 @@ def written_in_order(
 
 @seldom_collected()
 def with_kernel(
-    programs: Sequence[Emitted], inputs: Sequence[Tensor], samples: int | None, limit: float = LIMIT
-) -> Emitted:
+    programs: Sequence[TensorProgram],
+    inputs: Sequence[Tensor],
+    samples: int | None,
+    limit: float = LIMIT,
+) -> TensorProgram:
     """A program as a kernel: of those that give the same Jacobian the one that should be fastest.
 
     Args:
@@ -99,13 +104,13 @@ def with_kernel(
     with torch.no_grad():
         want = programs[0](inputs)
 
-    def write(program: Emitted) -> Written:
+    def write(program: TensorProgram) -> SourceUnit:
         return written([jacobian_of(program)], samples)
 
     for program, text in written_in_order(programs, write, refusals):
         try:
             made = replace(
-                program, run=program.module.forward, kernel=Kernel(text, limit), note=None
+                program, run=program.module.forward, kernel=Executable(text, limit), note=None
             )
             with torch.no_grad():
                 got = made([elsewhere(x) for x in inputs])
@@ -120,8 +125,8 @@ def with_kernel(
 
 
 def first_written(
-    programs: Sequence[Emitted], write: Callable[[Emitted], Written]
-) -> tuple[Emitted, Written]:
+    programs: Sequence[TensorProgram], write: Callable[[TensorProgram], SourceUnit]
+) -> tuple[TensorProgram, SourceUnit]:
     """The program in C that should run fastest.
 
     Raises:
@@ -133,13 +138,13 @@ def first_written(
     raise PlanRefused("; ".join(dict.fromkeys(refusals)))
 
 
-def jacobian_of(program: Emitted) -> tuple[Recording, int]:
+def jacobian_of(program: TensorProgram) -> tuple[Recording, int]:
     """The operations, without the last output: the number that says whether all is finite."""
     return program.recording, len(program.recording.outputs) - 1
 
 
 def timed(
-    programs: Mapping[C, Emitted], inputs: Sequence[Tensor], rules: Rules = _TIMED
+    programs: Mapping[C, TensorProgram], inputs: Sequence[Tensor], rules: Rules = _TIMED
 ) -> Contest[C]:
     """The contest of some programs, after their runs.
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from torchjac.call import Call, arguments
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_transposed
 from torchjac.compiler.accumulate.emit import emit
 from torchjac.compiler.accumulate.output import Target
 from torchjac.compiler.compiled import Tried
 from torchjac.compiler.native import timed
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import CaptureRefused, NotKnownLinear, PlanRefused, RefusedHere
 from torchjac.host.clock import now
 from torchjac.host.contest import Rules
@@ -39,12 +39,12 @@ class Limits:
 
 def ways(
     call: Call,
-    derivative: Derivative,
+    derivative: LinearProgram,
     pushes: bool,
     target: Target,
     orders: Sequence[Mode],
     limits: Limits,
-) -> Iterator[tuple[Mode, Emitted | str]]:
+) -> Iterator[tuple[Mode, TensorProgram | str]]:
     """A program for each order of elimination, or why there is none.
 
     Args:
@@ -57,7 +57,7 @@ def ways(
     """
     started, inputs = now(), arguments(call)
 
-    def trace(mode: Mode) -> Derivative:
+    def trace(mode: Mode) -> LinearProgram:
         if mode == "reverse":
             return derivative
         if not pushes:
@@ -84,8 +84,8 @@ def ways(
 
 
 def ranked(
-    found: Sequence[tuple[Mode, Emitted | str]], inputs: Sequence[Tensor]
-) -> tuple[list[Emitted], tuple[Tried, ...]]:
+    found: Sequence[tuple[Mode, TensorProgram | str]], inputs: Sequence[Tensor]
+) -> tuple[list[TensorProgram], tuple[Tried, ...]]:
     """Programs, the fastest first: as predicted, and as measured where that is close."""
     refused = [Tried(mode, refused=way) for mode, way in found if isinstance(way, str)]
     programs = [way for _, way in found if not isinstance(way, str)]

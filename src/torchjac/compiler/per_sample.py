@@ -15,17 +15,17 @@ from itertools import islice
 
 from torchjac._torch.trace.recording import Recording, without_last
 from torchjac.call import Call, variables
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function, trace_value
 from torchjac.compiler.accumulate.output import Target
 from torchjac.compiler.batch_invariance import alike, fewer, several_fewer
-from torchjac.compiler.codegen.build import Written, written_for_samples
-from torchjac.compiler.codegen.executable import Kernel
+from torchjac.compiler.codegen.build import SourceUnit, written_for_samples
+from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.compiled import Tried
 from torchjac.compiler.native import PATIENCE, first_written, jacobian_of
 from torchjac.compiler.orders import Limits, ways
 from torchjac.compiler.program.record import recording_of
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import CaptureRefused, PlanRefused
 from torchjac.host.clock import now
 from torchjac.host.costs import machine
@@ -47,11 +47,11 @@ _SIZES = 3
 
 def sampled(
     call: Call,
-    derivative: Derivative,
+    derivative: LinearProgram,
     batch: int,
     orders: Sequence[Mode],
     pushes: bool,
-) -> tuple[Emitted, tuple[Tried, ...]]:
+) -> tuple[TensorProgram, tuple[Tried, ...]]:
     """A kernel for each sample, and what was tried on the way to it.
 
     Args:
@@ -84,12 +84,12 @@ def sampled(
     operations = machine().seconds(emitted.work)
     if text.source.seconds > _ROUGHLY * operations:
         raise PlanRefused(f"it takes {text.source.work} scalar products for each sample")
-    emitted = replace(emitted, kernel=Kernel(text, PATIENCE))
+    emitted = replace(emitted, kernel=Executable(text, PATIENCE))
     return emitted, (Tried(emitted.mode, operations, form=emitted.form), *tried)
 
 
 def of_several_sizes(
-    call: Call, derivative: Derivative, batch: int, mode: Mode
+    call: Call, derivative: LinearProgram, batch: int, mode: Mode
 ) -> list[tuple[int, Recording, Recording]]:
     """Numbers of samples, and the function and its Jacobian for each, operation by operation.
 
@@ -119,7 +119,7 @@ def of_several_sizes(
     return found
 
 
-def _traced(less: Call, few: int, derivative: Derivative, batch: int) -> Derivative:
+def _traced(less: Call, few: int, derivative: LinearProgram, batch: int) -> LinearProgram:
     """The derivative with few samples, which is that with all of them but for its size.
 
     Raises:
@@ -137,15 +137,15 @@ def _traced(less: Call, few: int, derivative: Derivative, batch: int) -> Derivat
     return own
 
 
-def compiled_again(emitted: Emitted) -> Emitted:
+def compiled_again(emitted: TensorProgram) -> TensorProgram:
     """A program for a few samples that was loaded, with its kernel for all of them.
 
     Raises:
         PlanRefused: It has none.
     """
-    return replace(emitted, kernel=Kernel(_written(emitted)))
+    return replace(emitted, kernel=Executable(_written(emitted)))
 
 
-def _written(emitted: Emitted) -> Written:
+def _written(emitted: TensorProgram) -> SourceUnit:
     assert emitted.samples is not None, "it is for a few samples"
     return written_for_samples([jacobian_of(emitted)], *emitted.samples)

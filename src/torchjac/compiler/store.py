@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.program.optimize import executable
 from torchjac.compiler.program.serialize import NotStorable, bytes_of, restored, signature, stored
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanError
 from torchjac.sparsity import pattern_io as archive
 from torchjac.sparsity.pattern import Pattern
@@ -127,8 +127,8 @@ class Saved:
         return cls(about, arrays, pattern)
 
     def emitted(
-        self, derivative: Derivative, layout: torch.layout, batched: bool
-    ) -> Emitted | None:
+        self, derivative: LinearProgram, layout: torch.layout, batched: bool
+    ) -> TensorProgram | None:
         """The program, if it is that of this derivative and layout.
 
         Raises:
@@ -147,7 +147,7 @@ class Saved:
             recording = restored(about["recording"], constants)
             module, used = executable(recording)
             fixed, whole = about["fixed"]
-            return Emitted(
+            return TensorProgram(
                 recording,
                 module,
                 used,
@@ -171,12 +171,12 @@ def _pair(given: Any) -> tuple[int, int] | None:
     return few, many
 
 
-def _signature(derivative: Derivative) -> str:
+def _signature(derivative: LinearProgram) -> str:
     named = _constants(derivative)
     return signature(derivative.module.graph, lambda name: named[name])
 
 
-def _constants(derivative: Derivative) -> dict[str, Tensor]:
+def _constants(derivative: LinearProgram) -> dict[str, Tensor]:
     """What the derivative reads from elsewhere, by name."""
     module = derivative.module
     nodes = [node for node in module.graph.nodes if node.op == "get_attr"]

@@ -1,8 +1,8 @@
 """Watching a Python value: a test that says what changed in anything that hangs on it.
 
-A `Watcher` walks a value once and builds the test from closures. The test walks the *current* value
-again from the top, so it holds nothing alive: tensors and classes are known by weak references,
-containers and objects by what is in them.
+A `GuardBuilder` walks a value once and builds the test from closures. The test walks the *current*
+value again from the top, so it holds nothing alive: tensors and classes are known by weak
+references, containers and objects by what is in them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchjac._torch.state import PLAIN_TENSORS, is_wrapped
 from torchjac.guards.constants import NotUnderstood, exact, is_flat, shown
-from torchjac.guards.predicate import Lines, inlined
+from torchjac.guards.predicate import GuardCode, inlined
 
 What = Literal["values", "objects", "shapes"]
 Seen = dict[int, Any]
@@ -63,7 +63,7 @@ MOST_BYTES = 1 << 16
 MOST_ELEMENTS = 1 << 12
 
 
-class Watcher:
+class GuardBuilder:
     """Builds checks; knows what it has met.
 
     Attributes:
@@ -114,7 +114,7 @@ class Watcher:
             seen[number] = new
             return inner(new, seen)
 
-        def form(lines: Lines, place: str) -> None:
+        def form(lines: GuardCode, place: str) -> None:
             x = lines.let(place)
             lines.note(number, x)
             lines.need_check(inner, x)
@@ -153,7 +153,7 @@ class Watcher:
                     return mismatch
             return None
 
-        def form(lines: Lines, place: str) -> None:
+        def form(lines: GuardCode, place: str) -> None:
             x = lines.let(place)
             lines.need(f"list({x}) == {lines.hold(keys)}")
             for name, held in flat.items():
@@ -258,7 +258,7 @@ def _exactly(value: Any, same: Callable[[Any], bool], path: str) -> Check:
     def check(new: Any, seen: Seen) -> Mismatch | None:
         return None if same(new) else Mismatch(f"{path} changed from {old} to {shown(new)}")
 
-    def form(lines: Lines, place: str) -> None:
+    def form(lines: GuardCode, place: str) -> None:
         if is_flat(value):
             lines.need_value(place, value)
         elif type(value) in (set, frozenset) and not value:

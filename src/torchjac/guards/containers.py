@@ -7,14 +7,14 @@ import types
 from collections import OrderedDict, defaultdict, deque
 from typing import Any
 
-from torchjac.guards.builder import Check, Mismatch, Policy, Seen, Watcher, other_names
+from torchjac.guards.builder import Check, GuardBuilder, Mismatch, Policy, Seen, other_names
 from torchjac.guards.constants import NotUnderstood, exact, shown
-from torchjac.guards.predicate import Lines, inlined
+from torchjac.guards.predicate import GuardCode, inlined
 
 _CONTAINERS = (dict, list, tuple, deque, OrderedDict, defaultdict, types.MappingProxyType)
 
 
-class ContainerWatcher(Watcher):
+class ContainerWatcher(GuardBuilder):
     """Builds checks of containers and of what they hold."""
 
     def __init__(self, policy: Policy):
@@ -43,7 +43,7 @@ class ContainerWatcher(Watcher):
                     return mismatch
             return space(new, seen) if space is not None else None
 
-        def form(lines: Lines, place: str) -> None:
+        def form(lines: GuardCode, place: str) -> None:
             x = lines.let(place)
             lines.need(f"type({x}) is {lines.hold(kind)}", f"len({x}) == {size}")
             for i, inner in enumerate(parts):
@@ -91,7 +91,7 @@ class ContainerWatcher(Watcher):
 
         names = list(value)
 
-        def form(lines: Lines, place: str) -> None:
+        def form(lines: GuardCode, place: str) -> None:
             x = lines.let(place)
             lines.need(f"type({x}) is dict", f"list({x}) == {lines.hold(names)}")
             lines.need(f"list(map(type, {x})) == {lines.hold([str] * len(names))}")

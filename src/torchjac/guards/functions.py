@@ -25,7 +25,7 @@ from torchjac.guards.bytecode import (
 )
 from torchjac.guards.constants import NotUnderstood, shown
 from torchjac.guards.lru_caches import remembered
-from torchjac.guards.predicate import Lines, inlined
+from torchjac.guards.predicate import GuardCode, inlined
 from torchjac.guards.python_modules import ModuleWatcher, identical
 
 ROOT = "the function"
@@ -108,7 +108,7 @@ class CodeWatcher(ModuleWatcher):
                     return mismatch
             return None
 
-        def form(lines: Lines, place: str) -> None:
+        def form(lines: GuardCode, place: str) -> None:
             f, kind = lines.let(place), lines.hold(types.FunctionType)
             lines.need(f"type({f}) is {kind}", f"{f}.__code__ is {lines.hold(code)}")
             for inner in checks:
@@ -141,7 +141,7 @@ class CodeWatcher(ModuleWatcher):
                     return mismatch
             return None
 
-        def form(lines: Lines, f: str) -> None:
+        def form(lines: GuardCode, f: str) -> None:
             held = lines.let(f"{f}.__closure__") if inner else ""
             for k, test in enumerate(inner):
                 assert test is not None
@@ -185,7 +185,7 @@ class CodeWatcher(ModuleWatcher):
                     return mismatch
             return None
 
-        def form(lines: Lines, f: str) -> None:
+        def form(lines: GuardCode, f: str) -> None:
             given: list[tuple[int | str, Check]] = list(enumerate(checks))
             for kind, kept in (("__defaults__", given), ("__kwdefaults__", [*named])):
                 found = lines.let(f"{f}.{kind}")
@@ -230,7 +230,7 @@ class CodeWatcher(ModuleWatcher):
                     return mismatch
             return None
 
-        def form(lines: Lines, f: str) -> None:
+        def form(lines: GuardCode, f: str) -> None:
             found = lines.let(f"{f}.__globals__")
             for name, inner in here:
                 lines.need_check(inner, f"{found}[{name!r}]")
@@ -331,7 +331,7 @@ class CodeWatcher(ModuleWatcher):
                     return mismatch
             return None
 
-        def form(lines: Lines, place: str) -> None:
+        def form(lines: GuardCode, place: str) -> None:
             x = lines.let(place)
             lines.need(f"type({x}) is {lines.hold(cls)}")
             for name, inner in parts:

@@ -1,6 +1,6 @@
 """Guards: whether what a capture froze is still as it was.
 
-`fingerprint(call)` walks everything that the function can read and gives a `Fingerprint`, whose
+`fingerprint(call)` walks everything that the function can read and gives a `Guard`, whose
 `mismatch(call)` says what differs in a later call, or None. The rule is that of the whole library:
 what cannot be seen is not trusted, so a function that reads something whose changes are invisible
 is `Unguardable`, and its captures are not used twice.
@@ -58,7 +58,7 @@ from torchjac.guards.builder import Check, Mismatch, Policy, Seen
 from torchjac.guards.constants import NotUnderstood, shown
 from torchjac.guards.functions import ROOT
 from torchjac.guards.objects import ObjectWatcher
-from torchjac.guards.predicate import Glance, Lines, Unchanged, inlined
+from torchjac.guards.predicate import Glance, GuardCode, Unchanged, inlined
 from torchjac.guards.tensors import alike
 
 CallCheck = Callable[[Call, Seen], Mismatch | None]
@@ -76,7 +76,7 @@ class Unguardable:
 
 
 @dataclass(frozen=True, slots=True)
-class Fingerprint:
+class Guard:
     """What a call read, as a list of checks.
 
     Attributes:
@@ -117,7 +117,7 @@ class Fingerprint:
         """
         if call.kwargs or self.mismatch(call) is not None:
             return None
-        lines = Lines(call.args)
+        lines = GuardCode(call.args)
         for state in states:
             lines.need_state(state, state())
         function = lines.hold(call.function)
@@ -130,7 +130,7 @@ class Fingerprint:
         return any(m is not None and m.cache_info().misses != n for m, n in memories)
 
 
-def fingerprint(call: Call, policy: Policy = Policy()) -> Fingerprint | Unguardable:  # noqa: B008
+def fingerprint(call: Call, policy: Policy = Policy()) -> Guard | Unguardable:  # noqa: B008
     """What a call reads, to be compared with later calls.
 
     Args:
@@ -138,7 +138,7 @@ def fingerprint(call: Call, policy: Policy = Policy()) -> Fingerprint | Unguarda
         policy: What of a module's tensors matters.
 
     Returns:
-        A `Fingerprint`, or `Unguardable` with the reason.
+        A `Guard`, or `Unguardable` with the reason.
     """
     names: frozenset[str] = frozenset()
     mode = foreign_mode()
@@ -150,7 +150,7 @@ def fingerprint(call: Call, policy: Policy = Policy()) -> Fingerprint | Unguarda
             checks = _checks(call, watcher)
             watcher.alive.clear()  # nothing stays alive until garbage is collected
             if watcher.found <= names:
-                return Fingerprint(watcher.count, checks, tuple(watcher.memories))
+                return Guard(watcher.count, checks, tuple(watcher.memories))
             names |= watcher.found
     except NotUnderstood as reason:
         return Unguardable(str(reason))
@@ -200,7 +200,7 @@ def _settings() -> CallCheck:
         name, old, new = next(c for c in changes if c[1] != c[2])
         return Mismatch(f"{name} changed from {old} to {new}")
 
-    def form(lines: Lines, _: str) -> None:
+    def form(lines: GuardCode, _: str) -> None:
         found = usual_one_by_one()
         for read, now in found or ():
             lines.need_state(read, now)
@@ -244,7 +244,7 @@ def _arguments(call: Call, watcher: ObjectWatcher) -> CallCheck:
                 return mismatch
         return None
 
-    def form(lines: Lines, _: str) -> None:
+    def form(lines: GuardCode, _: str) -> None:
         for place, inner in zip(lines.arguments, checks, strict=True):
             lines.need_check(inner, place)
 

@@ -19,7 +19,7 @@ from torchjac.guards.builder import Check, Mismatch, Policy, Seen, What
 from torchjac.guards.bytecode import computed, is_trusted, is_volatile
 from torchjac.guards.constants import NotUnderstood, shown
 from torchjac.guards.functions import CodeWatcher
-from torchjac.guards.predicate import Lines, inlined
+from torchjac.guards.predicate import GuardCode, inlined
 from torchjac.guards.python_modules import identical
 from torchjac.guards.tensors import looked_at, the_same
 
@@ -160,7 +160,7 @@ class ObjectWatcher(CodeWatcher):
                     return mismatch
             return None
 
-        def form(lines: Lines, place: str) -> None:
+        def form(lines: GuardCode, place: str) -> None:
             x, cls = lines.let(place), expected()
             lines.need(f"{x} is {lines.hold(expected)}()")
             bases = lines.let(f"{x}.__mro__")
@@ -196,7 +196,7 @@ class ObjectWatcher(CodeWatcher):
                     return mismatch
             return space(vars(new), seen) if space is not None else None
 
-        def form(lines: Lines, place: str) -> None:
+        def form(lines: GuardCode, place: str) -> None:
             x = lines.let(place)
             cls = lines.let(f"type({x})")
             lines.need_check(kind, cls)
@@ -273,7 +273,7 @@ class ObjectWatcher(CodeWatcher):
                     return mismatch
             return None
 
-        def form(lines: Lines, place: str) -> None:
+        def form(lines: GuardCode, place: str) -> None:
             x = lines.let(place)
             lines.need_check(kind, f"type({x})")
             now = lines.let(f"{x}.__dict__")

@@ -26,7 +26,7 @@ Glance = Callable[[tuple[Any, ...]], bool]
 Unchanged = Callable[[Sequence[Reading]], Callable[[], bool] | None]
 
 
-class Lines:
+class GuardCode:
     """Code that tests values, line by line.
 
     Args:
@@ -172,7 +172,7 @@ class Lines:
 # Lines that take about 0.1 s to compile.
 _MOST = 5_000
 
-Form = Callable[[Lines, str], None]
+Form = Callable[[GuardCode, str], None]
 C = TypeVar("C", bound=Callable[..., Any])
 _forms: WeakKeyDictionary[Callable[..., Any], Form] = WeakKeyDictionary()
 

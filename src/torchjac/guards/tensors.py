@@ -16,7 +16,7 @@ from torch import Tensor
 from torchjac._torch.state import PLAIN_TENSORS
 from torchjac._torch.tensor_guards import look
 from torchjac.guards.builder import Check, Mismatch, Seen
-from torchjac.guards.predicate import Lines, inlined
+from torchjac.guards.predicate import GuardCode, inlined
 
 
 def looked_at(value: Any) -> Callable[[Any], bool] | None:
@@ -57,7 +57,7 @@ def the_same(
             return None
         return inner(new, seen)
 
-    def form(lines: Lines, given: str) -> None:
+    def form(lines: GuardCode, given: str) -> None:
         x, known = lines.let(given), lines.hold(expected)
         lines.note(number, x)
         lines.need(f"{x} is {known}()", f"not {x}.__dict__")
@@ -80,7 +80,7 @@ def alike(like: Callable[[Any], bool], inner: Check) -> Check:
             return None
         return inner(new, seen)
 
-    def form(lines: Lines, given: str) -> None:
+    def form(lines: GuardCode, given: str) -> None:
         lines.need(f"not {given}.__dict__")
         lines.need_like(given, lines.arguments[given])
 

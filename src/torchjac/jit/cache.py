@@ -8,11 +8,11 @@ from typing import Generic, TypeVar
 
 from torchjac.call import Call
 from torchjac.guards.builder import Policy
-from torchjac.guards.guard import Fingerprint, Unguardable, fingerprint
+from torchjac.guards.guard import Guard, Unguardable, fingerprint
 from torchjac.guards.objects import inert
 
 V = TypeVar("V")
-Before = Fingerprint | Unguardable
+Before = Guard | Unguardable
 
 
 @inert
@@ -28,7 +28,7 @@ class CaptureCache(Generic[V]):
         self._size = size
         self._policy = policy
         self._lock = threading.Lock()
-        self._entries: list[tuple[Fingerprint, V]] = []
+        self._entries: list[tuple[Guard, V]] = []
         self._refused: str | None = None
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class CaptureCache(Generic[V]):
                 self._drop(entry)
         return None
 
-    def latest(self) -> tuple[Fingerprint, V] | None:
+    def latest(self) -> tuple[Guard, V] | None:
         """What was used last, and the fingerprint of its calls."""
         entries = self._snapshot()
         return entries[0] if entries else None
@@ -124,17 +124,17 @@ class CaptureCache(Generic[V]):
             del self._entries[self._size :]
         return None
 
-    def _snapshot(self) -> tuple[tuple[Fingerprint, V], ...]:
+    def _snapshot(self) -> tuple[tuple[Guard, V], ...]:
         with self._lock:
             return tuple(self._entries)
 
-    def _move_to_front(self, entry: tuple[Fingerprint, V]) -> None:
+    def _move_to_front(self, entry: tuple[Guard, V]) -> None:
         with self._lock:
             for position, kept in enumerate(self._entries):
                 if kept is entry:
                     self._entries.insert(0, self._entries.pop(position))
                     return
 
-    def _drop(self, entry: tuple[Fingerprint, V]) -> None:
+    def _drop(self, entry: tuple[Guard, V]) -> None:
         with self._lock:
             self._entries = [kept for kept in self._entries if kept is not entry]

@@ -20,7 +20,7 @@ from torchjac._torch.vmap import inside_transform
 from torchjac.call import Argnums, Call
 from torchjac.capture.checks import unused_in_function
 from torchjac.capture.eager import capture_function, detached
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.capture.nesting import differentiating
 from torchjac.compiler.batch_invariance import MANY
 from torchjac.compiler.bug_report import report
@@ -48,7 +48,7 @@ from torchjac.jit.eager import solve
 from torchjac.jit.entry import Entry
 from torchjac.jit.fast_path import FastPath, fast_path, has_fast_path
 from torchjac.jit.functorch import delegate
-from torchjac.jit.patterns import Remembered, with_pattern
+from torchjac.jit.patterns import Memos, with_pattern
 from torchjac.jit.tiers import Action, FunctionEvent, FunctionState, Tier
 from torchjac.layout.arrange import Arranged, converted
 from torchjac.passes.candidates import plain_seconds
@@ -82,7 +82,7 @@ class Dispatcher:
         self._layout = torch_layout(request.layout)
         self._to_compiler = request.to_compiler()
         self._entries: CaptureCache[Entry] = CaptureCache(policy=Policy(parameters="objects"))
-        self._patterns = Remembered()
+        self._patterns = Memos()
         self._identity = object()  # unlike id(self), never another dispatcher's
         self._state: FunctionState = tiers.Cold()
         self._misses = tiers.Misses()
@@ -219,7 +219,7 @@ class Dispatcher:
         return action
 
     def _compile(
-        self, call: Call, program: Program, guard: Before, entered: float
+        self, call: Call, program: EagerGraph, guard: Before, entered: float
     ) -> tuple[Any] | None:
         """The Jacobian at a call by code that is compiled now, where that is due."""
         nodes, seconds = self._predicted(program)
@@ -263,7 +263,7 @@ class Dispatcher:
         self._step(tiers.Refused(reason))
 
     def _checked(
-        self, entry: Entry | None, call: Call, program: Program, entered: float
+        self, entry: Entry | None, call: Call, program: EagerGraph, entered: float
     ) -> tuple[Any] | None:
         """The Jacobian at a call by the code of an entry, compared with passes."""
         if entry is None or entry.refused is not None:
@@ -286,7 +286,7 @@ class Dispatcher:
         entry.leave_record_of(compiled, self._request.entry, self._layout, now() - entered)
         return (value,)
 
-    def _pass(self, call: Call, program: Program) -> Arranged:
+    def _pass(self, call: Call, program: EagerGraph) -> Arranged:
         """The Jacobian by passes over a graph."""
         options = self._request
         budget = options.memory_budget
@@ -311,7 +311,7 @@ class Dispatcher:
         )
         return returned if create_graph else detached(returned)
 
-    def _report_unused(self, program: Program, arranged: Arranged) -> None:
+    def _report_unused(self, program: EagerGraph, arranged: Arranged) -> None:
         if not arranged.unused:
             return
         if self._request.strict:
@@ -326,7 +326,7 @@ class Dispatcher:
                 unused_in_function(program, arranged.unused), UnusedInputWarning, stacklevel=6
             )
 
-    def _predicted(self, program: Program) -> tuple[int, float]:
+    def _predicted(self, program: EagerGraph) -> tuple[int, float]:
         """Operations of a graph, and predicted seconds of passes over it."""
         return plain_seconds(program, self._request.memory_budget or default_budget(program.device))
 
@@ -380,7 +380,7 @@ class Dispatcher:
         self.fast_path = None
 
 
-def _is_supported(program: Program) -> bool:
+def _is_supported(program: EagerGraph) -> bool:
     leaves = (*program.inputs, *program.outputs)
     return (
         bool(program.inputs)

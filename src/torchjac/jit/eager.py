@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from torchjac._torch import modes
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import (
     ArgumentError,
     CompressionFailed,
@@ -81,7 +81,7 @@ class Ran:
         )
 
 
-def solve(program: Program, request: PassRequest) -> Arranged:
+def solve(program: EagerGraph, request: PassRequest) -> Arranged:
     """Computes a Jacobian and remembers what ran.
 
     Candidates are tried until one is not refused; the row loop never is.
@@ -120,7 +120,7 @@ def solve(program: Program, request: PassRequest) -> Arranged:
     return solve(program, replace(request, pattern=None))
 
 
-def _solved(program: Program, structure: Structure, request: PassRequest) -> Arranged:
+def _solved(program: EagerGraph, structure: Structure, request: PassRequest) -> Arranged:
     race = _race(program, structure, request)
     if modes.needs_passes_context():
         with modes.passes((*program.outputs, *program.inputs)):
@@ -128,7 +128,7 @@ def _solved(program: Program, structure: Structure, request: PassRequest) -> Arr
     return _run(program, structure, request, race)
 
 
-def _race(program: Program, structure: Structure, request: PassRequest) -> Race:
+def _race(program: EagerGraph, structure: Structure, request: PassRequest) -> Race:
     graph = structure.graph
     if modes.tracing(program.inputs):
         if structure.batch is not None:
@@ -161,7 +161,7 @@ def _race(program: Program, structure: Structure, request: PassRequest) -> Race:
     )
 
 
-def _run(program: Program, structure: Structure, request: PassRequest, race: Race) -> Arranged:
+def _run(program: EagerGraph, structure: Structure, request: PassRequest, race: Race) -> Arranged:
     refused: dict[Plan, PlanRefused] = {}
     while True:
         try:
@@ -222,7 +222,7 @@ def _substitute(plan: Plan, refusal: PlanRefused) -> Batching | None:
     return None if refusal.user_code else "legacy"
 
 
-def _synchronize(program: Program) -> None:
+def _synchronize(program: EagerGraph) -> None:
     """Waits for the device, where calls return before the work is done (only to measure it)."""
     if program.device.type == "cuda":
         torch.cuda.synchronize(program.device)

@@ -17,9 +17,9 @@ from torchjac._torch.vmap import transform
 from torchjac.call import Call
 from torchjac.capture.nesting import depth
 from torchjac.compiler.codegen.c.guard_reads import unchanged
-from torchjac.compiler.codegen.executable import Kernel
+from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.compiled import Compiled
-from torchjac.guards.guard import Fingerprint
+from torchjac.guards.guard import Guard
 from torchjac.host.clock import now
 from torchjac.jit.checking import is_checking
 from torchjac.passes.race import forced
@@ -30,12 +30,12 @@ FastPath = Callable[[tuple[Any, ...]], Any]
 
 def has_fast_path(compiled: Compiled) -> bool:
     """Whether native code of our own gives the result, so that a fast path may lead to it."""
-    return isinstance(compiled.emitted.kernel, Kernel)
+    return isinstance(compiled.emitted.kernel, Executable)
 
 
 def fast_path(
     call: Call,
-    guard: Fingerprint | None,
+    guard: Guard | None,
     compiled: Compiled,
     record: Callable[[float], Record],
 ) -> FastPath | None:
@@ -56,7 +56,7 @@ def fast_path(
     if guard is None or call.kwargs or call.has_aux:
         return None
     kernel = compiled.emitted.kernel
-    assert isinstance(kernel, Kernel)
+    assert isinstance(kernel, Executable)
     plain = all(
         type(x) is Tensor and x.is_floating_point() and x.is_contiguous() and not x.is_neg()
         for x in call.args

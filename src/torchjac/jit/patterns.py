@@ -15,7 +15,7 @@ import torch
 
 from torchjac._torch import modes
 from torchjac.call import Call
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import CaptureRefused, PatternError
 from torchjac.guards.builder import Policy
 from torchjac.guards.objects import inert
@@ -37,7 +37,7 @@ _DOUBLINGS = 12
 
 
 @inert
-class Remembered:
+class Memos:
     """The pattern of one function, and whether its samples are independent."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Remembered:
         self._independent: _Memo[bool] = _Memo(_proved)
         self._seconds = 0.0
 
-    def pattern(self, call: Call, program: Program) -> Pattern | None:
+    def pattern(self, call: Call, program: EagerGraph) -> Pattern | None:
         """The pattern at these arguments: for every input if possible, else of this graph."""
         return self._patterns.find(call) or pattern_if_worth(program)
 
@@ -112,7 +112,7 @@ _TRACE, _TRACE_NODE = 3e-3, 0.3e-3
 
 
 def with_pattern(
-    request: PassRequest, program: Program, given: Any, find: Callable[[], Pattern | None]
+    request: PassRequest, program: EagerGraph, given: Any, find: Callable[[], Pattern | None]
 ) -> PassRequest:
     """The request with the pattern to restrict passes to, if there is one.
 
@@ -139,7 +139,7 @@ def with_pattern(
     return replace(request, pattern=found, pattern_given=given is not None)
 
 
-def pattern_if_worth(program: Program) -> Pattern | None:
+def pattern_if_worth(program: EagerGraph) -> Pattern | None:
     """The pattern of a graph, where finding it costs less than it can save."""
     nodes, seconds = plain_seconds(program, default_budget(program.device))
     if seconds < 2 * (_TRACE + _TRACE_NODE * nodes):
@@ -150,5 +150,5 @@ def pattern_if_worth(program: Program) -> Pattern | None:
         return None
 
 
-def _leaves(program: Program) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+def _leaves(program: EagerGraph) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     return program.nest.outputs, program.nest.inputs

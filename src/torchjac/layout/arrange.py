@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.pytree import LEAF, tree_map, unflatten
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.layout import dense, sparse
 from torchjac.passes.modes import Part
 from torchjac.passes.slab import Entries, Slab
@@ -87,7 +87,7 @@ class _Watch:
 
 
 def arrange(
-    slabs: Iterable[Part], program: Program, structure: Structure, layout: torch.layout
+    slabs: Iterable[Part], program: EagerGraph, structure: Structure, layout: torch.layout
 ) -> Arranged:
     """Writes a Jacobian from its slabs.
 
@@ -115,7 +115,7 @@ def arrange(
     return Arranged(value, tuple(sorted(unused)), watch.passes, watch.chunk)
 
 
-def _nested(live: list[list[Tensor]], program: Program, layout: torch.layout) -> Any:
+def _nested(live: list[list[Tensor]], program: EagerGraph, layout: torch.layout) -> Any:
     """Blocks of live leaves and zero blocks of the others, nested as the user nests them."""
     nest = program.nest
     row_of = {position: i for i, position in enumerate(nest.live_outputs)}

@@ -8,13 +8,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.passes.modes import Part
 from torchjac.passes.slab import Slab
 from torchjac.passes.structure import Structure
 
 
-def blocks(parts: Iterator[Part], program: Program, structure: Structure) -> list[list[Tensor]]:
+def blocks(parts: Iterator[Part], program: EagerGraph, structure: Structure) -> list[list[Tensor]]:
     """One tensor `([B,] *out, *in)` per output and input leaf.
 
     A Jacobian that comes in one slab is not copied. Blocks may be views of a common buffer, and
@@ -92,7 +92,7 @@ def _concatenated(
 
 
 def _split_rows(
-    buffers: Sequence[Tensor], program: Program, structure: Structure
+    buffers: Sequence[Tensor], program: EagerGraph, structure: Structure
 ) -> list[list[Tensor]]:
     starts = structure.row_starts
     found = []
@@ -111,7 +111,7 @@ def _split_rows(
 
 
 def _split_columns(
-    buffers: Sequence[Tensor], program: Program, structure: Structure
+    buffers: Sequence[Tensor], program: EagerGraph, structure: Structure
 ) -> list[list[Tensor]]:
     starts = structure.column_starts
     found = []

@@ -13,19 +13,23 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.passes.modes import Part
 from torchjac.passes.slab import Entries, Slab
 from torchjac.passes.structure import Structure
 from torchjac.sparsity.pattern import Pattern
 
 
-def blocks_coo(parts: Iterator[Part], program: Program, structure: Structure) -> list[list[Tensor]]:
+def blocks_coo(
+    parts: Iterator[Part], program: EagerGraph, structure: Structure
+) -> list[list[Tensor]]:
     """One coalesced COO matrix `(out.numel(), in.numel())` per output and input leaf."""
     return _blocks(parts, program, structure, _coo)
 
 
-def blocks_csr(parts: Iterator[Part], program: Program, structure: Structure) -> list[list[Tensor]]:
+def blocks_csr(
+    parts: Iterator[Part], program: EagerGraph, structure: Structure
+) -> list[list[Tensor]]:
     """One CSR matrix `(out.numel(), in.numel())` per output and input leaf."""
     return _blocks(parts, program, structure, _csr)
 
@@ -34,7 +38,7 @@ Make = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 
 
 def _blocks(
-    parts: Iterator[Part], program: Program, structure: Structure, make: Make
+    parts: Iterator[Part], program: EagerGraph, structure: Structure, make: Make
 ) -> list[list[Tensor]]:
     pattern = structure.pattern
     if pattern is None:
@@ -51,7 +55,9 @@ def _blocks(
     ]
 
 
-def _patterned(parts: Iterator[Entries], program: Program, pattern: Pattern) -> list[list[Triplet]]:
+def _patterned(
+    parts: Iterator[Entries], program: EagerGraph, pattern: Pattern
+) -> list[list[Triplet]]:
     """Row, column and value of the structural nonzeros, per output and input leaf."""
     nest = program.nest
     values: Tensor | None = None
@@ -82,7 +88,7 @@ def _block_of(pattern: Pattern, values: Tensor, i: int, j: int, given: Tensor) -
     )
 
 
-def _dtype(program: Program) -> torch.dtype:
+def _dtype(program: EagerGraph) -> torch.dtype:
     found = program.inputs[0].dtype
     for given in program.inputs[1:]:
         found = torch.promote_types(found, given.dtype)
@@ -159,7 +165,9 @@ def _csr(row: Tensor, column: Tensor, values: Tensor, m: int, n: int) -> Tensor:
     return torch.sparse_csr_tensor(starts, column, values, (m, n), check_invariants=False)
 
 
-def _entries(slabs: Iterator[Slab], program: Program, structure: Structure) -> list[list[Triplet]]:
+def _entries(
+    slabs: Iterator[Slab], program: EagerGraph, structure: Structure
+) -> list[list[Triplet]]:
     """Row, column and value of every entry, sorted by row, per output and input leaf."""
     outputs, inputs = range(len(program.outputs)), range(len(program.inputs))
     found = {(i, j): _Growing(program.inputs[j]) for i in outputs for j in inputs}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import fx
 
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.linear.known_values import SHAPE_ONLY, UNINITIALIZED
 
 
-def linear_nodes(derivative: Derivative) -> set[fx.Node]:
+def linear_nodes(derivative: LinearProgram) -> set[fx.Node]:
     """Nodes whose value depends on a cotangent (not only on its shape)."""
     found = {c for c in derivative.cotangents if c is not None}
     for node in derivative.module.graph.nodes:
@@ -19,7 +19,7 @@ def linear_nodes(derivative: Derivative) -> set[fx.Node]:
     return found
 
 
-def needed_nodes(derivative: Derivative, linear: set[fx.Node]) -> set[fx.Node]:
+def needed_nodes(derivative: LinearProgram, linear: set[fx.Node]) -> set[fx.Node]:
     """Linear nodes that a gradient is made of."""
     stack = [g for g in derivative.gradients if g is not None]
     found = set(stack)

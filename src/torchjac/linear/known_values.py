@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torchjac._torch.modes import real_values
 from torchjac._torch.operators import aten, known
 from torchjac._torch.trace import trace as tracing
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.linear.maps import UNKNOWN, Factors, Numbers, times
 
 
@@ -44,7 +44,7 @@ _BY_STRIDES = known(
 class Values:
     """Values of the nodes of one derivative, found when they are asked for."""
 
-    def __init__(self, derivative: Derivative, linear: set[fx.Node]):
+    def __init__(self, derivative: LinearProgram, linear: set[fx.Node]):
         """Begins with nothing but the constants that the graph reads.
 
         Args:

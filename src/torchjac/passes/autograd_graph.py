@@ -16,7 +16,7 @@ from torchjac._torch.autograd import (
     node_outputs,
     sequence_number,
 )
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Profile:
     peak: int
 
 
-def survey(program: Program) -> Graph:
+def survey(program: EagerGraph) -> Graph:
     """Walks the graph from the outputs as far as the inputs (about 0.25 us an operation)."""
     roots = [gradient_node(t) for t in program.outputs]
     inputs = {t.grad_fn for t in program.inputs if t.grad_fn is not None}
@@ -92,7 +92,7 @@ def survey(program: Program) -> Graph:
     return Graph(tuple(nodes), frozenset(first), traffic, any(map(is_custom, first)))
 
 
-def profile(program: Program, graph: Graph) -> Profile:
+def profile(program: EagerGraph, graph: Graph) -> Profile:
     """Adds up what a pass over the part of a graph that leads to the inputs holds.
 
     The peak replays the engine's order (highest sequence number first): a node's incoming gradient
@@ -126,7 +126,7 @@ def _leading(nodes: tuple[Any, ...], inputs: set[Any]) -> set[Any]:
     return found
 
 
-def coarsest(program: Program) -> float:
+def coarsest(program: EagerGraph) -> float:
     """Unit in the last place of the least precise output or input."""
     dtypes = {t.dtype for t in (*program.outputs, *program.inputs)}
     return max(torch.finfo(dtype).eps for dtype in dtypes)

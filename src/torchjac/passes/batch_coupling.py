@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.autograd import backward
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import CoupledBatchError
 from torchjac.passes.batched_pass import Passes
 from torchjac.passes.batching_check import same
@@ -45,7 +45,7 @@ class Coupling:
         user_code: Whether code of the user ran in a pass that was made here (or may have).
     """
 
-    def __init__(self, program: Program, structure: Structure):
+    def __init__(self, program: EagerGraph, structure: Structure):
         self._program = program
         self._structure = structure
         self._size = structure.batch or 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.host.costs import DEFAULT, machine
 from torchjac.passes.autograd_graph import Profile, profile, survey
 from torchjac.passes.coloring import column_groups, row_groups
@@ -81,7 +81,7 @@ def candidates(
     return sorted(((p, predict(p, structure, size)) for p in plans), key=lambda c: c[1])
 
 
-def plain_seconds(program: Program, budget: int) -> tuple[int, float]:
+def plain_seconds(program: EagerGraph, budget: int) -> tuple[int, float]:
     """Operations of a program's graph, and predicted seconds of its Jacobian without a pattern."""
     structure = analyze(program)
     if not structure.m or not structure.n:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.autograd import backward
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import CompressionFailed, PatternMissed, RefusedHere
 from torchjac.passes.batched_pass import Passes
 from torchjac.passes.chunks import in_chunks, rows_at_once
@@ -33,7 +33,7 @@ from torchjac.passes.structure import Structure
 from torchjac.sparsity.pattern import Pattern
 
 
-def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Entries]:
+def rows(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Entries]:
     """Pulls one cotangent back for each group of rows.
 
     Raises:
@@ -60,7 +60,7 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Entries
         release(program)
 
 
-def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Entries]:
+def columns(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Entries]:
     """Pushes one tangent forward for each group of columns.
 
     Raises:
@@ -141,7 +141,7 @@ class _Prepared:
 _kept: WeakKeyDictionary[Pattern, dict[Hashable, _Prepared]] = WeakKeyDictionary()
 
 
-def _prepared(program: Program, pattern: Pattern, axis: str) -> _Prepared:
+def _prepared(program: EagerGraph, pattern: Pattern, axis: str) -> _Prepared:
     nest = program.nest
     key = (axis, nest.live_outputs, nest.live_inputs, program.device)
     kept = _kept.setdefault(pattern, {})
@@ -156,7 +156,7 @@ def _prepared(program: Program, pattern: Pattern, axis: str) -> _Prepared:
     return kept[key]
 
 
-def _reading(program: Program, pattern: Pattern, groups: Grouping, axis: str) -> list[_Reading]:
+def _reading(program: EagerGraph, pattern: Pattern, groups: Grouping, axis: str) -> list[_Reading]:
     """One for each leaf that comes back: inputs in reverse mode, outputs in forward mode."""
     by_rows = axis == "rows"
     seeded, other = pattern.rows, pattern.columns
@@ -213,7 +213,7 @@ class _Check:
 
     def __init__(
         self,
-        program: Program,
+        program: EagerGraph,
         pattern: Pattern,
         cotangent: Sequence[Tensor] | None = None,
         expected: Sequence[Tensor | None] | None = None,
@@ -302,7 +302,7 @@ def _pattern(structure: Structure) -> Pattern:
     return structure.pattern
 
 
-def _firsts(program: Program, pattern: Pattern, axis: str) -> list[int]:
+def _firsts(program: EagerGraph, pattern: Pattern, axis: str) -> list[int]:
     """Number in the pattern of the first element of each leaf that has a graph."""
     nest = program.nest
     by_rows = axis == "rows"

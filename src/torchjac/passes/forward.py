@@ -23,7 +23,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from torchjac._torch.autograd import backward, is_right_twice, out_of_memory
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import PlanRefused, RefusedHere
 from torchjac.passes.autograd_graph import coarsest
 from torchjac.passes.batch_coupling import Coupling
@@ -41,7 +41,7 @@ from torchjac.passes.user_code import Watch
 _PRECISE = 1e-6
 
 
-def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
+def columns(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Slab]:
     """Evaluates a Jacobian by pushing unit tangents forward.
 
     Raises:
@@ -83,7 +83,7 @@ def columns(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab
         release(program)
 
 
-def refuse_beforehand(program: Program, structure: Structure) -> None:
+def refuse_beforehand(program: EagerGraph, structure: Structure) -> None:
     """Refuses programs whose backward pass is not known to be linear, or cannot be checked."""
     if structure.custom:
         raise PlanRefused("a custom autograd function need not be linear in its cotangent")
@@ -94,7 +94,7 @@ def refuse_beforehand(program: Program, structure: Structure) -> None:
         raise PlanRefused("half precision leaves too few digits to check the result")
 
 
-def refuse_user_code(program: Program, cotangent: list[Tensor]) -> None:
+def refuse_user_code(program: EagerGraph, cotangent: list[Tensor]) -> None:
     """Looks for hooks in a plain pass first: in a recorded one they run with gradients enabled."""
     with Watch(program.device) as watch:
         backward(program.outputs, cotangent, program.inputs)
@@ -106,7 +106,7 @@ _USER_CODE = "gradient hooks or other code of the user run in the backward pass"
 
 
 def recorded(
-    program: Program, cotangent: list[Tensor]
+    program: EagerGraph, cotangent: list[Tensor]
 ) -> tuple[tuple[Tensor | None, ...], bool | None]:
     """The gradient of a pass that records itself, and whether code of the user ran in it."""
     for leaf in cotangent:
@@ -123,12 +123,12 @@ def recorded(
     return gradients, watch.saw_user_code
 
 
-def _other_product(program: Program, structure: Structure, scale: float) -> Check:
+def _other_product(program: EagerGraph, structure: Structure, scale: float) -> Check:
     cotangent = [w * scale for w in weights(program.outputs)]
     return Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))
 
 
-def transposed_outputs(program: Program, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+def transposed_outputs(program: EagerGraph, gradients: Sequence[Tensor | None]) -> list[Tensor]:
     """The outputs of the transposed graph: one of each input's shape.
 
     A gradient that does not depend on the cotangent stands for a zero block (or for a detached
@@ -142,7 +142,7 @@ def transposed_outputs(program: Program, gradients: Sequence[Tensor | None]) -> 
 
 
 def transposed_passes(
-    program: Program,
+    program: EagerGraph,
     structure: Structure,
     plan: Plan,
     outputs: Sequence[Tensor],
@@ -155,7 +155,7 @@ def transposed_passes(
 
 
 def _slabs(
-    program: Program,
+    program: EagerGraph,
     structure: Structure,
     plan: Plan,
     cotangent: list[Tensor],

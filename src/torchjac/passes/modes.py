@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.passes import compressed, forward, replicated, reverse
 from torchjac.passes.plan import Plan
 from torchjac.passes.slab import Entries, Slab
 from torchjac.passes.structure import Structure
 
 Part = Slab | Entries
-Mode = Callable[[Program, Structure, Plan], Iterator[Part]]
+Mode = Callable[[EagerGraph, Structure, Plan], Iterator[Part]]
 
 _MODES: dict[tuple[str, str], Mode] = {
     ("plain", "reverse"): reverse.rows,
@@ -29,7 +29,7 @@ _MODES: dict[tuple[str, str], Mode] = {
 }
 
 
-def evaluate(program: Program, structure: Structure, plan: Plan) -> Iterator[Part]:
+def evaluate(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Part]:
     """Evaluates a Jacobian part by part, in the mode that the plan names.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.autograd import backward, out_of_memory
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import PlanRefused
 from torchjac.passes.autograd_graph import coarsest
 from torchjac.passes.batch_coupling import Coupling
@@ -26,7 +26,7 @@ from torchjac.passes.slab import Slab
 from torchjac.passes.structure import Structure
 
 
-def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
+def rows(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Slab]:
     """Evaluates a Jacobian on copies of the input, one copy a row.
 
     Raises:
@@ -66,7 +66,7 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
 
 
 def _copies(
-    program: Program, structure: Structure, start: int, stop: int
+    program: EagerGraph, structure: Structure, start: int, stop: int
 ) -> tuple[Tensor | None, ...]:
     assert program.replay is not None
     count = stop - start

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from torchjac._torch.autograd import backward
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import PlanRefused
 from torchjac.passes.batch_coupling import Coupling
 from torchjac.passes.batched_pass import Passes
@@ -21,7 +21,7 @@ from torchjac.passes.structure import Structure
 from torchjac.passes.user_code import Watch
 
 
-def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
+def rows(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Slab]:
     """Evaluates a Jacobian by pulling unit cotangents back.
 
     With a batch all samples share a pass. That is right only if they are independent, which is
@@ -85,7 +85,7 @@ def rows(program: Program, structure: Structure, plan: Plan) -> Iterator[Slab]:
 _SMALL = 2**14
 
 
-def _fits_beside(program: Program, structure: Structure, plan: Plan) -> bool:
+def _fits_beside(program: EagerGraph, structure: Structure, plan: Plan) -> bool:
     """Whether the product that checks a batch is best computed beside the rows, in their pass.
 
     Not the first time, when it must come from a plain pass, and for one output only: zeros of one
@@ -101,7 +101,7 @@ def _fits_beside(program: Program, structure: Structure, plan: Plan) -> bool:
 
 
 def _product(
-    program: Program, structure: Structure, coupling: Coupling | None, unproved: bool
+    program: EagerGraph, structure: Structure, coupling: Coupling | None, unproved: bool
 ) -> tuple[Check | None, bool]:
     """A product u'J of a plain pass to compare with, and whether code of the user ran in it."""
     if coupling is not None:
@@ -115,7 +115,7 @@ def _product(
     return Check(structure, cotangent, expected), user_code
 
 
-def release(program: Program) -> None:
+def release(program: EagerGraph) -> None:
     """Frees a graph by one pass that does not retain it.
 
     A batched pass must not free it itself: if it fails half way, the row loop still needs it.
@@ -125,7 +125,7 @@ def release(program: Program) -> None:
 
 
 def _slabs(
-    program: Program, structure: Structure, plan: Plan, passes: Passes, free_last: bool
+    program: EagerGraph, structure: Structure, plan: Plan, passes: Passes, free_last: bool
 ) -> Iterator[Slab]:
     if plan.chunk > 1:
 

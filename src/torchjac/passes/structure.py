@@ -10,7 +10,7 @@ from torch import Tensor
 from torchjac._torch.autograd import ENGINE, NODES
 from torchjac._torch.private import find_out
 from torchjac._torch.vmap import BATCHING, TRANSFORMS
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.passes.autograd_graph import Graph, survey
 from torchjac.sparsity.pattern import Pattern
 
@@ -82,7 +82,7 @@ class Structure:
 
 
 def analyze(
-    program: Program, pattern: Pattern | None = None, independent: bool = False
+    program: EagerGraph, pattern: Pattern | None = None, independent: bool = False
 ) -> Structure:
     """Reads rows and columns off the shapes of a program, and operations off its graph."""
     samples = program.batch

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchjac._torch import modes
 from torchjac._torch.autograd import backward
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import Disagrees, PlanRefused, RefusedHere
 from torchjac.passes.autograd_graph import survey
 from torchjac.passes.forward import recorded, refuse_beforehand
@@ -38,7 +38,7 @@ class Reference:
             pass is not known to be the transposed Jacobian then.
     """
 
-    def __init__(self, program: Program):
+    def __init__(self, program: EagerGraph):
         """Runs the passes.
 
         Raises:

@@ -16,7 +16,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, fx
 
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.linear.known_values import Values, unknown
 from torchjac.linear.maps import (
     UNKNOWN,
@@ -33,7 +33,7 @@ from torchjac.sparsity import csr as tables
 from torchjac.sparsity.dependence import Dependence, matrix
 
 # Runs a body, given what its other placeholders stand for: the dependence of each result.
-Run = Callable[[Derivative, dict[fx.Node, Any]], Sequence[Dependence | None]]
+Run = Callable[[LinearProgram, dict[fx.Node, Any]], Sequence[Dependence | None]]
 # For each result of an operation: the nodes that it depends on, and how.
 Parts = list[list[tuple[fx.Node, LinearMap]]]
 
@@ -42,7 +42,7 @@ class BodyValues(Values):
     """Values inside a body, where placeholders stand for nodes of the graph around it."""
 
     def __init__(
-        self, body: Derivative, linear: set[fx.Node], outer: Values, given: dict[fx.Node, Any]
+        self, body: LinearProgram, linear: set[fx.Node], outer: Values, given: dict[fx.Node, Any]
     ):
         """Binds placeholders.
 
@@ -94,7 +94,7 @@ class Body:
 class Control:
     """The control flow of one graph."""
 
-    def __init__(self, derivative: Derivative, linear: set[fx.Node], values: Values, run: Run):
+    def __init__(self, derivative: LinearProgram, linear: set[fx.Node], values: Values, run: Run):
         """Binds the graph.
 
         Args:
@@ -222,7 +222,7 @@ class Control:
         results: list[fx.Node | None] = list(end.args[0])
         if any(r is None for r in results):
             raise NotLinear
-        body = Derivative(
+        body = LinearProgram(
             module,
             tuple(inner),
             tuple(results),

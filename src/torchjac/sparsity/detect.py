@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torchjac.call import Call
 from torchjac.capture.eager import capture_function
-from torchjac.capture.eager_graph import Program
+from torchjac.capture.eager_graph import EagerGraph
 from torchjac.capture.trace import trace_function, trace_graph
 from torchjac.errors import CaptureRefused
 from torchjac.linear.rules import RULES
@@ -58,7 +58,7 @@ def is_independent(call: Call) -> bool:
     return is_batched(derivative, interpret(derivative))
 
 
-def pattern_of_graph(program: Program) -> Pattern:
+def pattern_of_graph(program: EagerGraph) -> Pattern:
     """The pattern of a graph that exists, valid for the values it was recorded with.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torchjac._torch.modes import real_values
 from torchjac._torch.trace.op_traits import HigherOrderOperator, OpOverload
 from torchjac._torch.trace.trace import sequence_of
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.linear.graph import linear_nodes, needed_nodes
 from torchjac.linear.known_values import HALF, Values
 from torchjac.linear.maps import dense, reshape
@@ -67,14 +67,14 @@ class Interpretation:
     assumed: tuple[str, ...]
 
 
-def interpret(derivative: Derivative) -> Interpretation:
+def interpret(derivative: LinearProgram) -> Interpretation:
     """Runs the linear graph on what each value depends on."""
     with real_values():
         return _Run(derivative).result()
 
 
 class _Run:
-    def __init__(self, derivative: Derivative, values: Values | None = None):
+    def __init__(self, derivative: LinearProgram, values: Values | None = None):
         """Binds a graph; with values of its own, it is a body of control flow."""
         self._derivative = derivative
         self._linear = linear_nodes(derivative)
@@ -176,7 +176,9 @@ class _Run:
             made.append(joined(found) if found else nothing(tuple(value.shape), self._m))
         return made
 
-    def _body(self, body: Derivative, given: dict[fx.Node, Any]) -> tuple[Dependence | None, ...]:
+    def _body(
+        self, body: LinearProgram, given: dict[fx.Node, Any]
+    ) -> tuple[Dependence | None, ...]:
         """Runs the body of control flow, and notes what had to be assumed in it."""
         run = _Run(body, BodyValues(body, linear_nodes(body), self._values, given))
         result = run.result()

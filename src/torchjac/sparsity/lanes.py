@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.linear.maps import Shape, on_support
 from torchjac.sparsity.dependence import Dependence, Term
 from torchjac.sparsity.interpret import Interpretation
@@ -42,7 +42,7 @@ class Lane:
     size: int
 
 
-def lanes(derivative: Derivative, found: Interpretation) -> tuple[Lane, ...]:
+def lanes(derivative: LinearProgram, found: Interpretation) -> tuple[Lane, ...]:
     """Every lane between every output and input leaf (axes of size 1 are trivially one)."""
     made = []
     first = 0
@@ -59,7 +59,7 @@ def lanes(derivative: Derivative, found: Interpretation) -> tuple[Lane, ...]:
     return tuple(made)
 
 
-def is_batched(derivative: Derivative, found: Interpretation) -> bool:
+def is_batched(derivative: LinearProgram, found: Interpretation) -> bool:
     """Whether the leading axes of all leaves are a batch of independent samples."""
     first = 0
     for row_shape in derivative.row_shapes:

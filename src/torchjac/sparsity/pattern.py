@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from torchjac.capture.linear_program import Derivative, Scope
+from torchjac.capture.linear_program import LinearProgram, Scope
 from torchjac.errors import ArgumentError, PatternError
 from torchjac.sparsity import lanes as lanes_
 from torchjac.sparsity import pattern_io as archive
@@ -211,7 +211,7 @@ class Pattern:
         return picture.summary(self)
 
 
-def pattern_of(derivative: Derivative, found: Interpretation) -> Pattern:
+def pattern_of(derivative: LinearProgram, found: Interpretation) -> Pattern:
     """Writes out what the interpretation of a derivative found.
 
     Raises:

@@ -12,22 +12,26 @@ from torch import Tensor
 
 from torchjac._torch.trace.recorder import Recorder
 from torchjac._torch.trace.recording import recorded
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.accumulate import scatter_entries as write
 from torchjac.compiler.accumulate.adjoint import Adjoint
 from torchjac.compiler.accumulate.output import Block, Slots, Target
 from torchjac.compiler.accumulate.sweep import Sweep
 from torchjac.compiler.program.optimize import executable, folded
 from torchjac.compiler.program.record import _Everything
-from torchjac.compiler.program.tensor_program import Emitted
+from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanRefused, RefusedHere
 
 R = TypeVar("R")
 
 
 def emit(
-    derivative: Derivative, inputs: Sequence[Tensor], target: Target, most: int, limit: float = 60.0
-) -> Emitted:
+    derivative: LinearProgram,
+    inputs: Sequence[Tensor],
+    target: Target,
+    most: int,
+    limit: float = 60.0,
+) -> TensorProgram:
     """Accumulates the Jacobian once, at some inputs, and keeps the operations that it took.
 
     Args:
@@ -70,10 +74,10 @@ def emit(
     module, constants = executable(recording)
     whole = sum(math.prod(x.loop) for x in terms)
     about = target.mode, (fixed, whole), sweep.waists
-    return Emitted(recording, module, constants, module.forward, *about)
+    return TensorProgram(recording, module, constants, module.forward, *about)
 
 
-def evaluated(emitted: Emitted, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def evaluated(emitted: TensorProgram, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What a program gives, to be checked: as it will run, on memory of another kind.
 
     Raises:
@@ -99,7 +103,7 @@ def _probe(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _parts(
-    derivative: Derivative,
+    derivative: LinearProgram,
     gradients: Sequence[Adjoint | None],
     inputs: Sequence[Tensor],
     target: Target,

@@ -15,7 +15,7 @@ from torchjac._torch.modes import real_values
 from torchjac._torch.trace.op_traits import HigherOrderOperator, OpOverload
 from torchjac._torch.trace.trace import is_random, sequence_of
 from torchjac._torch.vmap import WRONGLY_BATCHED
-from torchjac.capture.linear_program import Derivative
+from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.accumulate.adjoint import Adjoint, Term, seed
 from torchjac.compiler.accumulate.apply import NoNumbers, apply, joined
 from torchjac.compiler.accumulate.apply_opaque import operated
@@ -38,7 +38,7 @@ class Running(Values):
 
     def __init__(
         self,
-        derivative: Derivative,
+        derivative: LinearProgram,
         linear: set[fx.Node],
         inputs: dict[fx.Node, Tensor],
         record: Record,
@@ -169,7 +169,7 @@ class Sweep:
 
     def __init__(
         self,
-        derivative: Derivative,
+        derivative: LinearProgram,
         inputs: dict[fx.Node, Tensor],
         record: Record,
         most: int,

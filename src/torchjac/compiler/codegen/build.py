@@ -17,7 +17,7 @@ from torchjac.compiler.codegen.c.batch_tensor_loops import LayerWriter, StripWri
 from torchjac.compiler.codegen.c.parallel_loops import PartedWriter, is_for_threads
 from torchjac.compiler.codegen.c.writer import Source, Writer, source_of
 from torchjac.compiler.codegen.granularity import (
-    Scalars,
+    ScalarProgram,
     expand,
     expand_samples,
     expand_strips,
@@ -26,7 +26,7 @@ from torchjac.compiler.codegen.granularity import (
 )
 from torchjac.compiler.codegen.scalar_ir import ArrayRef
 from torchjac.compiler.codegen.schedule import (
-    Schedule,
+    LoopProgram,
     each_alone,
     over_samples,
     schedule,
@@ -43,7 +43,7 @@ _MOST = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class SourceUnit:
     """A program written down in C.
 
     Attributes:
@@ -70,7 +70,7 @@ def written(
     samples: int | None,
     name: str = NAME,
     frozen: bool = False,
-) -> Written:
+) -> SourceUnit:
     """The first outputs of recordings as a function in C.
 
     Args:
@@ -105,7 +105,7 @@ def written_for_samples(
     many: int,
     name: str = NAME,
     frozen: bool = False,
-) -> Written:
+) -> SourceUnit:
     """The same for any number of samples, from what is recorded with a few.
 
     Args:
@@ -120,12 +120,12 @@ def written_for_samples(
     """
     recordings = _of_floats(recordings)
 
-    def alone() -> Written:
+    def alone() -> SourceUnit:
         scalars = expand_samples(recordings, few, frozen)
         plan = schedule_of_samples(scalars, few)
         return _written(recordings, scalars, plan, name, SampleWriter)
 
-    def in_strips() -> Written:
+    def in_strips() -> SourceUnit:
         scalars = expand_strips(recordings, few, frozen)
         return _written(recordings, scalars, over_samples(scalars, few), name, StripWriter)
 
@@ -173,11 +173,11 @@ def _results(recordings: Sequence[tuple[Recording, int]]) -> list[Value]:
 
 def _written(
     recordings: Sequence[tuple[Recording, int]],
-    scalars: Scalars,
-    plan: Schedule,
+    scalars: ScalarProgram,
+    plan: LoopProgram,
     name: str,
     writing: type[Writer] = Writer,
-) -> Written:
+) -> SourceUnit:
     results = _results(recordings)
     inputs: list[tuple[ArrayRef, Any]] = [
         (ArrayRef("in", i), v) for i, v in enumerate(recordings[0][0].inputs)
@@ -189,7 +189,7 @@ def _written(
     source = source_of(scalars, plan, numbered, sizes, name, writing)
     if source.statements > _MOST:
         raise PlanRefused(f"{source.statements} statements in C")
-    return Written(
+    return SourceUnit(
         name,
         source,
         tuple((v.shape, v.dtype) for _, v in inputs),

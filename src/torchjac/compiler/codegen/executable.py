@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.storage import allocator
-from torchjac.compiler.codegen.build import Written
+from torchjac.compiler.codegen.build import SourceUnit
 from torchjac.compiler.codegen.c.cpython_entry import entered, entry
 from torchjac.compiler.codegen.c.openmp import shared
 from torchjac.compiler.codegen.c.toolchain import LIMIT, compiled
@@ -27,7 +27,7 @@ _SPARE = 1 << 26
 _THREADS = 256
 
 
-class Kernel:
+class Executable:
     """A compiled program: takes tensors and gives tensors.
 
     Calls may run at the same time; the interpreter's lock is released while they run.
@@ -40,7 +40,7 @@ class Kernel:
         PlanRefused: It cannot be compiled.
     """
 
-    def __init__(self, program: Written, limit: float = LIMIT):
+    def __init__(self, program: SourceUnit, limit: float = LIMIT):
         """Compiles it."""
         source = program.source
         self.source = source

@@ -39,7 +39,7 @@ _ELEMENTS = 200_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Scalars:
+class ScalarProgram:
     """A program as scalar expressions.
 
     Attributes:
@@ -59,7 +59,7 @@ class Scalars:
 
 def expand(
     recordings: Sequence[tuple[Recording, int]], samples: int | None, frozen: bool = False
-) -> Scalars:
+) -> ScalarProgram:
     """Expands the operations that the first outputs of recordings need.
 
     Args:
@@ -74,7 +74,7 @@ def expand(
     parts = _parts(recordings)
     elements = _counted(parts)
 
-    def expanded(how: Form, most: int = EXPRESSIONS) -> Scalars:
+    def expanded(how: Form, most: int = EXPRESSIONS) -> ScalarProgram:
         return _expanded(how, parts, samples or 0, frozen, most)
 
     if elements <= _SMALL:
@@ -98,7 +98,7 @@ def expand(
 
 def expand_samples(
     recordings: Sequence[tuple[Recording, int]], samples: int, frozen: bool = False
-) -> Scalars:
+) -> ScalarProgram:
     """The same, every element of a sample an expression of its own, whose lanes are the samples.
 
     Raises:
@@ -113,7 +113,7 @@ def expand_samples(
 
 def expand_strips(
     recordings: Sequence[tuple[Recording, int]], samples: int, frozen: bool = False
-) -> Scalars:
+) -> ScalarProgram:
     """The same, elements that are made alike being lanes, and products of matrices kept whole.
 
     Raises:
@@ -165,7 +165,7 @@ def multiplies(recordings: Sequence[tuple[Recording, int]]) -> bool:
     return products > _SHARED and 2 * products > work
 
 
-def _stored(scalars: Scalars) -> int:
+def _stored(scalars: ScalarProgram) -> int:
     """Elements of outputs that vary: each is a statement of its own, where it has no lanes."""
     count = 0
     for numbers, _ in scalars.outputs:
@@ -195,11 +195,13 @@ def _counted(parts: Sequence[_Part]) -> int:
     return elements
 
 
-def _expanded(how: Form, parts: Sequence[_Part], samples: int, frozen: bool, most: int) -> Scalars:
+def _expanded(
+    how: Form, parts: Sequence[_Part], samples: int, frozen: bool, most: int
+) -> ScalarProgram:
     try:
         expansion = Expansion(how, samples, frozen, most)
         outputs = [x for part in parts for x in expansion.outputs(*part)]
-        return Scalars(
+        return ScalarProgram(
             expansion.expressions,
             tuple(outputs),
             expansion.tables,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from torchjac.compiler.codegen.fusion import LARGEST, Cells, Edge, Ties, identified
-from torchjac.compiler.codegen.granularity import Scalars
+from torchjac.compiler.codegen.granularity import ScalarProgram
 from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Places, loaded
 from torchjac.errors import PlanRefused
 
@@ -60,7 +60,7 @@ class Loop:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class LoopProgram:
     """Loops, in order.
 
     Attributes:
@@ -76,7 +76,7 @@ class Schedule:
     single: tuple[tuple[int, ArrayRef, Places], ...]
 
 
-def schedule(scalars: Scalars) -> Schedule:
+def schedule(scalars: ScalarProgram) -> LoopProgram:
     """Divides a program into loops.
 
     Where cells are too different from each other only lanes go together that every cell has as many
@@ -90,10 +90,10 @@ def schedule(scalars: Scalars) -> Schedule:
     return _Scheduling(scalars, "none").made()
 
 
-def each_alone(scalars: Scalars) -> Schedule:
+def each_alone(scalars: ScalarProgram) -> LoopProgram:
     """A loop for each value that is written, and nothing of how it is computed."""
     fixed, single, stores = _Scheduling(scalars, "none").stores()
-    return Schedule(tuple([Loop(len(s.lanes), (s,)) for s in stores]), {}, fixed, single)
+    return LoopProgram(tuple([Loop(len(s.lanes), (s,)) for s in stores]), {}, fixed, single)
 
 
 class _TooManyKinds(Exception):
@@ -101,7 +101,7 @@ class _TooManyKinds(Exception):
 
 
 class _Scheduling:
-    def __init__(self, scalars: Scalars, ties: Ties):
+    def __init__(self, scalars: ScalarProgram, ties: Ties):
         self._ties = ties
         self._scalars = scalars
         self._all = scalars.expressions.all
@@ -111,7 +111,7 @@ class _Scheduling:
         kinds = [self._all[n].lanes for n in self._needed if self._is_computed(n)]
         self._cells = Cells(kinds, ties)
 
-    def made(self) -> Schedule:
+    def made(self) -> LoopProgram:
         """The loops."""
         edges = self._edges()
         if self._ties == "even":
@@ -132,7 +132,7 @@ class _Scheduling:
                 self._kept_store(n) for n in self._needed if n in self._kept and levels[n] == level
             ]
             loops += [replace(loop, level=level) for loop in self._loops(now)]
-        return Schedule(tuple(loops), self._kept, fixed, single)
+        return LoopProgram(tuple(loops), self._kept, fixed, single)
 
     def _reachable(self) -> list[int]:
         """Expressions that the outputs need, arguments first."""
@@ -283,7 +283,7 @@ def _ranked(number: int, lanes: Places, array: ArrayRef, positions: Places) -> I
         yield Store(number, lanes[chosen], array, positions[chosen])
 
 
-def schedule_of_samples(scalars: Scalars, count: int) -> Schedule:
+def schedule_of_samples(scalars: ScalarProgram, count: int) -> LoopProgram:
     """One loop, each turn of which is a sample and looks at nothing of another.
 
     Args:
@@ -303,7 +303,7 @@ def schedule_of_samples(scalars: Scalars, count: int) -> Schedule:
     return made
 
 
-def over_samples(scalars: Scalars, count: int) -> Schedule:
+def over_samples(scalars: ScalarProgram, count: int) -> LoopProgram:
     """One loop, each turn of which writes what a sample gives.
 
     Raises:
@@ -326,10 +326,10 @@ def over_samples(scalars: Scalars, count: int) -> Schedule:
                 Store(number, where[:, position], ArrayRef("out", k), position + width * every)
             )
         fixed.append((np.arange(width), values))
-    return Schedule((Loop(count, tuple(stores)),), {}, tuple(fixed), ())
+    return LoopProgram((Loop(count, tuple(stores)),), {}, tuple(fixed), ())
 
 
-def _check(scalars: Scalars, count: int) -> None:
+def _check(scalars: ScalarProgram, count: int) -> None:
     """Refuses what is not one computation for each sample, on what belongs to it.
 
     Raises:

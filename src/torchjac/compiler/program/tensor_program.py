@@ -19,7 +19,7 @@ from torchjac.request import Mode
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Emitted:
+class TensorProgram:
     """A program that computes the entries of a Jacobian.
 
     Attributes:
@@ -81,7 +81,7 @@ class Emitted:
         work = work_of(self.module.graph)
         return work if self.samples is None else work.times(self.samples[1] / self.samples[0])
 
-    def compiled(self, inputs: Sequence[Tensor]) -> Emitted:
+    def compiled(self, inputs: Sequence[Tensor]) -> TensorProgram:
         """The same program as compiled code; as it is, with a note, where that cannot be done."""
         module, constants = compilable(self.recording)
         inputs = [x.contiguous() for x in inputs]
@@ -91,7 +91,7 @@ class Emitted:
             return replace(self, note=str(refusal))
         return replace(self, module=module, constants=constants, run=run)
 
-    def with_graph(self) -> Emitted:
+    def with_graph(self) -> TensorProgram:
         """The same program, whose results can be differentiated again.
 
         Raises:

@@ -10,11 +10,11 @@ from torchjac.compiler.codegen.c.loop_body import Turn
 from torchjac.compiler.codegen.c.matmul_tiles import STRIP, strip_bytes, strip_type, turned
 from torchjac.compiler.codegen.c.scalar_ops import literal
 from torchjac.compiler.codegen.c.writer import Writer
-from torchjac.compiler.codegen.granularity import Scalars
+from torchjac.compiler.codegen.granularity import ScalarProgram
 from torchjac.compiler.codegen.scalar_ir import ArrayRef, Places
 from torchjac.compiler.codegen.scalar_ops import CTYPES
 from torchjac.compiler.codegen.scalar_order import needed
-from torchjac.compiler.codegen.schedule import Loop, Schedule
+from torchjac.compiler.codegen.schedule import Loop, LoopProgram
 
 
 class SampleRows(Writer):
@@ -60,7 +60,7 @@ class SampleWriter(SampleRows):
     registers together whose numbers are apart in memory.
     """
 
-    def __init__(self, scalars: Scalars, plan: Schedule):
+    def __init__(self, scalars: ScalarProgram, plan: LoopProgram):
         """Begins with no statements."""
         super().__init__(scalars, plan)
         dtypes = {self._all[n].dtype for n in needed(self._all, self._wanted)}

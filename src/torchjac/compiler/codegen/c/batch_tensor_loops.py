@@ -9,17 +9,17 @@ import numpy as np
 from torchjac.compiler.codegen.c.batch_loop import SampleRows
 from torchjac.compiler.codegen.c.matmul_tiles import STRIP
 from torchjac.compiler.codegen.c.tensor_loops import GroupWriter
-from torchjac.compiler.codegen.granularity import Scalars
+from torchjac.compiler.codegen.granularity import ScalarProgram
 from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Places
 from torchjac.compiler.codegen.scalar_ops import CTYPES
-from torchjac.compiler.codegen.schedule import Schedule
+from torchjac.compiler.codegen.schedule import LoopProgram
 from torchjac.errors import PlanRefused
 
 
 class StripWriter(SampleRows, GroupWriter):
     """Writes the loop over strips of samples, from sample `first` up to sample `last`."""
 
-    def __init__(self, scalars: Scalars, plan: Schedule):
+    def __init__(self, scalars: ScalarProgram, plan: LoopProgram):
         """Looks at what belongs to one sample."""
         (loop,) = plan.loops
         super().__init__(scalars, plan, loop.size)

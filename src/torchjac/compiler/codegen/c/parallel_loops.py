@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torchjac.compiler.codegen.c.openmp import cut
 from torchjac.compiler.codegen.c.writer import Writer
-from torchjac.compiler.codegen.schedule import Loop, Schedule
+from torchjac.compiler.codegen.schedule import Loop, LoopProgram
 
 # Values that are written from which on threads may be worth it.
 _MANY = 8192
@@ -15,7 +15,7 @@ _MANY = 8192
 _REGISTER = 32
 
 
-def is_for_threads(plan: Schedule) -> bool:
+def is_for_threads(plan: LoopProgram) -> bool:
     """Whether loops write so many values that threads may be worth it."""
     return sum(loop.size * len(loop.stores) for loop in plan.loops) >= _MANY
 

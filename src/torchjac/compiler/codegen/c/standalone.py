@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchjac.compiler.codegen.build import Written
+from torchjac.compiler.codegen.build import SourceUnit
 from torchjac.compiler.codegen.c.scalar_ops import C, literal
 from torchjac.compiler.codegen.scalar_ops import CTYPES, VECTORIZED
 
@@ -72,7 +72,7 @@ class Standalone:
 
 
 def standalone(
-    program: Written,
+    program: SourceUnit,
     name: str,
     inputs: Sequence[Array],
     outputs: Sequence[Array],

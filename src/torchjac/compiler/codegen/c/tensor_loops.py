@@ -18,11 +18,11 @@ from torchjac.compiler.codegen.c.matmul_tiles import (
     turned,
 )
 from torchjac.compiler.codegen.c.writer import Writer
-from torchjac.compiler.codegen.granularity import Scalars
+from torchjac.compiler.codegen.granularity import ScalarProgram
 from torchjac.compiler.codegen.scalar_ir import ONE, Map, Places, loaded
 from torchjac.compiler.codegen.scalar_ops import CTYPES
 from torchjac.compiler.codegen.scalar_order import needed
-from torchjac.compiler.codegen.schedule import Schedule
+from torchjac.compiler.codegen.schedule import LoopProgram
 from torchjac.errors import PlanRefused
 
 # Bytes of memory to work in, at most.
@@ -43,7 +43,7 @@ class GroupWriter(Writer):
         count: How many samples they are for; 1 of what has none.
     """
 
-    def __init__(self, scalars: Scalars, plan: Schedule, count: int = 1):
+    def __init__(self, scalars: ScalarProgram, plan: LoopProgram, count: int = 1):
         """Looks at what belongs to one sample."""
         super().__init__(scalars, plan)
         self._numbers = needed(self._all, self._wanted)

@@ -11,11 +11,11 @@ import numpy as np
 from torchjac.compiler.codegen.c.loop_body import Turn
 from torchjac.compiler.codegen.c.matmul_tiles import bytes_of
 from torchjac.compiler.codegen.c.scalar_ops import OWN, C, literal
-from torchjac.compiler.codegen.granularity import Scalars
+from torchjac.compiler.codegen.granularity import ScalarProgram
 from torchjac.compiler.codegen.scalar_ir import ArrayRef, Expression, Places, loaded
 from torchjac.compiler.codegen.scalar_ops import COSTLY, CTYPES, VECTORIZED
 from torchjac.compiler.codegen.scalar_order import Group, grouped, needed
-from torchjac.compiler.codegen.schedule import Loop, Schedule
+from torchjac.compiler.codegen.schedule import Loop, LoopProgram
 
 # Statements, and loops, from which on a function is not optimized as much (a straight line gains
 # less by it), and statements of a loop from which on it is not vectorized: compilers are not linear
@@ -60,8 +60,8 @@ class Source:
 
 
 def source_of(
-    scalars: Scalars,
-    plan: Schedule,
+    scalars: ScalarProgram,
+    plan: LoopProgram,
     inputs: Sequence[tuple[int, ArrayRef, str]],
     outputs: Sequence[tuple[str, int]],
     name: str,
@@ -173,7 +173,7 @@ class Writer:
     product = 0.05e-9
     joins = True
 
-    def __init__(self, scalars: Scalars, plan: Schedule):
+    def __init__(self, scalars: ScalarProgram, plan: LoopProgram):
         """Begins with no statements."""
         self._all = scalars.expressions.all
         self._scalars = scalars
