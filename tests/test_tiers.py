@@ -115,8 +115,8 @@ def test_the_page_has_these_rows() -> None:
     assert table == [line(row) for row in ROWS]
 
 
-def test_not_finite_changes_no_state() -> None:
-    for state in (Cold(), WARMING, DUE, TRIAL, PAID, SETTLED, NO):
+def test_a_side_exit_changes_no_state() -> None:
+    for state in (Cold(), TRIAL, PAID, SETTLED, NO):
         assert step(state, NotFinite())[0] == state
 
 
@@ -156,6 +156,18 @@ class TestWarmUp:
             state, _ = step(state, Refused("no"))
         assert isinstance(state, Warming)
         assert step(replace(state, banked=2e3), Missed())[1] is Action.WATCH
+
+    def test_values_that_are_not_finite_are_no_failures(self) -> None:
+        """They spend the bank: a function that is never finite is not traced at every call."""
+        state: State = DUE
+        for _ in range(50):
+            state, _ = step(replace(state, banked=2.0), NotFinite())  # type: ignore[type-var]
+            assert step(state, Missed())[1] is Action.PASS
+        assert isinstance(state, Warming)
+        assert step(replace(state, banked=0.9), Missed())[1] is Action.WATCH
+        assert step(state, Missed(eager=True))[1] is Action.PASS
+        assert step(step(DUE, NotFinite())[0], Missed(eager=True))[1] is Action.WATCH
+        assert step(state, Compiled())[0].undecided == 0  # type: ignore[union-attr]
 
     def test_who_asks_need_not_wait(self) -> None:
         state: State = step(Cold(), Captured(10, 0.0, eager=True))[0]

@@ -228,7 +228,8 @@ class Dispatcher:
         if action is not Action.COMPILE or self._entries.lookup(call) is not None:
             return None
         if not _is_supported(program):
-            self._give_up("inputs or outputs are empty, unused, or not on the CPU")
+            self._step(tiers.NotFinite())
+            self.refused = "inputs or outputs are empty, unused, or not on the CPU"
             return None
         if isinstance(guard, Unguardable):
             self._give_up(guard.reason)

@@ -42,7 +42,8 @@ _NATIVE_LEAST = 0.3
 _NATIVE_MOST = 30.0
 # Refusals in a row after which `compile=True` waits for a warm-up as well.
 _REFUSALS = 3
-# Entries that answered no call yet, after which `compile=True` waits for a warm-up as well.
+# Entries that answered no call yet, or compilations that said nothing, after which `compile=True`
+# waits for a warm-up as well.
 _UNUSED = 8
 # A warm-up is never longer than two to this power times the cost of compiling.
 _DOUBLINGS = 10
@@ -89,6 +90,7 @@ class Warming:
         banked: Predicted seconds of the calls since the last compilation.
         refusals: Compilations in a row that were refused.
         unused: Compilations since an entry last answered a call.
+        undecided: Compilations in a row that said nothing, as values were not finite.
     """
 
     nodes: int
@@ -97,6 +99,7 @@ class Warming:
     banked: float = 0.0
     refusals: int = 0
     unused: int = 0
+    undecided: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +239,10 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class NotFinite:
-    """Compiled code gave a result that is not finite: a side exit."""
+    """A side exit: compiled code gave a result that is not finite.
+
+    Of a function: it could not be compared with passes at these values, or is not for these inputs.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,12 +330,13 @@ def _step_function(state: Cold | Warming, event: Event) -> tuple[State, Action]:
         case Warming(), Passed(passes):
             work = call_work(state.nodes, passes) if passes else state.work
             return replace(state, banked=state.banked + work, work=work), Action.NOTHING
-        case _, NotFinite():
-            return state, Action.PASS
+        case Warming(), NotFinite():  # the bank is spent; no failure is counted
+            return replace(state, banked=0.0, undecided=state.undecided + 1), Action.PASS
         case _, Disagreed(reason):
             return Rejected(reason), Action.PASS
         case Warming(), Compiled():
-            return replace(state, banked=0.0, refusals=0, unused=state.unused + 1), Action.NOTHING
+            compiled = Warming(state.nodes, state.cost, state.work, unused=state.unused + 1)
+            return compiled, Action.NOTHING
         case Warming(), Refused():
             return replace(state, banked=0.0, refusals=state.refusals + 1), Action.NOTHING
         case Warming(), Hit():
@@ -339,7 +346,7 @@ def _step_function(state: Cold | Warming, event: Event) -> tuple[State, Action]:
 
 def _is_due(state: Warming, eager: bool) -> bool:
     """Whether the work of this call and of those before pays for compiling."""
-    if eager and state.refusals < _REFUSALS and state.unused < _UNUSED:
+    if eager and state.refusals < _REFUSALS and max(state.unused, state.undecided) < _UNUSED:
         return True
     doublings = min(state.refusals + state.unused, _DOUBLINGS)
     warmup: float = state.cost * 2**doublings
