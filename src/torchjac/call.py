@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,13 +56,20 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    @cached_property
+    @property
     def _differentiated(self) -> tuple[list[Any], TreeSpec]:
-        return flatten(self.differentiated())
+        # Not `cached_property`, which takes a lock up to Python 3.11: 1 us at every call.
+        flat: tuple[list[Any], TreeSpec] | None = self.__dict__.get("_flat")
+        if flat is None:
+            flat = self.__dict__["_flat"] = flatten(self.differentiated())
+        return flat
 
-    @cached_property
+    @property
     def _others(self) -> tuple[list[Any], TreeSpec]:
-        return flatten((_without(self), self.kwargs))
+        flat: tuple[list[Any], TreeSpec] | None = self.__dict__.get("_flat_others")
+        if flat is None:
+            flat = self.__dict__["_flat_others"] = flatten((_without(self), self.kwargs))
+        return flat
 
     @property
     def leaves(self) -> list[Any]:

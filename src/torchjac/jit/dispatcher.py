@@ -56,6 +56,8 @@ from torchjac.passes.race import is_forced
 from torchjac.request import PassRequest, Request, check_layout, torch_layout
 
 _log = logging.getLogger("torchjac")
+# Events of every call.
+_HIT, _CALLED = tiers.Hit(), tiers.Called()
 
 
 @inert
@@ -135,12 +137,12 @@ class Dispatcher:
         if entry is not None:
             self.refused = entry.refused
             if entry.refused is None:
-                self._step(tiers.Hit())
+                self._step(_HIT)
         return entry
 
     def _run(self, entry: Entry, call: Call, entered: float) -> Any:
         """The Jacobian by compiled code; None where passes are to answer."""
-        if entry.step(tiers.Called()) is not Action.RUN:
+        if entry.step(_CALLED) is not Action.RUN:
             return None
         tier = entry.tier()
         if tier is Tier.PASSES:

@@ -357,10 +357,10 @@ def _step_entry(state: EntryState, event: Event) -> tuple[State, Action]:
     match state, event:
         case Rejected(), _:
             return state, Action.PASS
+        case _, Ran(tier, seconds, work):  # the first cases are those of every call
+            return _ran(state, tier, seconds, work)
         case _, Called():
             return state, Action.RUN
-        case _, Ran(tier, seconds, work):
-            return _ran(state, tier, seconds, work)
         case _, NotFinite():
             return state, Action.PASS
         case _, NativeArrived(predicted):
@@ -376,9 +376,12 @@ def _step_entry(state: EntryState, event: Event) -> tuple[State, Action]:
 def _ran(
     state: Trial | Settled, tier: Tier, seconds: float, work: float
 ) -> tuple[EntryState, Action]:
-    state = replace(state, banked=state.banked + _CALL + work)
+    banked = state.banked + _CALL + work
     if isinstance(state, Trial):
-        state = _decided(replace(state, contest=state.contest.timed(tier, seconds)))
+        contest = state.contest.timed(tier, seconds)
+        state = _decided(Trial(contest, banked, state.cost))
+    else:
+        state = Settled(state.tier, state.contest, banked, state.cost)
     if state.banked < max(_NATIVE_LEAST, state.cost):
         return state, Action.NOTHING
     return state, Action.MAKE_NATIVE
