@@ -507,7 +507,7 @@ def test_a_bad_compiler_is_not_the_end(fresh: Path, monkeypatch: pytest.MonkeyPa
         kernel_of(plan, f, value(*shape))
     call, entry = Call(f, 0, False, (value(*shape),), {}), Entry.of(plan, False)
     after_many_runs(entry, Tier.PROGRAM, call)
-    same(entry.run(call, entry.tier()), oracle_jacobian(f)(value(*shape)))
+    same(entry.of_tier(entry.tier())(call), oracle_jacobian(f)(value(*shape)))
     record = entry.record(plan, "jacobian", torch.strided, 1.0)
     assert "the C compiler failed" in dict(record.refusals)["kernel"]
 
@@ -580,7 +580,7 @@ def test_made_when_it_is_worth_it() -> None:
     entry.ran(Tier.PROGRAM, 10.0, call)
     assert not entry.compiled.emitted.is_compiled, "what a run took decides nothing"
     after_many_runs(entry, Tier.PROGRAM, call)
-    same(entry.run(call, Tier.NATIVE), oracle_jacobian(f)(x))
+    same(entry.of_tier(Tier.NATIVE)(call), oracle_jacobian(f)(x))
 
 
 def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

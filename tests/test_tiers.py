@@ -239,6 +239,7 @@ class TestTrial:
             state, action = step(state, Ran(Tier.PROGRAM, 1e-3, 0.1))
             actions.append(action)
         assert actions.index(Action.MAKE_NATIVE) == 9
+        assert actions.count(Action.MAKE_NATIVE) == 1, "other threads run while it is made"
         state, _ = step(state, Refused("no compiler"))
         assert step(state, Ran(Tier.PROGRAM, 1e-3, 1e3))[1] is Action.NOTHING, "tried once"
 

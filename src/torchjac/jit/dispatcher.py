@@ -7,6 +7,7 @@ or passes, calls the compiler, and tells the state machine how long runs took.
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -86,6 +87,7 @@ class Dispatcher:
         self._entries: CaptureCache[Entry] = CaptureCache(policy=Policy(parameters="objects"))
         self._patterns = Memos()
         self._identity = object()  # unlike id(self), never another dispatcher's
+        self._lock = threading.Lock()
         self._state: FunctionState = tiers.Cold()
         self._misses = tiers.Misses()
         self.refused: str | None = None
@@ -147,12 +149,13 @@ class Dispatcher:
         tier = entry.tier()
         if tier is Tier.PASSES:
             return None
-        value = entry.run(call, tier)
+        compiled = entry.of_tier(tier)
+        value = compiled(call)
         if value is None:
             entry.step(tiers.NotFinite())
             return None
         seconds = now() - entered
-        entry.leave_record(tier, self._request.entry, self._layout, seconds)
+        entry.leave_record(compiled, self._request.entry, self._layout, seconds)
         entry.ran(tier, seconds, call)
         self._missed_fast_path(entry, call)
         return value
@@ -217,7 +220,8 @@ class Dispatcher:
         return self._to_compiler.compiled or bool(self._to_compiler.saved)
 
     def _step(self, event: FunctionEvent) -> Action:
-        self._state, action = tiers.step(self._state, event)  # type: ignore[assignment]
+        with self._lock:
+            self._state, action = tiers.step(self._state, event)  # type: ignore[assignment]
         return action
 
     def _compile(
@@ -257,7 +261,7 @@ class Dispatcher:
             return None
         self.refused = None
         self._step(tiers.Compiled())
-        entry.leave_record_of(compiled, self._request.entry, self._layout, now() - entered)
+        entry.leave_record(compiled, self._request.entry, self._layout, now() - entered)
         return (value,)
 
     def _give_up(self, reason: str) -> None:
@@ -286,7 +290,7 @@ class Dispatcher:
             return None
         if value is None:
             return None
-        entry.leave_record_of(compiled, self._request.entry, self._layout, now() - entered)
+        entry.leave_record(compiled, self._request.entry, self._layout, now() - entered)
         return (value,)
 
     def _pass(self, call: Call, program: EagerGraph) -> Arranged:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -22,7 +22,6 @@ class Entry:
 
     Attributes:
         state: The state of the entry (`jit.tiers`).
-        report: What the issue tracker needs to know, where compiled code was wrong.
     """
 
     def __init__(self, state: EntryState, compiled: Compiled | None = None):
@@ -33,7 +32,7 @@ class Entry:
             compiled: The compiled Jacobian; None for a rejected entry.
         """
         self.state = state
-        self.report: str | None = None
+        self._lock = threading.Lock()
         self._tiers: dict[Tier, Compiled] = {}
         self._work: dict[Tier, float] = {}
         if compiled is not None:
@@ -56,10 +55,8 @@ class Entry:
         """
         ready = asked or compiled.emitted.is_compiled or compiled.emitted.differentiable
         cost = float("inf") if ready else kernel_seconds(compiled.programs)
-        entry = cls(tiers.Rejected("not begun"), compiled)
-        tier = tier_of(compiled)
-        entry.state = tiers.begin(tier, entry._work[tier], compiled.passes, cost)
-        return entry
+        predicted = machine().seconds(compiled.emitted.work)
+        return cls(tiers.begin(tier_of(compiled), predicted, compiled.passes, cost), compiled)
 
     @property
     def refused(self) -> str | None:
@@ -83,13 +80,14 @@ class Entry:
         return self._tiers[Tier.NATIVE] if settled else None
 
     def step(self, event: EntryEvent) -> Action:
-        """Takes an event in; says what to do next."""
-        self.state, action = tiers.step(self.state, event)  # type: ignore[assignment]
+        """Takes an event in; says what to do next. No thread's event is lost."""
+        with self._lock:
+            self.state, action = tiers.step(self.state, event)  # type: ignore[assignment]
         return action
 
-    def run(self, call: Call, tier: Tier) -> Any:
-        """The Jacobian at a call by a compiled tier; None where it is not finite."""
-        return self._tiers[tier](call)
+    def of_tier(self, tier: Tier) -> Compiled:
+        """The compiled Jacobian of a tier above passes."""
+        return self._tiers[tier]
 
     def ran(self, tier: Tier, seconds: float, call: Call) -> None:
         """Takes in how long a call took, and makes native code where that is due."""
@@ -116,11 +114,7 @@ class Entry:
         self._add(native)
         self.step(tiers.NativeArrived(self._work[Tier.NATIVE]))
 
-    def leave_record(self, tier: Tier, entry: str, layout: torch.layout, seconds: float) -> None:
-        """Leaves the record of a run by a tier."""
-        self.leave_record_of(self._tiers[tier], entry, layout, seconds)
-
-    def leave_record_of(
+    def leave_record(
         self, compiled: Compiled, entry: str, layout: torch.layout, seconds: float
     ) -> None:
         """Leaves the record of a run, which holds no result."""

@@ -109,8 +109,8 @@ class Trial:
     Attributes:
         contest: The tiers and their timings.
         banked: Predicted seconds of the entry's runs.
-        cost: Predicted seconds of making native code; infinite where it was made, refused, or
-            cannot be made.
+        cost: Predicted seconds of making native code; infinite where it is made now, was made or
+            refused, or cannot be made.
     """
 
     contest: Contest[Tier]
@@ -382,9 +382,10 @@ def _ran(
         state = _decided(Trial(contest, banked, state.cost))
     else:
         state = Settled(state.tier, state.contest, banked, state.cost)
-    if state.banked < max(_NATIVE_LEAST, state.cost):
+    if banked < max(_NATIVE_LEAST, state.cost):
         return state, Action.NOTHING
-    return state, Action.MAKE_NATIVE
+    # Asked for once: other threads may run the entry while native code is made.
+    return replace(state, cost=math.inf), Action.MAKE_NATIVE
 
 
 def _decided(state: Trial) -> Trial | Settled:
