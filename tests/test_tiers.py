@@ -14,7 +14,6 @@ import pytest
 from torchjac.jit import tiers
 from torchjac.jit.tiers import (
     Action,
-    Called,
     Captured,
     Cold,
     Compiled,
@@ -62,7 +61,6 @@ ROWS: list[tuple[str, State, Event, type, Action]] = [
     ("Warming, an entry holds", WARMING, Hit(), Warming, Action.NOTHING),
     ("Warming, not finite", DUE, NotFinite(), Warming, Action.PASS),
     ("Warming, disagreed", WARMING, Disagreed("no"), Rejected, Action.PASS),
-    ("Trial, called", TRIAL, Called(), Trial, Action.RUN),
     ("Trial, ran", TRIAL, Ran(Tier.PROGRAM, 1e-3, 1e-3), Trial, Action.NOTHING),
     (
         "Trial, ran, native code is due",
@@ -75,7 +73,6 @@ ROWS: list[tuple[str, State, Event, type, Action]] = [
     ("Trial, native code has arrived", TRIAL, NativeArrived(1e-4), Trial, Action.NOTHING),
     ("Trial, native code refused", TRIAL, Refused("no"), Trial, Action.NOTHING),
     ("Trial, disagreed", TRIAL, Disagreed("no"), Rejected, Action.PASS),
-    ("Settled, called", SETTLED, Called(), Settled, Action.RUN),
     ("Settled, ran", SETTLED, Ran(Tier.PROGRAM, 1e-3, 1e-3), Settled, Action.NOTHING),
     (
         "Settled, ran, native code is due",
@@ -89,7 +86,6 @@ ROWS: list[tuple[str, State, Event, type, Action]] = [
     ("Settled, native code refused", SETTLED, Refused("no"), Settled, Action.NOTHING),
     ("Settled, disagreed", SETTLED, Disagreed("no"), Rejected, Action.PASS),
     ("Rejected, a call missed", NO, Missed(eager=True), Rejected, Action.PASS),
-    ("Rejected, called", NO, Called(), Rejected, Action.PASS),
 ]
 
 

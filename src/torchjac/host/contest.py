@@ -8,7 +8,7 @@ for runs that follow one another; the dispatcher does for runs that calls are an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -63,17 +63,18 @@ class Contest(Generic[C]):
         """Seconds of the fastest run of all; infinite before there is one."""
         return min((min(t) for t in self.timings.values() if t), default=math.inf)
 
-    def next(self, among: Collection[C] | None = None) -> C | None:
-        """The candidate to run now: of those worth a run the one expected to be the fastest.
+    def next(self, may_run: Callable[[C], bool] | None = None) -> C | None:
+        """The candidate to run now: new ones first, then the best prediction that is worth a run.
 
         Args:
-            among: Candidates that may run; all of them if absent.
+            may_run: Whether a candidate may run; all may if absent.
 
         Returns:
             The candidate; None where the contest is decided.
         """
-        worth = [c for c in self.predicted if (among is None or c in among) and self._is_worth(c)]
-        return min(worth, key=self._expected, default=None)
+        order = self.predicted if not self.new else sorted(self.predicted, key=self._is_old)
+        worth = (c for c in order if self._is_worth(c) and (may_run is None or may_run(c)))
+        return next(worth, None)
 
     def timed(self, candidate: C, seconds: float) -> Contest[C]:
         """The contest after a run."""
@@ -96,22 +97,18 @@ class Contest(Generic[C]):
             new=self.new | {candidate} if warmups else self.new - {candidate},
         )
 
-    def winner(self, among: Collection[C] | None = None) -> C:
+    def winner(self) -> C:
         """The fastest candidate that ran; of those about as fast the one with the best prediction.
 
         The best prediction where none ran.
         """
-        entrants = [c for c in self.predicted if among is None or c in among]
-        ran = [c for c in entrants if self.timings.get(c)]
-        fastest = min((min(self.timings[c]) for c in ran), default=0.0)
+        ran = [c for c in self.predicted if self.timings.get(c)]
+        fastest = self.fastest()
         tied = [c for c in ran if min(self.timings[c]) <= self.rules.alike * fastest]
-        return (tied or entrants)[0]
+        return (tied or list(self.predicted))[0]
 
-    def _expected(self, candidate: C) -> tuple[bool, float]:
-        """How soon a candidate runs: new ones at first, then by seconds, measured or predicted."""
-        best = self.best(candidate)
-        seconds = self.predicted[candidate] if best is None else best
-        return candidate not in self.new or best is not None, seconds
+    def _is_old(self, candidate: C) -> bool:
+        return candidate not in self.new
 
     def _is_worth(self, candidate: C) -> bool:
         runs = self.timings.get(candidate, ())

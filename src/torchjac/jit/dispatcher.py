@@ -57,8 +57,6 @@ from torchjac.passes.race import is_forced
 from torchjac.request import PassRequest, Request, check_layout, torch_layout
 
 _log = logging.getLogger("torchjac")
-# Events of every call.
-_HIT, _CALLED = tiers.Hit(), tiers.Called()
 
 
 @inert
@@ -138,14 +136,13 @@ class Dispatcher:
         entry = self._entries.lookup(call) if len(self._entries) else None
         if entry is not None:
             self.refused = entry.refused
-            if entry.refused is None:
-                self._step(_HIT)
+            if self.refused is None and not entry.was_hit:
+                entry.was_hit = True
+                self._step(tiers.Hit())
         return entry
 
     def _run(self, entry: Entry, call: Call, entered: float) -> Any:
         """The Jacobian by compiled code; None where passes are to answer."""
-        if entry.step(_CALLED) is not Action.RUN:
-            return None
         tier = entry.tier()
         if tier is Tier.PASSES:
             return None

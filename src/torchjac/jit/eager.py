@@ -195,7 +195,7 @@ def _run(program: EagerGraph, structure: Structure, request: PassRequest, race: 
         light = request if request.pattern is None else replace(request, pattern=None)
         ran = (arranged.passes, arranged.chunk, seconds, _described(request))
         remember(Ran(shape, light, race, plan, *ran).record)
-        return replace(arranged, work=race.predicted.get(replace(plan, checked=False), 0.0))
+        return replace(arranged, work=race.work)
 
 
 def _independence(structure: Structure) -> str | None:

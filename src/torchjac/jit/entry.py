@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ class Entry:
 
     Attributes:
         state: The state of the entry (`jit.tiers`).
+        was_hit: Whether it has held for a call since it was made.
     """
 
     def __init__(self, state: EntryState, compiled: Compiled | None = None):
@@ -32,6 +34,7 @@ class Entry:
             compiled: The compiled Jacobian; None for a rejected entry.
         """
         self.state = state
+        self.was_hit = False
         self._lock = threading.Lock()
         self._tiers: dict[Tier, Compiled] = {}
         self._work: dict[Tier, float] = {}
@@ -54,7 +57,7 @@ class Entry:
             asked: Whether the user asked for native code: then the compiler has tried it.
         """
         ready = asked or compiled.emitted.is_compiled or compiled.emitted.differentiable
-        cost = float("inf") if ready else kernel_seconds(compiled.programs)
+        cost = math.inf if ready else kernel_seconds(compiled.programs)
         predicted = machine().seconds(compiled.emitted.work)
         return cls(tiers.begin(tier_of(compiled), predicted, compiled.passes, cost), compiled)
 
@@ -91,6 +94,9 @@ class Entry:
 
     def ran(self, tier: Tier, seconds: float, call: Call) -> None:
         """Takes in how long a call took, and makes native code where that is due."""
+        state = self.state
+        if isinstance(state, tiers.Settled) and math.isinf(state.cost):
+            return  # nothing is timed, and nothing banked, any more
         if self.step(tiers.Ran(tier, seconds, self._work[tier])) is Action.MAKE_NATIVE:
             self._make_native(call)
 

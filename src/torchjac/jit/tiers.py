@@ -26,8 +26,9 @@ _COMPILE_NODE = 0.8e-3
 _PER_SAMPLE = 0.3
 _PER_SAMPLE_NODE = 4e-3
 # Predicted seconds of a call beside its passes: of any, an operation, and times the passes
-# (2 cores, torch 2.13: 0.26 ms for 5 operations, 1.4 ms for 101, 5.2 ms for 423).
-_CALL = 150e-6
+# (2 quiet cores, torch 2.13, float64: 0.10 ms for 5 operations, 0.82 for 101, 3.0 for 423; batches
+# and hidden layers take up to 2.5 times as long).
+_CALL = 80e-6
 _CALL_NODE = 4e-6
 _CALL_PASSES = 1.5
 # Timed runs of a tier in a trial. The first run of a new tier does not count.
@@ -66,7 +67,6 @@ class Action(enum.Enum):
     PASS = "answer the call by passes"
     WATCH = "build the guard of the call, then answer it by passes or compile"
     COMPILE = "compile the function, and answer the call by the result"
-    RUN = "answer the call by the entry's tier"
     MAKE_NATIVE = "make native code of the entry's program"
     INSTALL = "install the fast path"
 
@@ -89,7 +89,7 @@ class Warming:
         work: Predicted seconds of the last call.
         banked: Predicted seconds of the calls since the last compilation.
         refusals: Compilations in a row that were refused.
-        unused: Compilations since an entry last answered a call.
+        unused: Compilations since an entry was last of use for the first time.
         undecided: Compilations in a row that said nothing, as values were not finite.
     """
 
@@ -211,15 +211,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """An entry with compiled code holds for a call."""
+    """An entry with compiled code holds for a call, its first one."""
 
 
 # Events of an entry.
-
-
-@dataclass(frozen=True, slots=True)
-class Called:
-    """The entry holds for a call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +263,7 @@ class Disagreed:
 
 
 FunctionEvent = Missed | Captured | Passed | Compiled | Refused | Hit | NotFinite | Disagreed
-EntryEvent = Called | Ran | NotFinite | NativeArrived | Refused | Disagreed
+EntryEvent = Ran | NotFinite | NativeArrived | Refused | Disagreed
 Event = FunctionEvent | EntryEvent
 
 
@@ -329,7 +324,16 @@ def _step_function(state: Cold | Warming, event: Event) -> tuple[State, Action]:
             return state, Action.COMPILE if _is_due(state, eager) else Action.PASS
         case Warming(), Passed(passes):
             work = call_work(state.nodes, passes) if passes else state.work
-            return replace(state, banked=state.banked + work, work=work), Action.NOTHING
+            warmer = Warming(  # at every call: a third of what `replace` takes
+                state.nodes,
+                state.cost,
+                work,
+                state.banked + work,
+                state.refusals,
+                state.unused,
+                state.undecided,
+            )
+            return warmer, Action.NOTHING
         case Warming(), NotFinite():  # the bank is spent; no failure is counted
             return replace(state, banked=0.0, undecided=state.undecided + 1), Action.PASS
         case _, Disagreed(reason):
@@ -357,10 +361,8 @@ def _step_entry(state: EntryState, event: Event) -> tuple[State, Action]:
     match state, event:
         case Rejected(), _:
             return state, Action.PASS
-        case _, Ran(tier, seconds, work):  # the first cases are those of every call
+        case _, Ran(tier, seconds, work):
             return _ran(state, tier, seconds, work)
-        case _, Called():
-            return state, Action.RUN
         case _, NotFinite():
             return state, Action.PASS
         case _, NativeArrived(predicted):
@@ -412,12 +414,10 @@ def tier_to_run(state: EntryState, default: Tier | None = Tier.PASSES) -> Tier |
     if isinstance(state, Settled):
         return state.tier
     contest = state.contest
-    among = set(contest.predicted)
-    fastest = contest.fastest()
-    if contest.predicted[Tier.PASSES] > _CLEAR * fastest and Tier.PASSES not in contest.timings:
-        among -= {Tier.PASSES}
-    found = contest.next(among)
-    return default if found is None else found
+    too_slow = contest.predicted[Tier.PASSES] > _CLEAR * contest.fastest()
+    skips = too_slow and Tier.PASSES not in contest.timings
+    tier = contest.next(lambda t: not (skips and t is Tier.PASSES))
+    return default if tier is None else tier
 
 
 # The fast path.

@@ -34,7 +34,7 @@ class Arranged:
         unused: Positions of input leaves that no output depends on.
         passes: Passes that were made.
         chunk: Most seeds that one pass carried.
-        work: Predicted seconds of the passes; 0 where nothing was predicted.
+        work: Predicted seconds of the best passes; 0 where nothing was predicted.
     """
 
     value: Any

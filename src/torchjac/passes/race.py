@@ -81,6 +81,11 @@ class Race:
         self._left_out: frozenset[Plan] = frozenset()  # too slow to be measured anew
 
     @property
+    def work(self) -> float:
+        """Predicted seconds of the best candidate."""
+        return next(iter(self.predicted.values()), 0.0)
+
+    @property
     def settled(self) -> bool:
         """Whether there is nothing left to measure."""
         return self._settled is not None
@@ -108,7 +113,7 @@ class Race:
         if torch.are_deterministic_algorithms_enabled():
             return entrants[0]
         contest = self._contest(entrants)
-        plan = contest.next({p for p in entrants if self._may_run(p, contest)})
+        plan = contest.next(lambda p: self._may_run(p, contest))
         if plan is not None:
             return plan
         fastest = contest.winner()
@@ -131,17 +136,9 @@ class Race:
         return True
 
     def _contest(self, entrants: list[Plan]) -> Contest[Plan]:
-        """The contest of the candidates that are not refused.
-
-        One slow run does not rule the best prediction out: it is the first, with caches cold.
-        """
+        """The contest of the candidates that are not refused."""
         timings = {p: tuple(self.measured[p]) for p in entrants if p in self.measured}
-        return Contest(
-            {p: self.predicted[p] for p in entrants},
-            _RULES,
-            timings=timings,
-            new=frozenset(entrants[:1]),
-        )
+        return Contest({p: self.predicted[p] for p in entrants}, _RULES, timings=timings)
 
     def ran(self, plan: Plan, seconds: float) -> None:
         """Notes that a candidate gave a result, and what it cost."""
