@@ -10,81 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torchjac._torch.operators import aten, known
+from torchjac._torch.operators import aten
 from torchjac._torch.pytree import flatten, unflatten
 from torchjac._torch.trace.op_traits import OpOverload
 from torchjac.call import Call
+from torchjac.ops import Fact, having
 
 # How many samples are few: what is no other size of the arguments, and divides none by accident.
 _FEW = (7, 11, 13, 17, 19, 23)
 # A batch of fewer is not worth it.
 MANY = 32
-# Operations that give the same number everywhere, whatever the size.
-_UNIFORM = known(
-    {
-        *(aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default),
-        *(aten.new_full.default, aten.new_zeros.default, aten.new_ones.default),
-    }
-)
-# Operations on each element that torch does not call so.
-_POINTWISE = known(
-    {
-        *(aten.softplus_backward.default, aten.elu_backward.default, aten.mish_backward.default),
-        *(aten.hardtanh_backward.default, aten.leaky_relu_backward.default),
-        *(aten.hardswish_backward.default, aten.hardsigmoid_backward.default),
-        *(aten.hardshrink_backward.default, aten.softshrink_backward.default),
-        *(aten.log_sigmoid_backward.default, aten.log_sigmoid_forward.default),
-        *(aten.fill.Scalar, aten.fill.Tensor, aten.hardswish.default),
-    }
-)
-# Operations whose tensors may have different numbers of rows: of one that all samples share each
-# would look at a row of its own, the first few at the first ones.
-_BY_PLACE = known({aten.gather.default, aten.scatter.src, aten.scatter_add.default})
-_NORMS = known({aten.native_layer_norm.default, aten.native_layer_norm_backward.default})
-# Operations whose sizes say what shape the result has.
-_SIZED = known(
-    _UNIFORM
-    | {
-        *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default),
-        *(aten._reshape_alias.default, aten.slice_backward.default, aten.select_backward.default),
-    }
-)
-# Operations that do to each sample what they do to the others, wherever it stands, if their `dim`
-# is not the axis of samples. (Not among them: what looks at places along all axes, as `roll`.)
-_NATURAL = known(
-    _SIZED
-    | {
-        *(aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default),
-        *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int),
-        *(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unfold.default),
-        *(aten.cat.default, aten.stack.default, aten.movedim.int),
-        *(aten.detach.default, aten.clone.default, aten.alias.default, aten._to_copy.default),
-        *(aten.contiguous.default, aten.lift_fresh_copy.default),
-        *(aten.ones_like.default, aten.zeros_like.default, aten.full_like.default),
-        *(aten.empty_like.default, *_NORMS),
-        *(
-            aten.sum.dim_IntList,
-            aten.mean.dim,
-            aten.prod.dim_int,
-            aten.amax.default,
-            aten.amin.default,
-        ),
-        *(aten.max.dim, aten.min.dim, aten.linalg_vector_norm.default, aten.linalg_cross.default),
-        *(aten.cumsum.default, aten.cumprod.default, aten.flip.default),
-        *(aten.index_select.default, aten.gather.default),
-        *(aten.scatter_add.default, aten.scatter.src, aten.index_add.default),
-        *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),
-        *(aten._softmax.default, aten._log_softmax.default),
-        *(aten._softmax_backward_data.default, aten._log_softmax_backward_data.default),
-        *(aten._linalg_solve_ex.default, aten.linalg_lu_solve.default, aten.linalg_inv_ex.default),
-        *(aten._linalg_det.default, aten._linalg_slogdet.default, aten.linalg_cholesky_ex.default),
-        *(aten.linalg_solve_triangular.default, aten.linalg_lu_factor_ex.default),
-        *(aten.cholesky_solve.default, aten.lu_unpack.default),
-        *(aten.slice.Tensor, aten.index.Tensor, aten.index_put.default, aten.tril.default),
-        *(aten.triu.default, aten.diagonal.default, aten.diag_embed.default),
-        operator.getitem,
-    }
-)
+_UNIFORM = having(Fact.UNIFORM)
+_POINTWISE = having(Fact.POINTWISE)
+_BY_PLACE = having(Fact.BY_PLACE)
+_NORMS = having(Fact.NORM)
+_SIZED = having(Fact.SIZED)
+_PER_SAMPLE = having(Fact.PER_SAMPLE)
 # What axes are called among their arguments.
 _AXES = ("dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis", "source", "destination")
 
@@ -204,7 +145,7 @@ class _Comparison:
             return all(_ndim(n) == _ndim(node) for n in taken)
         if node.target is operator.getitem:
             return True
-        return node.target in _NATURAL and self._keeps_samples(node, taken)
+        return node.target in _PER_SAMPLE and self._keeps_samples(node, taken)
 
     def _keeps_samples(self, node: fx.Node, taken: list[fx.Node]) -> bool:
         """Whether the axis of samples is not what is operated on."""

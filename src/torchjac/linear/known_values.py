@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torchjac._torch.operators import aten, known
 from torchjac._torch.trace import trace as tracing
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.linear.maps import UNKNOWN, Factors, Numbers, times
+from torchjac.ops import Fact, having
 
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:
@@ -30,15 +32,7 @@ def _laid_out(value: Tensor, like: Tensor) -> Tensor:
     return made.copy_(value)
 
 
-# Operations that go by the strides of their argument.
-_BY_STRIDES = known(
-    {
-        aten.as_strided.default,
-        aten.as_strided_copy.default,
-        aten.view.default,
-        aten._unsafe_view.default,
-    }
-)
+_BY_STRIDES = having(Fact.BY_STRIDES)
 
 
 class Values:
@@ -240,27 +234,15 @@ def unknown(shape: tuple[int, ...]) -> Tensor:
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 
-# Operations that read the shape of their argument only, and what they fill the result with.
-SHAPE_ONLY: dict[Any, float | None] = known(
+# What they fill the result with; None where an argument says so.
+SHAPE_ONLY: Mapping[Any, float | None] = MappingProxyType(
     {
-        aten.zeros_like.default: 0.0,
-        aten.new_zeros.default: 0.0,
-        aten.ones_like.default: 1.0,
-        aten.new_ones.default: 1.0,
-        aten.full_like.default: None,
-        aten.new_full.default: None,
+        **dict.fromkeys(having(Fact.SHAPE_ONLY)),
+        **dict.fromkeys(having(Fact.SHAPE_ONLY | Fact.ZEROS), 0.0),
+        **dict.fromkeys(having(Fact.SHAPE_ONLY | Fact.ONES), 1.0),
     }
 )
-UNINITIALIZED = known(
-    {
-        aten.empty.memory_format,
-        aten.empty_strided.default,
-        aten.empty_like.default,
-        aten.new_empty.default,
-        aten.new_empty_strided.default,
-        aten.empty_permuted.default,
-    }
-)
+UNINITIALIZED = having(Fact.UNINITIALIZED)
 
 
 def _moved(values: Values, node: fx.Node) -> Tensor:

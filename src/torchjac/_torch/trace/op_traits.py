@@ -65,7 +65,11 @@ class Traits:
     is_view: bool
 
 
-# Operations that take the shape of a tensor, and none of its numbers.
+# Facts that the tracer needs stand here, not in `torchjac.ops`: that module imports `_torch`, and
+# no circle may be closed.
+
+# Operations that take the shape of a tensor, and none of its numbers. (`tests/test_ops.py` compares
+# them with the rows of `ops`.)
 FILLED = known(
     {
         aten.zeros_like.default,
@@ -79,6 +83,8 @@ FILLED = known(
         aten.new_full.default,
     }
 )
+# The result is the argument.
+SAME = known((aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default))
 LIFTED, COPIED = aten.lift_fresh.default, aten.lift_fresh_copy.default
 # They write to these arguments, running statistics, though their schemas do not say so.
 _SILENT = known(

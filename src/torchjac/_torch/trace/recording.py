@@ -246,7 +246,7 @@ def graph_of(recording: Recording) -> fx.GraphModule:
         return constants[value.position]
 
     for call in recording.calls:
-        if call.operation in SAME:
+        if call.operation in traits.SAME:
             nodes[id(call.results[0])] = node_of(call.args[0])
             continue
         args = tuple(mapped(list(call.args), node_of))
@@ -333,8 +333,6 @@ def _addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: 
 
 # What is met often is said here: the first decomposition of torch's takes 0.3 s of imports.
 _OWN: dict[Any, Callable[..., Tensor]] = known({aten.addmm.default: _addmm})
-
-SAME = known((aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default))
 
 
 def _is_pure(node: fx.Node) -> bool:

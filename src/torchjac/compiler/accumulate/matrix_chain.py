@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
-from torchjac._torch.operators import aten, known
+from torchjac.ops import Fact, having
 
 # Multiplications that could be made in the time that the operations of one product take to start.
 _PRODUCT = 60_000
@@ -163,4 +163,4 @@ def _cost(node: fx.Node) -> int:
     return max([int(value.numel()), *(int(t.numel()) for t in tensors[:1])])
 
 
-_PRODUCTS = known({aten.mm.default, aten.bmm.default, aten.mv.default})
+_PRODUCTS = having(Fact.CHAIN_PRODUCT)

@@ -29,6 +29,7 @@ from torchjac.linear.known_values import SHAPE_ONLY, Values, before
 from torchjac.linear.maps import Factors, LinearMap, Numbers, Shape
 from torchjac.linear.maps.factors import is_unknown
 from torchjac.linear.rules import Beside, NoRule, NotLinear, Op, Vanishing, local_of
+from torchjac.ops import Fact, having
 
 Record = Callable[[Callable[[], Any]], Any]
 
@@ -156,12 +157,8 @@ def _is_cheap(target: Any) -> bool:
     return isinstance(target, OpOverload) and target._schema.name.split("::")[1] in _CHEAP
 
 
-# Operations that need nothing to be computed: entries stay what they are.
-_CHEAP = {
-    *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "squeeze"),
-    *("unsqueeze", "slice", "slice_backward", "select", "select_backward", "roll", "unbind"),
-    *("cat", "stack", "clone", "detach", "alias", "index_put", "neg", "add", "sub", "sum"),
-}
+# Names, so that every overload of an operator counts.
+_CHEAP = frozenset(op._schema.name.split("::")[1] for op in having(Fact.CHEAP))
 
 
 class Sweep:

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from torchjac._torch.operators import aten, known
+from torchjac._torch.operators import aten
 from torchjac._torch.trace.ir import Called
 from torchjac._torch.trace.recording import Recording, values_in
-from torchjac.compiler.codegen.lower import EXPRESSIONS, INPLACE, Expansion, Form
+from torchjac.compiler.codegen.lower import EXPRESSIONS, Expansion, Form
 from torchjac.compiler.codegen.ops_factorize import FACTORS
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
 from torchjac.compiler.codegen.ops_reduce import CONTRACTIONS
 from torchjac.compiler.codegen.scalar_ir import ArrayRef, Expressions, Places
 from torchjac.errors import PlanRefused
+from torchjac.ops import IN_PLACE, Fact, having
 
 # Elements of operations up to which every element is an expression of its own; up to which that may
 # be; expressions and results up to which it is preferred, and how much shorter one with lanes is
@@ -31,8 +32,8 @@ from torchjac.errors import PlanRefused
 _SMALL, _UNROLLED, _BRIEF, _SHORTER = 500, 60_000, 1500, 6
 # Products of a sample with matrices that all share, from which on these are kept whole.
 _SHARED = 1500
-# Products of matrices, and how many numbers they multiply and add for each of theirs to be kept so.
-_MULTIPLIED = known((aten.mm.default, aten.bmm.default, aten.addmm.default, aten.mv.default))
+_PRODUCTS = having(Fact.LOOPED_PRODUCT)
+# How many numbers products multiply and add for each of theirs to be kept whole.
 _INNER = 8
 # Elements of all operations together.
 _ELEMENTS = 200_000_000
@@ -155,7 +156,7 @@ def multiplies(recordings: Sequence[tuple[Recording, int]]) -> bool:
     for _, calls, _ in _parts(recordings):
         for call in calls:
             size = _work(call)
-            if call.operation in _MULTIPLIED:
+            if call.operation in _PRODUCTS:
                 (result,) = call.results
                 assert result is not None
                 inner = call.args[-2].shape[-1]
@@ -234,7 +235,7 @@ def _work(call: Called) -> int:
     size = sum(math.prod(v.shape) for v in call.results if v is not None)
     if call.operation in (aten.mm.default, aten.bmm.default):
         return int(size * call.args[0].shape[-1])
-    if call.operation in POINTWISE or call.operation in INPLACE:
+    if call.operation in POINTWISE or call.operation in IN_PLACE:
         return size
     if call.operation in FACTORS:
         return max([math.prod(v.shape) * v.shape[-1] for v in values_in(call.args)], default=0)

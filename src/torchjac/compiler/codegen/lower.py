@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.ir import Called, Value
 from torchjac._torch.trace.recording import Recording, decomposed, mapped, values_in
 from torchjac.compiler.codegen.element_ids import BITS, apart, dtype_of, groups, laid_out
@@ -21,7 +20,7 @@ from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Expressions, Lane
 from torchjac.compiler.codegen.scalar_ops import CTYPES, TRUTHS
 from torchjac.compiler.program.optimize import folded
 from torchjac.errors import PlanRefused
-from torchjac.ops import FILLS, MOVES
+from torchjac.ops import IN_PLACE, Fact, having
 
 # Expressions there may be.
 EXPRESSIONS = 40_000
@@ -96,15 +95,15 @@ class Expansion:
         if build is not None:
             (result,) = call.results
             self._set(call, self._pointwise(build, call, dtype_of(result)))
-        elif operation in INPLACE:
+        elif operation in IN_PLACE:
             target = call.args[0]
-            made = self._pointwise(POINTWISE[INPLACE[operation]], call, dtype_of(target))
+            made = self._pointwise(POINTWISE[IN_PLACE[operation]], call, dtype_of(target))
             self.code(target).copy_(made)
             self._set(call, self.code(target))
         elif operation in CONTRACTIONS or operation in FACTORS:
             build = CONTRACTIONS.get(operation) or FACTORS[operation]
             self._set(call, build(self, *call.args, **call.kwargs))
-        elif operation in MOVES:
+        elif operation in _MOVES:
             self._move(call)
         else:
             self._decompose(call)
@@ -156,7 +155,7 @@ class Expansion:
                 given[name] = self.number(argument, dtype_of(made))
             else:
                 given[name] = mapped(argument, lambda v: self.cast(v, dtype_of(made)))
-        if call.operation in FILLS:
+        if call.operation in _FILLS:
             number = given.get("fill_value", self.number(0.0, dtype_of(made)))
             self._set(call, torch.full(made.shape, number))
             return
@@ -351,16 +350,8 @@ class Expansion:
         return np.array(made, dtype=np.int64)
 
 
-INPLACE = known(
-    {
-        aten.add_.Tensor: aten.add.Tensor,
-        aten.sub_.Tensor: aten.sub.Tensor,
-        aten.mul_.Tensor: aten.mul.Tensor,
-        aten.mul_.Scalar: aten.mul.Scalar,
-        aten.div_.Tensor: aten.div.Tensor,
-        aten.neg_.default: aten.neg.default,
-    }
-)
+_FILLS = having(Fact.FILL)
+_MOVES = having(Fact.MOVE)
 
 
 def _met(call: Called) -> str:

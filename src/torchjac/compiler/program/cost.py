@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.ir import Called, Value
 from torchjac._torch.trace.recording import values_in
 from torchjac.host.costs import _CACHED, Work
+from torchjac.ops import Fact, having
 
 
 def work_of_call(call: Called) -> Work:
@@ -23,7 +23,7 @@ def work_of_call(call: Called) -> Work:
     products = 0
     if call.operation in _PRODUCTS:
         products = numbers * given[-2].shape[-1]
-    computed = 0 if call.operation in _MOVES else products or numbers
+    computed = 0 if call.operation in _NOT_COMPUTED else products or numbers
     moved = _bytes([*given, *results])
     large = max((v.shape.numel() * v.dtype.itemsize for v in (*results, *given)), default=0)
     near, far = (moved, 0) if large <= _CACHED else (0, moved)
@@ -47,33 +47,5 @@ def _bytes(values: Iterable[Value]) -> int:
     return total
 
 
-_PRODUCTS = known(
-    {
-        aten.mm.default,
-        aten.bmm.default,
-        aten.mv.default,
-        aten.addmm.default,
-        aten.baddbmm.default,
-        aten.matmul.default,
-    }
-)
-_MOVES = known(
-    {
-        aten.cat.default,
-        aten.clone.default,
-        aten.constant_pad_nd.default,
-        aten.copy_.default,
-        aten.empty.memory_format,
-        aten.fill_.Scalar,
-        aten.flip.default,
-        aten.gather.default,
-        aten.index.Tensor,
-        aten.index_select.default,
-        aten.neg.default,
-        aten.roll.default,
-        aten.scatter.src,
-        aten.stack.default,
-        aten.zeros.default,
-        aten.zero_.default,
-    }
-)
+_PRODUCTS = having(Fact.PRODUCT)
+_NOT_COMPUTED = having(Fact.NOT_COMPUTED)

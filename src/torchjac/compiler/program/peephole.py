@@ -11,6 +11,7 @@ from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.ir import Value
 from torchjac.compiler.program.buffers import Reused
 from torchjac.host.costs import LARGE
+from torchjac.ops import Fact, having
 
 # What can write where its result would be copied to; it takes what it writes to last.
 _WRITERS: dict[Any, Any] = known(
@@ -29,8 +30,10 @@ _WRITERS: dict[Any, Any] = known(
 )
 # Bytes that no cache holds: to write them twice takes longer than anything.
 _FAR = 8 * 2**20
-_FRESH = known({aten.empty.memory_format, aten.zeros.default})
-_PRODUCTS = known({aten.mul.Tensor, torch.mul})
+_FRESH = having(Fact.FRESH)
+_ZEROS = having(Fact.ZEROS)
+# Not facts of operators: pairs of an operator and its Python binding, as this pass meets them.
+_MULTIPLY = known({aten.mul.Tensor, torch.mul})
 
 
 def fused(graph: fx.Graph) -> None:
@@ -47,7 +50,7 @@ def fused(graph: fx.Graph) -> None:
         if node.target in _FRESH and _size(node) >= LARGE:
             value: Value = node.meta["value"]
             if value.device.type == "cpu" and _is_returned(node):
-                node.target = Reused(zeros=node.target is aten.zeros.default)
+                node.target = Reused(zeros=node.target in _ZEROS)
                 node.args, node.kwargs = (node.args[0],), {"dtype": value.dtype}
 
 
@@ -65,7 +68,7 @@ def _write_through(graph: fx.Graph, node: fx.Node) -> None:
 def _add_product(graph: fx.Graph, node: fx.Node) -> None:
     """`out.add_(x * y)` as `out.addcmul_(x, y)`."""
     out, made = node.args[:2]
-    if not _is_only_for(made, node, _PRODUCTS) or node.kwargs:
+    if not _is_only_for(made, node, _MULTIPLY) or node.kwargs:
         return
     assert isinstance(made, fx.Node)
     if not all(isinstance(a, fx.Node) for a in made.args):
