@@ -51,7 +51,7 @@ ArrayKind = Literal["in", "live", "table", "out", "kept", "fixed", "p"]
 
 @dataclass(frozen=True, slots=True)
 class ArrayRef:
-    """An array that a program reads or writes; its text is its name in C.
+    """An array that a program reads or writes; its text is its name.
 
     Attributes:
         kind: What it is for.
@@ -62,10 +62,12 @@ class ArrayRef:
     number: int
 
     def __str__(self) -> str:
-        """The name in C."""
+        """The name."""
         return f"{self.kind}{self.number}"
 
 
+# Kinds of expressions that are no scalar operation.
+STRUCTURAL = frozenset(("constant", "load", "segments", "product"))
 # An argument: an expression, and the map; None where lanes go together.
 Argument = tuple[int, Map | None]
 
