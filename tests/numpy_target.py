@@ -16,7 +16,7 @@ import numpy as np
 import scipy.special
 
 from torchjac.compiler.codegen.granularity import ScalarProgram
-from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Places, loaded, summed
+from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Places, loaded, multiplied, summed
 from torchjac.compiler.codegen.scalar_ops import DTYPES
 from torchjac.compiler.codegen.schedule import Loop, LoopProgram, ScheduleKind
 from torchjac.compiler.codegen.target import Launch, Limits, Signature, Source, SourceUnit
@@ -193,7 +193,7 @@ class _Run:
             np.add.at(sums, np.repeat(np.arange(len(sums)), np.diff(starts)), given[0])
             return sums[lanes]
         if expression.kind == "product":
-            count, rows, inner, columns = expression.about  # type: ignore[misc]
+            count, rows, inner, columns = multiplied(expression)
             left, right = given[0].reshape(count, rows, inner), given[1].reshape(count, inner, -1)
             return (left @ right).reshape(count * rows * columns)[lanes]
         return _OPERATIONS[expression.kind](*given)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.trace.ir import Value
-from torchjac.compiler.codegen.scalar_ir import Expressions, Places
+from torchjac.compiler.codegen.expressions import Expressions
+from torchjac.compiler.codegen.scalar_ir import Places
 from torchjac.compiler.codegen.scalar_ops import DTYPES
 from torchjac.errors import PlanRefused
 

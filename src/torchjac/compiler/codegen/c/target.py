@@ -61,7 +61,7 @@ class CTarget:
         assert isinstance(source, CSource)
         text = source.text
         if unit.is_shared:
-            text += shared(unit.name, unit.samples is not None, source.scratch_of_thread)
+            text += shared(unit.name, unit.kind, source.scratch_of_thread)
         inputs, outputs = max(len(unit.inputs), 1), len(unit.outputs)
         name, numbers = _called(unit)
         text += entry(name, inputs, outputs, numbers)

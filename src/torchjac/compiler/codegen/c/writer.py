@@ -12,7 +12,7 @@ from torchjac.compiler.codegen.c.loop_body import Turn
 from torchjac.compiler.codegen.c.matmul_tiles import bytes_of
 from torchjac.compiler.codegen.c.scalar_ops import CTYPES, OWN, VECTORIZED, C, literal
 from torchjac.compiler.codegen.granularity import ScalarProgram
-from torchjac.compiler.codegen.scalar_ir import ArrayRef, Expression, Places, loaded
+from torchjac.compiler.codegen.scalar_ir import ArrayRef, Expression, Places, constant_of, loaded
 from torchjac.compiler.codegen.scalar_ops import COSTLY
 from torchjac.compiler.codegen.scalar_order import Group, grouped, needed
 from torchjac.compiler.codegen.schedule import Loop, LoopProgram
@@ -248,7 +248,7 @@ class Writer:
         """Writes down an expression of one lane, whose arguments were."""
         expression = self._all[number]
         if expression.kind == "constant":
-            self._single[number] = literal(expression.about, expression.dtype)  # type: ignore[arg-type]
+            self._single[number] = literal(constant_of(expression), expression.dtype)
             return
         if expression.kind == "load":
             array, _, start = loaded(expression)
