@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -207,14 +206,22 @@ def test_other_devices_are_errors() -> None:
         kernel([value(3)])
 
 
+@BOTH
+@pytest.mark.parametrize("samples", [None, 40], ids=["serial", "batch"])
 @pytest.mark.parametrize("name", ["log", "div", "sqrt"])
-def test_what_is_not_finite_is_said(name: str) -> None:
-    """Both targets leave it to others."""
+def test_what_is_not_finite_is_said(name: str, samples: int | None, target: Target) -> None:
+    """Each target leaves it to passes, wherever it is."""
     f = {"log": torch.log, "div": lambda x: 1 / x, "sqrt": torch.sqrt}[name]
     bad = {"log": -1.0, "div": 0.0, "sqrt": -1.0}[name]
-    x = torch.full((5,), 2.0, dtype=torch.float64)
-    kernel = Executable(written([(of(f, x), 1)], None, target=NUMPY))
+    parts = [(of(f, torch.full((7, 2), 2.0, dtype=torch.float64)), 1)]
+    if samples is None:
+        unit = written(parts, None, target=target)
+    else:
+        unit = written_for_samples(parts, 7, samples, target=target)
+    kernel = Executable(unit)
+    x = torch.full((samples or 7, 2), 2.0, dtype=torch.float64)
     assert kernel([x]) is not None
-    x[3] = bad
-    with np.errstate(all="ignore"):
-        assert kernel([x]) is None
+    for place in ((0, 0), (-1, 1)):
+        y = x.clone()
+        y[place] = bad
+        assert kernel([y]) is None
