@@ -92,6 +92,17 @@ PRIVATE_TORCH = {"_torch"}
 # One idea each, which would be harder to follow in parts: all states and events of the tiers.
 LONGER = {"jit/tiers.py"}
 MODULES = sorted(ROOT.rglob("*.py"))
+# Code generation before the border of targets, and the one module there that imports a target.
+CODEGEN = ROOT / "compiler" / "codegen"
+REGISTRY = CODEGEN / "targets.py"
+NEUTRAL = [p for p in MODULES if p.is_relative_to(CODEGEN) and CODEGEN / "c" not in p.parents]
+# Text of C: a directive, the end of a statement, a type, a call of its library.
+C_TEXT = (
+    r"#\s*(pragma|include|define|if|endif)\b"
+    r"|;(\s*\n|$)"
+    r"|\b(double|long long|void|const)\b"
+    r"|\w(\{f\})?\(\{"
+)
 
 
 def room(names: tuple[str, ...]) -> str:
@@ -200,6 +211,30 @@ def test_files_are_read_in_one_sitting(path: Path) -> None:
             body = node.body[1:] if ast.get_docstring(node) else node.body
             length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             assert length <= 60, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", NEUTRAL, ids=lambda p: p.name)
+def test_code_generation_knows_no_target(path: Path) -> None:
+    """Only the registry imports a target; all else goes through `Target`."""
+    if path == REGISTRY:
+        return
+    inside = "torchjac.compiler.codegen.c"
+    assert not [x for x in imports(path) if x == inside or x.startswith(f"{inside}.")]
+
+
+@pytest.mark.parametrize("path", NEUTRAL, ids=lambda p: p.name)
+def test_no_text_of_c_before_the_border(path: Path) -> None:
+    """Expressions and loops name arrays, lanes and operations: no string of theirs is C."""
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    said = {ast.get_docstring(node, clean=False) for node in nodes}
+    texts = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert not [text for text in texts - said if re.search(C_TEXT, text)]
 
 
 def test_public_names() -> None:

@@ -30,10 +30,11 @@ from torchjac._torch.trace.recorder import Recorder
 from torchjac._torch.trace.recording import Recording, recorded
 from torchjac.call import Call, arguments
 from torchjac.compiler import native as compilation
-from torchjac.compiler.codegen.build import SourceUnit, written
+from torchjac.compiler.codegen.build import written
 from torchjac.compiler.codegen.c import toolchain as compiler
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
+from torchjac.compiler.codegen.target import SourceUnit
 from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.native import with_kernel
 from torchjac.errors import CaptureRefused, PlanRefused

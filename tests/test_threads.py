@@ -19,7 +19,7 @@ from laws import oracle_jacobian, same, value
 from test_accumulate import PROBLEMS
 from test_kernel import fresh, kernel_of, script  # noqa: F401
 from torchjac.compiler.codegen import executable as threads
-from torchjac.compiler.codegen.c import parallel_loops as parted
+from torchjac.compiler.codegen import schedule
 from torchjac.compiler.codegen.executable import Executable, Threads
 from torchjac.compiler.native import with_kernel
 from torchjac.errors import PlanRefused
@@ -30,7 +30,7 @@ MESHES = ["finite_volume(19, 17)", "bundle_full(3, 17, 120)", "nbody(19)", "brus
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads are worth it from the first element on."""
-    monkeypatch.setattr(parted, "_MANY", 1)
+    monkeypatch.setattr(schedule, "_MANY", 1)
     monkeypatch.setattr(threads, "_SHARE", 1e-12)
 
 

@@ -19,10 +19,11 @@ from torchjac.call import Call, variables
 from torchjac.capture.eager import capture_function
 from torchjac.capture.trace import trace_value
 from torchjac.compiler.batch_invariance import alike, fewer, with_samples
-from torchjac.compiler.codegen.build import SourceUnit, written, written_for_samples
+from torchjac.compiler.codegen.build import written, written_for_samples
 from torchjac.compiler.codegen.c.standalone import Array, Standalone, identifier, standalone
 from torchjac.compiler.codegen.c.toolchain import NoCompiler
 from torchjac.compiler.codegen.executable import Executable
+from torchjac.compiler.codegen.target import SourceUnit
 from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.native import agree, first_written, jacobian_of
 from torchjac.compiler.per_sample import of_several_sizes

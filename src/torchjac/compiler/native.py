@@ -12,9 +12,9 @@ from torch import Tensor
 
 from torchjac._torch.trace.recording import Recording
 from torchjac.compiler.accumulate.emit import elsewhere
-from torchjac.compiler.codegen.build import SourceUnit, written
-from torchjac.compiler.codegen.c.toolchain import LIMIT
+from torchjac.compiler.codegen.build import written
 from torchjac.compiler.codegen.executable import Executable
+from torchjac.compiler.codegen.target import LIMIT, SourceUnit
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanRefused
 from torchjac.host.contest import Contest, Rules, hold

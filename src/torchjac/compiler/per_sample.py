@@ -19,8 +19,9 @@ from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function, trace_value
 from torchjac.compiler.accumulate.output import Target
 from torchjac.compiler.batch_invariance import alike, fewer, several_fewer
-from torchjac.compiler.codegen.build import SourceUnit, written_for_samples
+from torchjac.compiler.codegen.build import written_for_samples
 from torchjac.compiler.codegen.executable import Executable
+from torchjac.compiler.codegen.target import SourceUnit
 from torchjac.compiler.compiled import Tried
 from torchjac.compiler.native import PATIENCE, first_written, jacobian_of
 from torchjac.compiler.orders import Limits, ways

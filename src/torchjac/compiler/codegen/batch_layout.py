@@ -15,7 +15,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Expression, Map, Places, loaded
+from torchjac.compiler.codegen.scalar_ir import (
+    ONE,
+    ArrayRef,
+    Expression,
+    Map,
+    Places,
+    Sizes,
+    loaded,
+    multiplied,
+    summed,
+)
 from torchjac.errors import PlanRefused
 
 
@@ -59,12 +69,12 @@ class Product:
     """A product of matrices, of one sample.
 
     Attributes:
-        sizes: How many matrices, rows, numbers that are multiplied and added, and columns.
+        sizes: Its sizes.
         left: The left operand.
         right: The right one.
     """
 
-    sizes: tuple[int, int, int, int]
+    sizes: Sizes
     left: Matrix
     right: Matrix
 
@@ -177,16 +187,14 @@ class Strips:
     def _added(self, number: int) -> Home | None:
         """Of sums over lanes."""
         expression = self._all[number]
-        ((argument, by),), starts = expression.arguments, expression.about
-        assert by is not None
-        assert isinstance(starts, np.ndarray)
+        argument, lanes, starts = summed(expression)
         own = self.homes[argument]
         if own is None:
             return None
         counts = np.diff(starts)
         if not counts.all():
             raise PlanRefused("a sum of nothing")
-        sample = own.sample[by.places]
+        sample = own.sample[lanes]
         first = sample[starts[:-1]]
         if (sample != np.repeat(first, counts)).any():
             raise PlanRefused("a sample looks at another")
@@ -199,14 +207,12 @@ class Strips:
             PlanRefused: That depends on the sample.
         """
         expression, home = self._all[number], self.homes[number]
-        ((argument, by),), starts = expression.arguments, expression.about
-        assert by is not None
-        assert isinstance(starts, np.ndarray)
+        argument, lanes, starts = summed(expression)
         if home is None:
-            return by.places, starts
+            return lanes, starts
         own = self.homes[argument]
         assert own is not None
-        rank, counts = own.rank[by.places], np.diff(starts)[home.order]
+        rank, counts = own.rank[lanes], np.diff(starts)[home.order]
         if (counts != counts[:1]).any():
             raise PlanRefused("samples are not computed alike")
         begins = np.append(0, np.cumsum(counts[0]))
@@ -219,7 +225,7 @@ class Strips:
     def _multiplied(self, number: int) -> Home | None:
         """Of a product of matrices."""
         expression = self._all[number]
-        sizes: tuple[int, int, int, int] = expression.about  # type: ignore[assignment]
+        sizes = multiplied(expression)
         count, rows, inner, columns = sizes
         (left, to_left), (right, to_right) = expression.arguments
         assert to_left is not None
@@ -241,7 +247,7 @@ class Strips:
         home = self._of(expression, sampled.reshape(-1))
         within = self._within(sampled)
         self.products[number] = Product(
-            (len(within[0][0]), len(within[1][0]), inner, len(within[2][0])),
+            Sizes(len(within[0][0]), len(within[1][0]), inner, len(within[2][0])),
             self._operand(left, a, within[0], within[1]),
             self._operand(right, b, within[0], within[2]),
         )

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchjac._torch.trace.ir import Value
 from torchjac._torch.trace.recording import Recording
-from torchjac.compiler.codegen.c.batch_loop import SampleWriter
-from torchjac.compiler.codegen.c.batch_tensor_loops import LayerWriter, StripWriter
-from torchjac.compiler.codegen.c.parallel_loops import PartedWriter, is_for_threads
-from torchjac.compiler.codegen.c.writer import Source, Writer, source_of
 from torchjac.compiler.codegen.granularity import (
     ScalarProgram,
     expand,
@@ -24,45 +19,22 @@ from torchjac.compiler.codegen.granularity import (
     multiplies,
     shares_matrices,
 )
-from torchjac.compiler.codegen.scalar_ir import ArrayRef
+from torchjac.compiler.codegen.scalar_ir import STRUCTURAL, ArrayRef
 from torchjac.compiler.codegen.schedule import (
     LoopProgram,
+    ScheduleKind,
     each_alone,
+    in_parallel,
     over_samples,
     schedule,
     schedule_of_samples,
 )
+from torchjac.compiler.codegen.target import Signature, SourceUnit, Target
+from torchjac.compiler.codegen.targets import HOST
 from torchjac.errors import PlanRefused
 
 # What the function is called where nobody asks for another name.
 NAME = "torchjac_kernel"
-
-
-# Statements that a compiler is given.
-_MOST = 20_000
-
-
-@dataclass(frozen=True, slots=True)
-class SourceUnit:
-    """A program written down in C.
-
-    Attributes:
-        name: Of the function.
-        source: The text, and what it reads.
-        inputs: Shape and dtype of every input; of live tensors too.
-        live: Tensors from elsewhere that are read anew at every call.
-        outputs: Shape and dtype of every output.
-        samples: How many samples there are, where each turn of its loop is one.
-        parted: Whether several calls can run a part each.
-    """
-
-    name: str
-    source: Source
-    inputs: tuple[tuple[torch.Size, torch.dtype], ...]
-    live: tuple[Tensor, ...]
-    outputs: tuple[tuple[torch.Size, torch.dtype], ...]
-    samples: int | None = None
-    parted: bool = False
 
 
 def written(
@@ -70,14 +42,16 @@ def written(
     samples: int | None,
     name: str = NAME,
     frozen: bool = False,
+    target: Target = HOST,
 ) -> SourceUnit:
-    """The first outputs of recordings as a function in C.
+    """The first outputs of recordings as a function.
 
     Args:
         recordings: Operations on the same inputs, and how many of their outputs are wanted.
         samples: The leading size of tensors that hold independent samples, if there are such.
         name: Of the function.
         frozen: Whether it is to stand alone: parameters stay as they are now, one thread runs it.
+        target: The target that renders it.
 
     Raises:
         PlanRefused: It runs operations that have no scalar form, or gets too long.
@@ -87,14 +61,15 @@ def written(
     if multiplies(recordings):
         try:
             scalars = expand_strips(recordings, 0, frozen)
-            return _written(recordings, scalars, each_alone(scalars), name, LayerWriter)
+            return _written(recordings, scalars, each_alone(scalars), name, target)
         except PlanRefused as refusal:
             reasons.append(str(refusal))
     try:
         scalars = expand(recordings, samples, frozen)
         plan = schedule(scalars)
-        writing = PartedWriter if is_for_threads(plan) and not frozen else Writer
-        return _written(recordings, scalars, plan, name, writing)
+        if not frozen and ScheduleKind.PARALLEL in target.limits.schedules:
+            plan = in_parallel(plan)
+        return _written(recordings, scalars, plan, name, target)
     except PlanRefused as refusal:
         raise PlanRefused("; ".join([*reasons, str(refusal)])) from None
 
@@ -105,6 +80,7 @@ def written_for_samples(
     many: int,
     name: str = NAME,
     frozen: bool = False,
+    target: Target = HOST,
 ) -> SourceUnit:
     """The same for any number of samples, from what is recorded with a few.
 
@@ -114,6 +90,7 @@ def written_for_samples(
         many: How many the function is called with.
         name: Of the function.
         frozen: Whether it is to stand alone: parameters stay as they are now, one thread runs it.
+        target: The target that renders it.
 
     Raises:
         PlanRefused: As for `written`, or samples are not computed one by one.
@@ -123,11 +100,11 @@ def written_for_samples(
     def alone() -> SourceUnit:
         scalars = expand_samples(recordings, few, frozen)
         plan = schedule_of_samples(scalars, few)
-        return _written(recordings, scalars, plan, name, SampleWriter)
+        return _written(recordings, scalars, plan, name, target)
 
     def in_strips() -> SourceUnit:
         scalars = expand_strips(recordings, few, frozen)
-        return _written(recordings, scalars, over_samples(scalars, few), name, StripWriter)
+        return _written(recordings, scalars, over_samples(scalars, few), name, target)
 
     if shares_matrices(recordings, few):
         made = in_strips()
@@ -176,34 +153,49 @@ def _written(
     scalars: ScalarProgram,
     plan: LoopProgram,
     name: str,
-    writing: type[Writer] = Writer,
+    target: Target,
 ) -> SourceUnit:
+    _check(scalars, plan, target)
     results = _results(recordings)
     inputs: list[tuple[ArrayRef, Any]] = [
         (ArrayRef("in", i), v) for i, v in enumerate(recordings[0][0].inputs)
     ]
     inputs += scalars.live.items()
-    floating = [(n, _name(v.dtype)) for n, v in inputs if v.dtype.is_floating_point]
+    read = [
+        (i, array, _name(v.dtype))
+        for i, (array, v) in enumerate(inputs)
+        if v.dtype.is_floating_point
+    ]
     sizes = [(_name(v.dtype), math.prod(v.shape)) for v in results]
-    numbered = _numbered(inputs, floating)
-    source = source_of(scalars, plan, numbered, sizes, name, writing)
-    if source.statements > _MOST:
-        raise PlanRefused(f"{source.statements} statements in C")
+    source = target.render(scalars, plan, Signature(name, tuple(read), tuple(sizes)))
+    if source.statements > target.limits.statements:
+        raise PlanRefused(f"{source.statements} statements in {target.limits.name}")
     return SourceUnit(
         name,
+        target,
+        plan.kind,
         source,
         tuple((v.shape, v.dtype) for _, v in inputs),
         tuple(scalars.live.values()),
         tuple((v.shape, v.dtype) for v in results),
-        parted=issubclass(writing, PartedWriter),
     )
 
 
-def _numbered(
-    inputs: Sequence[tuple[ArrayRef, Any]], floating: Sequence[tuple[ArrayRef, str]]
-) -> list[tuple[int, ArrayRef, str]]:
-    known = dict(floating)
-    return [(i, n, known[n]) for i, (n, _) in enumerate(inputs) if n in known]
+def _check(scalars: ScalarProgram, plan: LoopProgram, target: Target) -> None:
+    """Refuses what a target cannot do.
+
+    Raises:
+        PlanRefused: It has no such schedule, dtype or operation.
+    """
+    limits, every = target.limits, scalars.expressions.all
+    if plan.kind not in limits.schedules:
+        raise PlanRefused(f"{limits.name} has no {plan.kind.value}")
+    dtypes = {x.dtype for x in every} - limits.dtypes
+    if dtypes:
+        raise PlanRefused(f"{limits.name} does not compute in {', '.join(sorted(dtypes))}")
+    operations = {x.kind for x in every} - limits.operations - STRUCTURAL
+    if operations:
+        raise PlanRefused(f"{limits.name} has no {', '.join(sorted(operations))}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.trace.ir import Value
-from torchjac.compiler.codegen.scalar_ir import Expressions, Places
-from torchjac.compiler.codegen.scalar_ops import CTYPES
+from torchjac.compiler.codegen.expressions import Expressions
+from torchjac.compiler.codegen.scalar_ir import Places
+from torchjac.compiler.codegen.scalar_ops import DTYPES
 from torchjac.errors import PlanRefused
 
 # Codes: the expression, then this many bits for the lane.
@@ -55,7 +56,7 @@ def dtype_of(value: Value | None) -> str:
     """The name of a dtype that expressions may have."""
     assert value is not None
     name = str(value.dtype).removeprefix("torch.")
-    if name not in CTYPES:
+    if name not in DTYPES:
         raise PlanRefused(f"it computes in {name}")
     return name
 

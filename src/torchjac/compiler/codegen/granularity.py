@@ -18,11 +18,12 @@ from torch import Tensor
 from torchjac._torch.operators import aten
 from torchjac._torch.trace.ir import Called
 from torchjac._torch.trace.recording import Recording, values_in
+from torchjac.compiler.codegen.expressions import Expressions
 from torchjac.compiler.codegen.lower import EXPRESSIONS, Expansion, Form
 from torchjac.compiler.codegen.ops_factorize import FACTORS
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
 from torchjac.compiler.codegen.ops_reduce import CONTRACTIONS
-from torchjac.compiler.codegen.scalar_ir import ArrayRef, Expressions, Places
+from torchjac.compiler.codegen.scalar_ir import ArrayRef, Places
 from torchjac.errors import PlanRefused
 from torchjac.ops import IN_PLACE, Fact, having
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from torchjac._torch.trace.ir import Called, Value
 from torchjac._torch.trace.recording import Recording, decomposed, mapped, values_in
 from torchjac.compiler.codegen.element_ids import BITS, apart, dtype_of, groups, laid_out
+from torchjac.compiler.codegen.expressions import Expressions
 from torchjac.compiler.codegen.ops_factorize import FACTORS
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
 from torchjac.compiler.codegen.ops_reduce import CONTRACTIONS
-from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Expressions, Lanes, Places
-from torchjac.compiler.codegen.scalar_ops import CTYPES, TRUTHS
+from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Lanes, Places
+from torchjac.compiler.codegen.scalar_ops import DTYPES, TRUTHS
 from torchjac.compiler.program.optimize import folded
 from torchjac.errors import PlanRefused
 from torchjac.ops import IN_PLACE, Fact, having
@@ -371,7 +372,7 @@ def _met(call: Called) -> str:
         raise PlanRefused("bits of integers")
     if name == "bool":
         return "int64"  # true is more than false
-    if name not in CTYPES:
+    if name not in DTYPES:
         raise PlanRefused(f"it compares {name}")
     return name
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchjac._torch.operators import aten, known, prims
 from torchjac._torch.trace.ir import Value
 from torchjac.compiler.codegen.element_ids import BITS, Expanding, apart, dtype_of, groups
-from torchjac.compiler.codegen.scalar_ir import ONE, Places
+from torchjac.compiler.codegen.scalar_ir import ONE, Places, Sizes
 from torchjac.errors import PlanRefused
 
 # Sums, and products of matrices, up to this length are written out.
@@ -253,7 +253,7 @@ def _whole(do: Expanding, a: Tensor, b: Tensor, dtype: str) -> Tensor | None:
         if (numbers != numbers[0]).any() or do.expressions.all[numbers[0]].lanes is ONE:
             return None
         sides.append((int(numbers[0]), places))
-    sizes = (a.shape[0], a.shape[1], a.shape[2], b.shape[2])
+    sizes = Sizes(a.shape[0], a.shape[1], a.shape[2], b.shape[2])
     number = do.expressions.product(dtype, sides[0], sides[1], sizes)
     count = sizes[0] * sizes[1] * sizes[3]
     return ((number << BITS) + torch.arange(count)).view(sizes[0], sizes[1], sizes[3])

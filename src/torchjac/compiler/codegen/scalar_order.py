@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from torchjac.compiler.codegen.scalar_ir import ONE, Expression
-from torchjac.compiler.codegen.scalar_ops import VECTORIZED
 
 # Calls of a function of the math library that are worth one call for all.
 _GROUP = 3
@@ -25,7 +24,9 @@ def needed(every: Sequence[Expression], wanted: Iterable[int]) -> list[int]:
     return sorted(seen)
 
 
-def grouped(every: Sequence[Expression], numbers: Sequence[int]) -> Iterator[Group]:
+def grouped(
+    every: Sequence[Expression], numbers: Sequence[int], vectorized: frozenset[str]
+) -> Iterator[Group]:
     """Expressions of one lane, functions of the math library together where they can be.
 
     Otherwise in the order in which they were made: compilers keep to the order of the text where
@@ -34,6 +35,7 @@ def grouped(every: Sequence[Expression], numbers: Sequence[int]) -> Iterator[Gro
     Args:
         every: All expressions.
         numbers: Which ones are needed, in the order in which they were made.
+        vectorized: Functions of which the target computes several at once.
     """
     numbers = [n for n in numbers if every[n].lanes is ONE]
     level: dict[int, int] = {}
@@ -41,9 +43,9 @@ def grouped(every: Sequence[Expression], numbers: Sequence[int]) -> Iterator[Gro
     for number in numbers:
         found = every[number]
         level[number] = max(
-            [level[a] + (every[a].kind in VECTORIZED) for a, _ in found.arguments], default=0
+            [level[a] + (every[a].kind in vectorized) for a, _ in found.arguments], default=0
         )
-        if found.kind in VECTORIZED:
+        if found.kind in vectorized:
             functions[level[number], found.kind, found.dtype].append(number)
     groups = {min(group): tuple(group) for group in functions.values() if len(group) >= _GROUP}
     if not groups:
@@ -51,7 +53,7 @@ def grouped(every: Sequence[Expression], numbers: Sequence[int]) -> Iterator[Gro
         return
     within = {number for group in groups.values() for number in group}
     # What a level's functions are of comes first, then these, then what takes them.
-    order = sorted(numbers, key=lambda n: (level[n], every[n].kind in VECTORIZED, n))
+    order = sorted(numbers, key=lambda n: (level[n], every[n].kind in vectorized, n))
     for number in order:
         if number in groups:
             yield groups[number]

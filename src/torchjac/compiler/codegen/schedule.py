@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import numpy as np
 
@@ -24,6 +25,28 @@ from torchjac.errors import PlanRefused
 _KINDS = 6
 # Products up to which a value is computed again rather than kept in memory.
 _CHEAP = 4
+# Values that loops write from which on threads may be worth it.
+_MANY = 8192
+
+
+class ScheduleKind(Enum):
+    """How a target runs the loops of a program.
+
+    Attributes:
+        SERIAL: Loop by loop.
+        PARALLEL: The same, a call runs a part of the turns of each loop; calls of all parts wait
+            for each other where a loop reads what one of another level kept.
+        TENSORS: Every expression is a loop of its own over its lanes; products of matrices are
+            whole. The loops of the program say what is written.
+        BATCH: One loop, each turn is a sample; a call runs some of any number of samples.
+        BATCH_TENSORS: The same, the expressions of a sample being run as those of `TENSORS`.
+    """
+
+    SERIAL = "serial loops"
+    PARALLEL = "parallel loops"
+    TENSORS = "tensor loops"
+    BATCH = "a batch loop"
+    BATCH_TENSORS = "batch tensor loops"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,12 +91,14 @@ class LoopProgram:
         kept: Expressions whose values go through memory, with the array and its size.
         fixed: For each output what it is where it does not vary, by position.
         single: For each output expressions of one lane, and where they go.
+        kind: How they are run.
     """
 
     loops: tuple[Loop, ...]
     kept: dict[int, tuple[ArrayRef, int]]
     fixed: tuple[tuple[Places, np.ndarray], ...]
     single: tuple[tuple[int, ArrayRef, Places], ...]
+    kind: ScheduleKind = ScheduleKind.SERIAL
 
 
 def schedule(scalars: ScalarProgram) -> LoopProgram:
@@ -93,7 +118,18 @@ def schedule(scalars: ScalarProgram) -> LoopProgram:
 def each_alone(scalars: ScalarProgram) -> LoopProgram:
     """A loop for each value that is written, and nothing of how it is computed."""
     fixed, single, stores = _Scheduling(scalars, "none").stores()
-    return LoopProgram(tuple([Loop(len(s.lanes), (s,)) for s in stores]), {}, fixed, single)
+    loops = tuple([Loop(len(s.lanes), (s,)) for s in stores])
+    return LoopProgram(loops, {}, fixed, single, ScheduleKind.TENSORS)
+
+
+def in_parallel(plan: LoopProgram) -> LoopProgram:
+    """The same loops for several threads, where they write so many values that it may be worth it.
+
+    Args:
+        plan: Serial loops.
+    """
+    values = sum(loop.size * len(loop.stores) for loop in plan.loops)
+    return replace(plan, kind=ScheduleKind.PARALLEL) if values >= _MANY else plan
 
 
 class _TooManyKinds(Exception):
@@ -300,7 +336,7 @@ def schedule_of_samples(scalars: ScalarProgram, count: int) -> LoopProgram:
         alone = scalars.expressions.all[store.expression].lanes is ONE
         if not alone and not (store.lanes == every).all():
             raise PlanRefused("a sample looks at another")
-    return made
+    return replace(made, kind=ScheduleKind.BATCH)
 
 
 def over_samples(scalars: ScalarProgram, count: int) -> LoopProgram:
@@ -326,7 +362,8 @@ def over_samples(scalars: ScalarProgram, count: int) -> LoopProgram:
                 Store(number, where[:, position], ArrayRef("out", k), position + width * every)
             )
         fixed.append((np.arange(width), values))
-    return LoopProgram((Loop(count, tuple(stores)),), {}, tuple(fixed), ())
+    loop = Loop(count, tuple(stores))
+    return LoopProgram((loop,), {}, tuple(fixed), (), ScheduleKind.BATCH_TENSORS)
 
 
 def _check(scalars: ScalarProgram, count: int) -> None:

@@ -8,11 +8,10 @@ import numpy as np
 
 from torchjac.compiler.codegen.c.loop_body import Turn
 from torchjac.compiler.codegen.c.matmul_tiles import STRIP, strip_bytes, strip_type, turned
-from torchjac.compiler.codegen.c.scalar_ops import literal
+from torchjac.compiler.codegen.c.scalar_ops import CTYPES, literal
 from torchjac.compiler.codegen.c.writer import Writer
 from torchjac.compiler.codegen.granularity import ScalarProgram
-from torchjac.compiler.codegen.scalar_ir import ArrayRef, Places
-from torchjac.compiler.codegen.scalar_ops import CTYPES
+from torchjac.compiler.codegen.scalar_ir import ArrayRef, Places, loaded
 from torchjac.compiler.codegen.scalar_order import needed
 from torchjac.compiler.codegen.schedule import Loop, LoopProgram
 
@@ -80,7 +79,7 @@ class SampleWriter(SampleRows):
         """An element of a strip of an input."""
         if array not in self._read:
             number = next(
-                x for x in self._all if x.kind == "load" and x.about == (array, step, start)
+                x for x in self._all if x.kind == "load" and loaded(x) == (array, step, start)
             )
             self._placed(f"x{array}", number.dtype, step)
             self._read[array] = step

@@ -8,10 +8,10 @@ import numpy as np
 
 from torchjac.compiler.codegen.c.batch_loop import SampleRows
 from torchjac.compiler.codegen.c.matmul_tiles import STRIP
+from torchjac.compiler.codegen.c.scalar_ops import CTYPES
 from torchjac.compiler.codegen.c.tensor_loops import GroupWriter
 from torchjac.compiler.codegen.granularity import ScalarProgram
 from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Places
-from torchjac.compiler.codegen.scalar_ops import CTYPES
 from torchjac.compiler.codegen.schedule import LoopProgram
 from torchjac.errors import PlanRefused
 

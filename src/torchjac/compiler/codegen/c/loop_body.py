@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from torchjac.compiler.codegen.c.scalar_ops import CTYPES
 from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Places, loaded, summed
-from torchjac.compiler.codegen.scalar_ops import CTYPES
 
 if TYPE_CHECKING:
     from torchjac.compiler.codegen.c.writer import Writer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torchjac.compiler.codegen.c.scalar_ops import CTYPES
 from torchjac.compiler.codegen.scalar_ir import ArrayRef
-from torchjac.compiler.codegen.scalar_ops import CTYPES
 
 # What the number of samples in a strip is called.
 STRIP = "TORCHJAC_STRIP"

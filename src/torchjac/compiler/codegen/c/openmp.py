@@ -6,11 +6,13 @@ threads wait for either.
 
 from __future__ import annotations
 
+from torchjac.compiler.codegen.schedule import ScheduleKind
+
 # Samples that stay together: a strip of them is computed at once.
 _STRIP = 16
 
 
-def shared(name: str, samples: bool, scratch: int) -> str:
+def shared(name: str, kind: ScheduleKind, scratch: int) -> str:
     """C text of a function that runs another one in threads, each of which has a part of the work.
 
     It takes what the other one takes up to the memory to work in, then how many turns there are,
@@ -18,10 +20,12 @@ def shared(name: str, samples: bool, scratch: int) -> str:
 
     Args:
         name: Of the other function.
-        samples: Whether that takes the first of its samples, and the one after the last, and needs
-            memory of its own; else it takes the number of the part, and how many there are.
+        kind: Its schedule. That of a batch takes the first of its samples, and the one after the
+            last, and needs memory of its own; others take the number of the part, and how many
+            there are.
         scratch: Bytes of that memory.
     """
+    samples = kind is not ScheduleKind.PARALLEL
     sample = [f"torchjac_sample(turns, {p}, parts)" for p in ("part", "part + 1")]
     part = ", ".join(sample) if samples else "part, parts"
     memory = f"(char *)scratch + part * {scratch}" if samples else "scratch"

@@ -6,18 +6,11 @@ from collections.abc import Sequence
 
 from torchjac.compiler.codegen.c.openmp import cut
 from torchjac.compiler.codegen.c.writer import Writer
-from torchjac.compiler.codegen.schedule import Loop, LoopProgram
+from torchjac.compiler.codegen.schedule import Loop
 
-# Values that are written from which on threads may be worth it.
-_MANY = 8192
 # Turns that go through registers together, at most: what is left of a loop after these is computed
 # by other functions of the math library, so that results would depend on the number of threads.
 _REGISTER = 32
-
-
-def is_for_threads(plan: LoopProgram) -> bool:
-    """Whether loops write so many values that threads may be worth it."""
-    return sum(loop.size * len(loop.stores) for loop in plan.loops) >= _MANY
 
 
 class PartedWriter(Writer):

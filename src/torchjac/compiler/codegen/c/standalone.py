@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchjac.compiler.codegen.build import SourceUnit
-from torchjac.compiler.codegen.c.scalar_ops import C, literal
-from torchjac.compiler.codegen.scalar_ops import CTYPES, VECTORIZED
+from torchjac.compiler.codegen.c.scalar_ops import CTYPES, VECTORIZED, C, literal
+from torchjac.compiler.codegen.c.writer import CSource
+from torchjac.compiler.codegen.target import SourceUnit
 
 # Words of C and C++, and names of the C library that a function of ours must not have.
 _WORDS = (
@@ -87,22 +87,24 @@ def standalone(
         outputs: Its outputs, in order.
         known: Arrays that do not vary: where entries of a sparse matrix are.
     """
+    source = program.source
+    assert isinstance(source, CSource), "another target rendered it"
     arguments = [f"const {CTYPES[a.dtype]} *{a.name}" for a in inputs]
     arguments += [f"{CTYPES[a.dtype]} *{a.name}" for a in outputs]
     samples = ["long samples"] if program.samples is not None else []
     signature = f"int {name}({', '.join([*samples, *arguments, 'void *work'])})"
-    header = _header(name, signature, program.source.scratch, inputs, outputs, known)
+    header = _header(name, signature, source.scratch, inputs, outputs, known)
     tables = [
         _table(f"{name}_{label}", values)
-        for label, values in zip(program.source.names, program.source.tables, strict=True)
+        for label, values in zip(source.names, source.tables, strict=True)
     ]
-    pointers = ", ".join(f"{name}_{label}" for label in program.source.names) or "0"
+    pointers = ", ".join(f"{name}_{label}" for label in source.names) or "0"
     taken = ", ".join(a.name for a in inputs) or "0"
     body = [
         "/* Written by torchjac. */",
         f'#include "{name}.h"',
         "#define TORCHJAC_PLAIN",
-        _private(program.source.text, name),
+        _private(source.text, name),
         *tables,
         *[_known(f"{name}_{a.name}", a) for a in known],
         "",

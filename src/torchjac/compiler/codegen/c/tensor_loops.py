@@ -17,10 +17,10 @@ from torchjac.compiler.codegen.c.matmul_tiles import (
     strip_type,
     turned,
 )
+from torchjac.compiler.codegen.c.scalar_ops import CTYPES
 from torchjac.compiler.codegen.c.writer import Writer
 from torchjac.compiler.codegen.granularity import ScalarProgram
 from torchjac.compiler.codegen.scalar_ir import ONE, Map, Places, loaded
-from torchjac.compiler.codegen.scalar_ops import CTYPES
 from torchjac.compiler.codegen.scalar_order import needed
 from torchjac.compiler.codegen.schedule import LoopProgram
 from torchjac.errors import PlanRefused

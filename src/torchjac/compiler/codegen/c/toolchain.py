@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torchjac.compiler.codegen.target import LIMIT
 from torchjac.errors import PlanRefused
 from torchjac.host import cache_dir as disk
 from torchjac.host import system, toolchain
 
-# Seconds that a compiler may take.
-LIMIT = 60.0
 _DIGEST = hashlib.sha256().digest_size
 
 

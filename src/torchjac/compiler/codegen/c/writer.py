@@ -10,12 +10,13 @@ import numpy as np
 
 from torchjac.compiler.codegen.c.loop_body import Turn
 from torchjac.compiler.codegen.c.matmul_tiles import bytes_of
-from torchjac.compiler.codegen.c.scalar_ops import OWN, C, literal
+from torchjac.compiler.codegen.c.scalar_ops import CTYPES, OWN, VECTORIZED, C, literal
 from torchjac.compiler.codegen.granularity import ScalarProgram
-from torchjac.compiler.codegen.scalar_ir import ArrayRef, Expression, Places, loaded
-from torchjac.compiler.codegen.scalar_ops import COSTLY, CTYPES, VECTORIZED
+from torchjac.compiler.codegen.scalar_ir import ArrayRef, Expression, Places, constant_of, loaded
+from torchjac.compiler.codegen.scalar_ops import COSTLY
 from torchjac.compiler.codegen.scalar_order import Group, grouped, needed
 from torchjac.compiler.codegen.schedule import Loop, LoopProgram
+from torchjac.compiler.codegen.target import Signature, Source
 
 # Statements, and loops, from which on a function is not optimized as much (a straight line gains
 # less by it), and statements of a loop from which on it is not vectorized: compilers are not linear
@@ -23,50 +24,31 @@ from torchjac.compiler.codegen.schedule import Loop, LoopProgram
 _LONG, _LOOPS, _STRAIGHT = 6000, 100, 1000
 # Numbers that do not vary up to which they are in the text.
 _BRIEF = 64
-# Products that it takes to look up a byte of a table: measured on meshes, pairs, and cameras.
-_LOOKED_UP = 0.6
 # Turns from which on a loop over few statements is worth vectorizing.
 _WIDE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CSource(Source):
     """A program in C.
 
     Attributes:
         text: The function, and what it needs.
-        tables: Arrays that it reads beside the inputs, in order.
-        names: What they are called in the text.
-        scratch: Bytes of memory that it needs to work in.
-        statements: Scalar operations in the text.
-        work: What it runs, in scalar products.
-        seconds: What that takes at best.
+        names: What its tables are called in the text.
         level: How much a compiler should optimize.
     """
 
     text: str
-    tables: tuple[np.ndarray, ...]
     names: tuple[str, ...]
-    scratch: int
-    statements: int
-    work: int
-    seconds: float
     level: int
-
-    @property
-    def cost(self) -> float:
-        """What it runs and what it looks up, in scalar products."""
-        return self.work + _LOOKED_UP * sum(t.nbytes for t in self.tables)
 
 
 def source_of(
     scalars: ScalarProgram,
     plan: LoopProgram,
-    inputs: Sequence[tuple[int, ArrayRef, str]],
-    outputs: Sequence[tuple[str, int]],
-    name: str,
+    signature: Signature,
     writing: type[Writer],
-) -> Source:
+) -> CSource:
     """Writes a program down, as a function that says whether the sum of all results is finite.
 
     (Where it is not, they may be: to look at them there would make compilers keep them.)
@@ -74,12 +56,11 @@ def source_of(
     Args:
         scalars: Its expressions.
         plan: Its loops.
-        inputs: Position, array and dtype of every input that is read.
-        outputs: dtype and size of every output.
-        name: Of the function.
+        signature: What the function takes.
         writing: How loops are written.
     """
     writer = writing(scalars, plan)
+    inputs, outputs = signature.inputs, signature.outputs
     body = [*writer.fixed(outputs), *writer.body()]
     lines = [_PROLOGUE]
     used = writer.called & VECTORIZED
@@ -93,7 +74,7 @@ def source_of(
     lines += [text for own, text in OWN.items() if any(own in line for line in body)]
     lines += writer.helpers()
     lines.append(
-        f"int {name}(const void *const *in, const void *const *table, void *const *out,"
+        f"int {signature.name}(const void *const *in, const void *const *table, void *const *out,"
         f" void *scratch{writer.parameters})\n{{"
     )
     for i, array, dtype in inputs:
@@ -108,15 +89,15 @@ def source_of(
     lines += ["  (void)in; (void)table; (void)out; (void)scratch;", "  double bad = 0;"]
     lines += body
     lines += ["  return bad - bad == 0;", "}", ""]
-    return Source(
-        "\n".join(lines),
-        tuple(writer.tables),
-        tuple(map(str, writer.names)),
-        writer.scratch,
-        writer.statements,
-        writer.work,
-        writer.work * writer.product,
-        _level(writer),
+    return CSource(
+        tables=tuple(writer.tables),
+        scratch=writer.scratch,
+        statements=writer.statements,
+        work=writer.work,
+        seconds=writer.work * writer.product,
+        text="\n".join(lines),
+        names=tuple(map(str, writer.names)),
+        level=_level(writer),
     )
 
 
@@ -239,7 +220,7 @@ class Writer:
         stores: defaultdict[int, list[str]] = defaultdict(list)
         for number, array, positions in self._plan.single:
             stores[number] += [f"{array}[{p}]" for p in positions.tolist()]
-        for group in grouped(self._all, needed(self._all, self._wanted)):
+        for group in grouped(self._all, needed(self._all, self._wanted), VECTORIZED):
             if len(group) > 1:
                 self._together(group)
             for number in group:
@@ -267,7 +248,7 @@ class Writer:
         """Writes down an expression of one lane, whose arguments were."""
         expression = self._all[number]
         if expression.kind == "constant":
-            self._single[number] = literal(expression.about, expression.dtype)  # type: ignore[arg-type]
+            self._single[number] = literal(constant_of(expression), expression.dtype)
             return
         if expression.kind == "load":
             array, _, start = loaded(expression)
