@@ -12,7 +12,7 @@ import torch
 
 import torchjac
 from torchjac.compiler import compile as elimination
-from torchjac.host.gc_pause import seldom_collected
+from torchjac.host.gc_pause import gc_paused
 
 USUAL = (700, 10, 10)
 
@@ -26,15 +26,15 @@ def threshold() -> Iterator[None]:
 
 
 def test_within_and_after() -> None:
-    with seldom_collected():
-        with seldom_collected():
+    with gc_paused():
+        with gc_paused():
             assert gc.get_threshold()[0] > 50_000
         assert gc.get_threshold()[0] > 50_000
     assert gc.get_threshold() == USUAL
 
 
 def test_after_an_error() -> None:
-    with pytest.raises(ValueError, match="mine"), seldom_collected():
+    with pytest.raises(ValueError, match="mine"), gc_paused():
         raise ValueError("mine")
     assert gc.get_threshold() == USUAL
 
@@ -42,13 +42,13 @@ def test_after_an_error() -> None:
 @pytest.mark.parametrize("others", [(0, 10, 10), (500_000, 5, 5)])
 def test_what_is_rarer_stays(others: tuple[int, int, int]) -> None:
     gc.set_threshold(*others)
-    with seldom_collected():
+    with gc_paused():
         assert gc.get_threshold() == others
     assert gc.get_threshold() == others
 
 
 def test_what_somebody_sets_meanwhile_stays() -> None:
-    with seldom_collected():
+    with gc_paused():
         gc.set_threshold(123, 4, 5)
     assert gc.get_threshold() == (123, 4, 5)
 
@@ -57,14 +57,14 @@ def test_threads_that_overlap() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def first() -> None:
-        with seldom_collected():
+        with gc_paused():
             inside.set()
             leave.wait()
 
     thread = threading.Thread(target=first)
     thread.start()
     inside.wait()
-    with seldom_collected():
+    with gc_paused():
         leave.set()
         thread.join()
         assert gc.get_threshold()[0] > 50_000
@@ -90,7 +90,7 @@ def test_a_process_that_is_forked_meanwhile() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def plans() -> None:
-        with seldom_collected():
+        with gc_paused():
             inside.set()
             leave.wait()
 
@@ -99,7 +99,7 @@ def test_a_process_that_is_forked_meanwhile() -> None:
     inside.wait()
     child = os.fork()
     if not child:
-        with seldom_collected():
+        with gc_paused():
             fine = gc.get_threshold()[0] > 50_000
         os._exit(0 if fine and gc.get_threshold() == USUAL else 1)
     assert os.waitpid(child, 0)[1] == 0

@@ -110,7 +110,7 @@ def test_memory(tmp_path: Path) -> None:
     with faked("macos", tmp_path):
         assert 2**28 < system.free_memory() < 2**50
     with faked("windows", tmp_path):
-        assert system.free_memory() == system._SOME_MEMORY
+        assert system.free_memory() == system._ASSUMED_MEMORY
 
 
 def test_caches(tmp_path: Path) -> None:

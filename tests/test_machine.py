@@ -17,7 +17,7 @@ from accumulating import plan_of
 from laws import oracle_jacobian, same, value
 from torchjac.host import cache_dir as disk
 from torchjac.host import costs as machines
-from torchjac.host.costs import DEFAULT, Machine, Work, calibrated, machine, measured
+from torchjac.host.costs import DEFAULT, CostModel, Work, calibrated, cost_model, measured
 from torchjac.jit.entry import Entry
 
 
@@ -29,30 +29,30 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-class TestMachine:
+class TestCostModel:
     def test_measured_once_and_kept(self, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = calibrated()
         (file,) = kept.iterdir()
         assert json.loads(file.read_text())["operation"] == first.operation
         machines._known.clear()
         monkeypatch.setattr(machines, "measured", lambda: pytest.fail("measured again"))
-        assert calibrated() == machine() == first
+        assert calibrated() == cost_model() == first
 
     def test_numbers_make_sense(self) -> None:
-        found = measured()
-        assert 1e-8 < found.operation < 1e-2
-        assert 1e7 < found.memory < 1e13
-        assert 1e7 < found.product < 1e15
+        costs = measured()
+        assert 1e-8 < costs.operation < 1e-2
+        assert 1e7 < costs.memory < 1e13
+        assert 1e7 < costs.product < 1e15
 
     def test_the_default_without_measuring(self, kept: Path) -> None:
-        assert machine() is DEFAULT
+        assert cost_model() is DEFAULT
         assert not kept.exists() or not list(kept.iterdir())
 
     def test_deterministic(self, kept: Path) -> None:
         calibrated()
         torch.use_deterministic_algorithms(True)
         try:
-            assert machine() is calibrated() is DEFAULT
+            assert cost_model() is calibrated() is DEFAULT
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -73,11 +73,11 @@ class TestMachine:
         (file,) = kept.iterdir()
         file.write_text(text)
         machines._known.clear()
-        assert machine() is DEFAULT
+        assert cost_model() is DEFAULT
         assert calibrated() is not DEFAULT
 
     def test_more_work_takes_longer(self) -> None:
-        costs = Machine()
+        costs = CostModel()
         less = Work(operations=3, products=10**6, near=10**5, far=10**7)
         assert 0 < costs.seconds(less) < costs.seconds(less + less)
 

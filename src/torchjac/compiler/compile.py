@@ -29,8 +29,8 @@ from torchjac.compiler.per_sample import compiled_again, sampled
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import CaptureRefused, Disagrees, PlanRefused
 from torchjac.host.clock import now
-from torchjac.host.costs import machine
-from torchjac.host.gc_pause import seldom_collected
+from torchjac.host.costs import cost_model
+from torchjac.host.gc_pause import gc_paused
 from torchjac.host.memory import default_budget
 from torchjac.layout.nested import finisher
 from torchjac.passes.verify import Reference
@@ -49,7 +49,7 @@ _TIMES = 32
 _LIMIT, _SECONDS, _NODE = 1.0, 4.0, 4e-3
 
 
-@seldom_collected()
+@gc_paused()
 def planned(call: Call, program: EagerGraph, wanted: CompileRequest) -> tuple[Compiled, Any]:
     """A plan for a function, checked, and the Jacobian at these arguments.
 
@@ -248,7 +248,7 @@ def _loaded(
                 emitted = compiled_again(emitted)
             except PlanRefused:  # there is no compiler here
                 continue
-        tried = Tried(emitted.mode, machine().seconds(emitted.work), form=emitted.form)
+        tried = Tried(emitted.mode, cost_model().seconds(emitted.work), form=emitted.form)
         return [emitted], saved.pattern, (tried,)
     return None
 

@@ -15,7 +15,7 @@ from torchjac.capture.eager_graph import EagerGraph
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.native import PATIENCE, with_kernel
 from torchjac.compiler.program.tensor_program import TensorProgram
-from torchjac.host.costs import machine
+from torchjac.host.costs import cost_model
 from torchjac.passes.verify import Reference
 from torchjac.request import Mode
 from torchjac.sparsity.pattern import Pattern
@@ -113,5 +113,5 @@ class Compiled:
         """
         with modes.ordinary_tensors():
             program = with_kernel(self.programs, arguments(call), self.shape[2], PATIENCE)
-        tried = Tried(program.mode, machine().seconds(program.work), form=program.form)
+        tried = Tried(program.mode, cost_model().seconds(program.work), form=program.form)
         return replace(self, emitted=program, tried=(*self.tried, tried), alternatives=())

@@ -18,8 +18,8 @@ from torchjac.compiler.codegen.target import LIMIT, SourceUnit
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanRefused
 from torchjac.host.contest import Contest, Rules, hold
-from torchjac.host.costs import machine
-from torchjac.host.gc_pause import seldom_collected
+from torchjac.host.costs import cost_model
+from torchjac.host.gc_pause import gc_paused
 
 C = TypeVar("C")
 
@@ -82,7 +82,7 @@ def written_in_order(
         yield from sorted(texts, key=lambda t: t[1].source.cost)
 
 
-@seldom_collected()
+@gc_paused()
 def with_kernel(
     programs: Sequence[TensorProgram],
     inputs: Sequence[Tensor],
@@ -153,7 +153,7 @@ def timed(
         inputs: Inputs to run them at.
         rules: How long they are run.
     """
-    predicted = {name: machine().seconds(program.work) for name, program in programs.items()}
+    predicted = {name: cost_model().seconds(program.work) for name, program in programs.items()}
     with torch.no_grad():
         contest = Contest(dict(sorted(predicted.items(), key=lambda item: item[1])), rules)
         return hold(contest, lambda name: programs[name](inputs))

@@ -29,7 +29,7 @@ from torchjac.compiler.program.record import recording_of
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import CaptureRefused, PlanRefused
 from torchjac.host.clock import now
-from torchjac.host.costs import machine
+from torchjac.host.costs import cost_model
 from torchjac.request import Mode
 from torchjac.sparsity.detect import KEEP
 from torchjac.sparsity.interpret import interpret
@@ -82,7 +82,7 @@ def sampled(
     if not made:
         raise PlanRefused("; ".join(dict.fromkeys([str(t.refused) for t in tried])))
     emitted, text = first_written(made, _written)
-    operations = machine().seconds(emitted.work)
+    operations = cost_model().seconds(emitted.work)
     if text.source.seconds > _ROUGHLY * operations:
         raise PlanRefused(f"it takes {text.source.work} scalar products for each sample")
     emitted = replace(emitted, kernel=Executable(text, PATIENCE))

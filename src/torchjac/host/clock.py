@@ -1,7 +1,6 @@
-"""The clock: every duration in torchjac is a difference of two readings of it.
+"""The clock: every duration in torchjac is the difference of two of its readings.
 
-Tests and the process replay put a clock of their own in its place, so that nothing they decide
-depends on the machine.
+Tests and the process replay replace the clock: their decisions do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _clock: Clock = perf_counter
 
 
 def now() -> float:
-    """A reading of the clock, in seconds from an arbitrary origin."""
+    """Reads the clock, in seconds from an arbitrary origin."""
     return _clock()
 
 
@@ -26,7 +25,7 @@ def clock(replacement: Clock) -> Iterator[None]:
     """Replaces the clock of the process.
 
     Args:
-        replacement: Returns seconds, never fewer than at the call before.
+        replacement: Returns seconds that never decrease from one call to the next.
     """
     global _clock
     previous, _clock = _clock, replacement

@@ -1,8 +1,8 @@
-"""The contest: which of several ways to do one thing is the fastest, by few timed runs.
+"""A contest finds the fastest of several candidates by few timed runs.
 
-A contest is a value. `next` names the candidate to run, `timed` gives the contest after that run,
-and `winner` is the fastest candidate so far. Whoever holds a contest reads the clock: `hold` does
-for runs that follow one another; the dispatcher does for runs that calls are answered by.
+A contest is a value. `next` is the candidate to run, `timed` returns the contest after that run,
+and `winner` is the fastest candidate so far. The caller reads the clock: `hold` times runs that
+follow one another, the dispatcher times the runs that answer calls.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ C = TypeVar("C")
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How long candidates are run, and which of them wins.
+    """Thresholds of a contest.
 
     Attributes:
-        runs: Timed runs of a candidate; the best one counts.
-        hopeless: A candidate predicted this many times slower than the first is not run.
-        beaten: A candidate measured this many times slower than the fastest is not run once more;
-            a new one not before two runs count, so that one slow run decides nothing.
-        long: Seconds; a candidate that takes longer has one timed run fewer.
+        runs: Timed runs of a candidate; the best time counts.
+        hopeless: A candidate predicted this many times slower than the best prediction is not run.
+        beaten: A candidate measured this many times slower than the fastest is not run again. A new
+            candidate is compared after two runs that count, so that one slow run decides nothing.
+        long: Seconds; a candidate that takes at least as long has one timed run fewer.
         alike: Best times within this factor are a tie, which the better prediction wins.
     """
 
@@ -39,14 +39,14 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Contest(Generic[C]):
-    """Candidates, their predictions, and the runs that were timed.
+    """Candidates, their predictions, and their timed runs.
 
     Attributes:
         predicted: Predicted seconds of each candidate, the best prediction first.
         rules: How long candidates are run.
-        warmups: First runs of a candidate that warm caches up and do not count; none if absent.
-        timings: Seconds of each candidate's runs that count, in order.
-        new: Candidates that came with warm-ups.
+        warmups: Runs of a candidate, before the timed ones, that warm up caches; none if absent.
+        timings: Seconds of each timed run of a candidate, in order.
+        new: Candidates that entered with warm-ups.
     """
 
     predicted: Mapping[C, float]
@@ -56,36 +56,36 @@ class Contest(Generic[C]):
     new: frozenset[C] = frozenset()
 
     def best(self, candidate: C) -> float | None:
-        """Seconds of the fastest run that counts; None before there is one."""
+        """Seconds of the candidate's fastest timed run; None before the first one."""
         return min(self.timings.get(candidate, ()), default=None)
 
     def fastest(self) -> float:
-        """Seconds of the fastest run of all; infinite before there is one."""
+        """Seconds of the fastest timed run of any candidate; infinite before the first one."""
         return min((min(t) for t in self.timings.values() if t), default=math.inf)
 
     def next(self, may_run: Callable[[C], bool] | None = None) -> C | None:
         """The candidate to run now: new ones first, then the best prediction that is worth a run.
 
         Args:
-            may_run: Whether a candidate may run; all may if absent.
+            may_run: Whether a candidate may run; all may if None.
 
         Returns:
-            The candidate; None where the contest is decided.
+            The candidate; None if the contest is decided.
         """
         order = self.predicted if not self.new else sorted(self.predicted, key=self._is_old)
         worth = (c for c in order if self._is_worth(c) and (may_run is None or may_run(c)))
         return next(worth, None)
 
     def timed(self, candidate: C, seconds: float) -> Contest[C]:
-        """The contest after a run."""
-        left = self.warmups.get(candidate, 0)
-        if left:
-            return replace(self, warmups={**self.warmups, candidate: left - 1})
+        """The contest after a run of a candidate."""
+        warmups = self.warmups.get(candidate, 0)
+        if warmups:
+            return replace(self, warmups={**self.warmups, candidate: warmups - 1})
         runs = (*self.timings.get(candidate, ()), seconds)
         return replace(self, timings={**self.timings, candidate: runs})
 
     def with_candidate(self, candidate: C, predicted: float, warmups: int = 0) -> Contest[C]:
-        """The contest with one more candidate, or with one anew: its timings are dropped."""
+        """The contest with a candidate added, or entered again without its timings."""
         timings = {c: runs for c, runs in self.timings.items() if c != candidate}
         predictions = {**self.predicted, candidate: predicted}
         ranked = dict(sorted(predictions.items(), key=lambda item: item[1]))
@@ -98,9 +98,9 @@ class Contest(Generic[C]):
         )
 
     def winner(self) -> C:
-        """The fastest candidate that ran; of those about as fast the one with the best prediction.
+        """The fastest candidate; of a tie, the one with the best prediction.
 
-        The best prediction where none ran.
+        Before any timed run, the candidate with the best prediction.
         """
         ran = [c for c in self.predicted if self.timings.get(c)]
         fastest = self.fastest()
@@ -108,9 +108,11 @@ class Contest(Generic[C]):
         return (tied or list(self.predicted))[0]
 
     def _is_old(self, candidate: C) -> bool:
+        """Sort key of the next run: new candidates come first."""
         return candidate not in self.new
 
     def _is_worth(self, candidate: C) -> bool:
+        """Whether the contest still needs a run of a candidate."""
         runs = self.timings.get(candidate, ())
         if len(runs) >= self.rules.runs - bool(runs and min(runs) >= self.rules.long):
             return False
@@ -127,8 +129,11 @@ def hold(contest: Contest[C], run: Callable[[C], object]) -> Contest[C]:
     """Runs candidates one after the other until the contest is decided.
 
     Args:
-        contest: The contest.
+        contest: The contest before the first run.
         run: Runs a candidate.
+
+    Returns:
+        The decided contest.
     """
     while (candidate := contest.next()) is not None:
         started = now()
@@ -138,7 +143,7 @@ def hold(contest: Contest[C], run: Callable[[C], object]) -> Contest[C]:
 
 
 def ranked(contest: Contest[C]) -> Sequence[C]:
-    """Candidates, the fastest first; those that did not run behind, by their predictions."""
+    """Candidates by measured time; after them, those without a timed run, by prediction."""
     return sorted(
         contest.predicted,
         key=lambda c: (c not in contest.timings, contest.best(c) or contest.predicted[c]),

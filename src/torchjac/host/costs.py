@@ -1,4 +1,4 @@
-"""What operations cost on this machine: measured once, kept on disk."""
+"""The cost model of operations on this machine: measured once, cached on disk."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 from torchjac.host import cache_dir as disk
 from torchjac.host.clock import now
 
-_VERSION = 1
-# Seconds that measuring one number may take.
-_PATIENCE = 0.05
+_VERSION = 1  # version of the file format; files of other versions are ignored
+_MEASURE_TIME = 0.05  # seconds: stop repeating a measurement after this long
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """Costs of operations.
+class CostModel:
+    """Costs of operations on one machine.
 
     Attributes:
-        operation: Seconds that an operation takes by itself.
-        cached: Bytes a second through an elementwise operation whose tensors stay in cache.
-        memory: Of one whose tensors do not, and whose result is fresh memory.
-        product: Multiplications a second in a matrix product.
+        operation: Seconds of overhead of one operation, whatever its size.
+        cached: Bytes per second of an elementwise operation on tensors that stay in cache.
+        memory: Bytes per second of an elementwise operation on tensors that do not stay in cache,
+            with a freshly allocated result.
+        product: Multiplications per second in a matrix product.
     """
 
     operation: float = 2.5e-6
@@ -36,7 +36,7 @@ class Machine:
     product: float = 12e9
 
     def seconds(self, work: Work) -> float:
-        """Predicted time of a straight line of operations."""
+        """Predicted seconds of a tensor program."""
         return (
             work.operations * self.operation
             + work.near / self.cached
@@ -45,14 +45,15 @@ class Machine:
         )
 
 
-DEFAULT = Machine()
-_known: dict[str, Machine] = {}
+DEFAULT = CostModel()
+_known: dict[str, CostModel] = {}
 
 
-def machine() -> Machine:
-    """Costs on this machine: as they were measured, if they were, else the default.
+def cost_model() -> CostModel:
+    """The cost model of this machine: measured if `calibrated` has run here, else the default.
 
-    Under `torch.use_deterministic_algorithms(True)` the default, so that every run decides alike.
+    Under `torch.use_deterministic_algorithms(True)` it is the default, so that every run makes the
+    same decisions.
     """
     if torch.are_deterministic_algorithms_enabled():
         return DEFAULT
@@ -62,20 +63,20 @@ def machine() -> Machine:
     return _known[name]
 
 
-def calibrated() -> Machine:
-    """Costs on this machine; they are measured if they have not been, in a tenth of a second."""
-    found = machine()
-    if found is not DEFAULT or torch.are_deterministic_algorithms_enabled():
-        return found
+def calibrated() -> CostModel:
+    """The cost model of this machine; the first call measures, in about 0.1 s."""
+    known = cost_model()
+    if known is not DEFAULT or torch.are_deterministic_algorithms_enabled():
+        return known
     name = _name()
     _known[name] = measured()
-    about = {"version": _VERSION, **asdict(_known[name])}
-    disk.write(name, json.dumps(about).encode())
+    fields = {"version": _VERSION, **asdict(_known[name])}
+    disk.write(name, json.dumps(fields).encode())
     return _known[name]
 
 
-def measured() -> Machine:
-    """Measures; takes about a tenth of a second."""
+def measured() -> CostModel:
+    """Measures the cost model of this machine, in about 0.1 s."""
     one = torch.ones(1, dtype=torch.float64)
     small = torch.ones(2**15, dtype=torch.float64)
     large = torch.ones(LARGE // 8 + 1, dtype=torch.float64)
@@ -85,7 +86,7 @@ def measured() -> Machine:
         near = _best(lambda: torch.add(small, small), 20) - operation
         far = _best(lambda: torch.neg(large), 1)
         product = _best(lambda: torch.mm(square, square), 1)
-    return Machine(
+    return CostModel(
         operation=operation,
         cached=3 * 8 * small.numel() / max(near, 1e-7),
         memory=2 * 8 * large.numel() / far,
@@ -94,61 +95,59 @@ def measured() -> Machine:
 
 
 def _best(run: Callable[[], object], times: int) -> float:
-    """Seconds of one run, the best of some."""
+    """Seconds of one run: the best of up to five averages over `times` runs."""
     run()
-    found = math.inf
+    best = math.inf
     begun = now()
     for _ in range(5):
         started = now()
         for _ in range(times):
             run()
-        found = min(found, (now() - started) / times)
-        if now() - begun > _PATIENCE:
+        best = min(best, (now() - started) / times)
+        if now() - begun > _MEASURE_TIME:
             break
-    return found
+    return best
 
 
 def _name() -> str:
-    """The file of this machine: its kind of processor, threads, and torch."""
-    about = (platform.machine(), platform.node(), torch.__version__)
-    text = f"{about} {torch.get_num_threads()}"
+    """File name of this machine's cost model; depends on processor, host, torch and threads."""
+    host = (platform.machine(), platform.node(), torch.__version__)
+    text = f"{host} {torch.get_num_threads()}"
     return f"machine-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def _read(name: str) -> Machine | None:
-    """What was measured before; None where it is not there or makes no sense."""
+def _read(name: str) -> CostModel | None:
+    """The cost model in a file; None if the file is missing or invalid."""
     data = disk.read(name)
     if data is None:
         return None
     try:
-        about = json.loads(data)
-        if about.pop("version") != _VERSION:
+        fields = json.loads(data)
+        if fields.pop("version") != _VERSION:
             return None
-        found = Machine(**{key: float(value) for key, value in about.items()})
+        costs = CostModel(**{key: float(value) for key, value in fields.items()})
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    numbers = asdict(found).values()
-    return found if all(math.isfinite(v) and v > 0 for v in numbers) else None
+    numbers = asdict(costs).values()
+    return costs if all(math.isfinite(v) and v > 0 for v in numbers) else None
 
 
-# Bytes from which on an allocator maps memory for itself (glibc: DEFAULT_MMAP_THRESHOLD_MAX).
+# Bytes: an allocator maps larger tensors afresh (glibc: DEFAULT_MMAP_THRESHOLD_MAX).
 LARGE = 32 * 2**20
-
-
-# Tensors larger than this do not stay in cache.
+# Bytes: larger tensors do not stay in cache.
 _CACHED = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Counts.
+    """The work of a tensor program, in counts.
 
     Attributes:
-        operations: Operations that run, views too.
-        multiplications: One for each number that an operation computes, and those of `products`.
+        operations: Operations that run, including views.
+        multiplications: Numbers that operations compute, plus `products`.
         products: Multiplications in matrix products.
-        near: Bytes read and written by operations on small tensors.
-        far: By those on tensors that do not stay in cache.
+        near: Bytes read and written by operations on tensors that stay in cache.
+        far: Bytes read and written by operations on tensors that do not.
     """
 
     operations: int = 0
@@ -163,7 +162,7 @@ class Work:
         return self.near + self.far
 
     def __add__(self, other: Work) -> Work:
-        """One after the other."""
+        """The work of two programs that run one after the other."""
         return Work(
             self.operations + other.operations,
             self.multiplications + other.multiplications,
@@ -173,7 +172,7 @@ class Work:
         )
 
     def times(self, factor: float) -> Work:
-        """The work of the same operations on tensors that are larger by a factor."""
+        """The work of the same operations on tensors `factor` times as large."""
         large = factor * self.near / max(self.operations, 1) > _CACHED
         near, far = int(factor * self.near), int(factor * self.far)
         return Work(

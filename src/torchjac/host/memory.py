@@ -1,4 +1,4 @@
-"""How much memory a Jacobian may use beside its result."""
+"""The memory budget: bytes that a Jacobian may use in addition to its result."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import torch
 from torchjac.errors import ArgumentError
 from torchjac.host import system
 
-# A quarter leaves room for the result, for the rest of the program and for what the estimate of a
-# pass misses (temporaries inside operations).
+# The default budget is one part in _SHARE of free memory. The rest is for the result, the user's
+# program, and temporaries inside operations, which the estimate of a pass leaves out.
 _SHARE = 4
-_FLOOR = 64 * 2**20
+_FLOOR = 64 * 2**20  # bytes: the smallest default budget
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that passes may hold at once on a device: a quarter of what is free now."""
+    """Bytes that passes may hold at once on a device: a quarter of its free memory."""
     return max(_FLOOR, _free(device) // _SHARE)
 
 
 def check_budget(budget: int | None) -> int | None:
-    """Returns the budget if it is a positive number of bytes, or None.
+    """Returns a budget that is a positive number of bytes, or None.
 
     Raises:
-        ArgumentError: It is neither.
+        ArgumentError: The budget is neither.
     """
     if budget is None:
         return None

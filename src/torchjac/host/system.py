@@ -1,7 +1,7 @@
 """The operating system, the processor, memory, and the interpreter.
 
-Tested is Linux on x86-64. What other systems give instead is written here from their documentation,
-and tested with a faked system.
+Linux on x86-64 is tested. The code for other systems follows their documentation, and is tested
+with a faked system.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Literal
 
 System = Literal["linux", "macos", "windows", "other"]
 
-# Bytes that a small laptop has to spare: where there is no way to ask.
-_SOME_MEMORY = 4 * 2**30
+_ASSUMED_MEMORY = 4 * 2**30  # bytes free where no system call tells: those of a small laptop
 _TORCH_LIBRARIES = {"macos": "libtorch_cpu.dylib", "windows": "torch_cpu.dll"}
 _SHARED_SUFFIXES = {"macos": ".dylib", "windows": ".dll"}
 
@@ -31,24 +30,24 @@ def system() -> System:
 
 
 def torch_library() -> str:
-    """File name of torch's library, in the folder `lib` of its package."""
+    """File name of torch's shared library, in the folder `lib` of its package."""
     return _TORCH_LIBRARIES.get(system(), "libtorch_cpu.so")
 
 
 def shared_suffix() -> str:
-    """Suffix of a shared library."""
+    """File name suffix of a shared library."""
     return _SHARED_SUFFIXES.get(system(), ".so")
 
 
 def cache_home() -> Path:
-    """Directory of a user's caches.
+    """Directory of the user's caches.
 
     Raises:
-        RuntimeError: The user has no home.
+        RuntimeError: The user has no home directory.
     """
-    named = os.environ.get("XDG_CACHE_HOME")
-    if named:
-        return Path(named)
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    if xdg:
+        return Path(xdg)
     if system() == "macos":
         return Path.home() / "Library" / "Caches"
     if system() == "windows":
@@ -57,30 +56,30 @@ def cache_home() -> Path:
     return Path.home() / ".cache"
 
 
-def is_private(about: os.stat_result) -> bool:
-    """Whether nobody but this user (and root) could have written there.
+def is_private(status: os.stat_result) -> bool:
+    """Whether only this user and root may write to a file or directory.
 
-    Windows has no such bits: there the directory of a user's caches is the user's own.
+    True on Windows, which has no permission bits: the directory of a user's caches is private.
     """
     if not hasattr(os, "getuid"):
         return True
-    others = stat.S_IWGRP | stat.S_IWOTH
-    return about.st_uid in (os.getuid(), 0) and not about.st_mode & others
+    shared = stat.S_IWGRP | stat.S_IWOTH
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & shared
 
 
 @functools.cache
 def processor() -> str:
-    """What tells processors apart for which one may compile; as far as that is to be known."""
+    """Model and instruction sets of the processor, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        words = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
-        return "\n".join(dict.fromkeys(words))
+        fields = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
+        return "\n".join(dict.fromkeys(fields))
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its container."""
+    """Bytes that this process may still allocate, within the machine and its container."""
     return min(_free_in_system(), _free_in_container())
 
 
@@ -94,11 +93,11 @@ def _free_in_system() -> int:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):
-        return _SOME_MEMORY
+        return _ASSUMED_MEMORY
 
 
 def _free_in_container() -> int:
-    """What a container still allows (cgroup v2); a very large number where there is no limit."""
+    """Bytes below the limit of the container (cgroup v2); 2**62 if there is no limit."""
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
@@ -108,15 +107,16 @@ def _free_in_container() -> int:
 
 
 def has_gil() -> bool:
-    """Whether the interpreter runs one thread at a time (not: free-threaded builds of CPython)."""
+    """Whether the interpreter has a global lock; free-threaded builds of CPython have none."""
     enabled = getattr(sys, "_is_gil_enabled", None)
     return enabled is None or bool(enabled())
 
 
 def calls_natively() -> bool:
-    """Whether compiled code can be a function of CPython's own kind.
+    """Whether compiled code can be a built-in function of CPython.
 
-    It finds names of the interpreter when it is loaded: not where that is embedded privately.
+    Compiled code finds the interpreter's symbols when it is loaded. An application that embeds
+    Python may hide them.
     """
     if system() != "linux" or sys.implementation.name != "cpython":
         return False

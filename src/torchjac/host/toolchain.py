@@ -1,4 +1,4 @@
-"""The C compiler that a system has: its names, its flags, and where kernels are not compiled."""
+"""The C compiler of a system: its names, its flags, and the systems without one."""
 
 from __future__ import annotations
 
@@ -6,46 +6,51 @@ import platform
 
 from torchjac.host.system import has_gil, system
 
-# Names to try after that in the environment variable CC.
+# Names of compilers, tried after the one that the environment variable CC names.
 COMPILERS = ("cc", "gcc", "clang")
 
 _ALWAYS = (
     *("-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
-    "-ffp-contract=off",  # what cancels exactly must not leave what a product was rounded by
+    "-ffp-contract=off",  # a fused product leaves a remainder where terms cancel exactly
     "-DTORCHJAC_LOOPS",
-    *("-fno-builtin-sin", "-fno-builtin-cos", "-w"),  # else both become one that has no vectors
+    *(
+        "-fno-builtin-sin",
+        "-fno-builtin-cos",
+        "-w",
+    ),  # else GCC merges sin and cos into a scalar sincos
 )
-# For this machine, and with the simpler coloring of registers by GCC, whose other one is quadratic
-# in the length of a function: a third of the time for 15 000 statements, and no slower code.
+# Instructions of this machine. The conflict table of GCC's register allocator is quadratic in the
+# length of a function; size 0 selects the simpler allocator: a third of the time to compile 15 000
+# statements, and no slower code.
 _LINUX = (
     "-march=native --param=ira-max-conflict-table-size=0 -lm -lmvec",
     "-march=native -lm -lmvec",
     "-march=native -lm",
     "-lm",
 )
-# Clang: the library of vectorized functions is glibc's, and ARM is tuned for by another flag.
-_MACOS_ARM, _OTHERS = ("-mcpu=native -lm", "-lm"), ("-march=native -lm", "-lm")
+_MACOS_ARM = ("-mcpu=native -lm", "-lm")  # Clang has no libmvec, and -mcpu in place of -march
+_DEFAULT = ("-march=native -lm", "-lm")
 
 
 def flags() -> tuple[str, ...]:
-    """Flags that every kernel is compiled with."""
+    """Flags of every kernel."""
     return _ALWAYS
 
 
 def choices() -> tuple[tuple[str, ...], ...]:
-    """Flags and libraries that a compiler need not know, the best ones first."""
-    found: tuple[str, ...]
+    """Flags and libraries that a compiler may lack, in order of preference."""
+    texts: tuple[str, ...]
     if system() == "linux":
-        found = _LINUX
+        texts = _LINUX
     elif system() == "macos" and platform.machine() == "arm64":
-        found = _MACOS_ARM
+        texts = _MACOS_ARM
     else:
-        found = _OTHERS
-    return tuple(tuple(choice.split()) for choice in found)
+        texts = _DEFAULT
+    return tuple(tuple(text.split()) for text in texts)
 
 
 def refused() -> str | None:
-    """Why kernels are not compiled here; None where they are."""
+    """Reason that kernels are not compiled on this system; None if they are."""
     if system() == "windows":
         return "kernels are not compiled on Windows, where a C long has 32 bits"
     if not has_gil():

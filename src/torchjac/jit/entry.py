@@ -12,7 +12,7 @@ from torchjac.call import Call
 from torchjac.compiler.compiled import Compiled, Tried
 from torchjac.compiler.native import kernel_seconds
 from torchjac.errors import PlanRefused
-from torchjac.host.costs import machine
+from torchjac.host.costs import cost_model
 from torchjac.jit import tiers
 from torchjac.jit.tiers import Action, EntryEvent, EntryState, Rejected, Tier
 from torchjac.record import Candidate, Counts, Record, remember
@@ -45,7 +45,7 @@ class Entry:
     def _add(self, compiled: Compiled) -> None:
         tier = tier_of(compiled)
         self._tiers[tier] = compiled
-        self._work[tier] = machine().seconds(compiled.emitted.work)
+        self._work[tier] = cost_model().seconds(compiled.emitted.work)
         self._work[Tier.PASSES] = compiled.passes
 
     @classmethod

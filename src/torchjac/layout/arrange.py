@@ -1,4 +1,4 @@
-"""From slabs to the nested result, in whichever layout."""
+"""Arranges the slabs of a Jacobian in its layout, nested as outputs x inputs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Arranged:
-    """A finished Jacobian and what was learned while it was written.
+    """A finished Jacobian, with counts of the passes that evaluated it.
 
     Attributes:
         value: Tensors nested as outputs x inputs.
         unused: Positions of input leaves that no output depends on.
-        passes: Passes that were made.
-        chunk: Most seeds that one pass carried.
-        work: Predicted seconds of the best passes; 0 where nothing was predicted.
+        passes: Number of passes through the graph.
+        chunk: Largest number of seeds in one pass.
+        work: Predicted seconds of the best passes; 0 without a prediction.
     """
 
     value: Any
@@ -45,7 +45,7 @@ class Arranged:
 
 
 def converted(value: Any, layout: Layout) -> Any:
-    """The result in a layout of SciPy, if that was asked for."""
+    """Converts a Jacobian to a SciPy layout, if the layout is one."""
     if not _is_scipy(layout):
         return value
 
@@ -57,8 +57,8 @@ def converted(value: Any, layout: Layout) -> Any:
     return tree_map(convert, value)
 
 
-class _Watch:
-    """Passes parts through and remembers what they say about passes and unused inputs."""
+class _Counted:
+    """Yields the parts of a Jacobian, and counts their passes, seeds and used inputs."""
 
     def __init__(self, slabs: Iterable[Part], structure: Structure):
         self._slabs = slabs
@@ -72,51 +72,51 @@ class _Watch:
             self.passes += slab.passes
             seeds = slab.seeds if isinstance(slab, Entries) else slab.stop - slab.start
             self.chunk = max(self.chunk, seeds // slab.passes)
-            self._look(slab)
+            self._record_used(slab)
             yield slab
-            del slab  # an engine about to make the next one must not find this one alive
+            del slab  # frees its memory before the mode evaluates the next one
 
-    def _look(self, slab: Part) -> None:
+    def _record_used(self, slab: Part) -> None:
         used = slab.used
         if used is None:
-            assert isinstance(slab, Slab), "entries say what is used"
+            assert isinstance(slab, Slab), "entries name the inputs that they use"
             used = tuple(value is not None for value in slab.values)
-        for position, yes in enumerate(used):
-            if yes:
+        for position, is_used in enumerate(used):
+            if is_used:
                 self.used[position] = True
 
 
 def arrange(
     slabs: Iterable[Part], program: EagerGraph, structure: Structure, layout: torch.layout
 ) -> Arranged:
-    """Writes a Jacobian from its slabs.
+    """Arranges a Jacobian from its slabs.
 
     Args:
-        slabs: Rows or columns in order, as an engine yields them.
-        program: What was differentiated.
-        structure: Its rows and columns.
+        slabs: Rows or columns in order, as a mode yields them.
+        program: The eager graph that was differentiated.
+        structure: Rows and columns of the Jacobian.
         layout: `torch.strided`, `torch.sparse_csr` or `torch.sparse_coo`.
 
     Raises:
-        PlanRefused, CoupledBatchError: The engine raised it on the way.
+        PlanRefused, CoupledBatchError: The mode raised it while it evaluated a slab.
     """
-    watch = _Watch(slabs, structure)
-    live = _LAYOUTS[layout](iter(watch), program, structure)
+    counted = _Counted(slabs, structure)
+    live = _LAYOUTS[layout](iter(counted), program, structure)
     nest = program.nest
     if nest.output_spec is LEAF and nest.input_spec is LEAF and live and live[0]:
         value: Any = live[0][0]
     else:
         value = _nested(live, program, layout)
-    unused = [p for p, used in zip(nest.live_inputs, watch.used, strict=True) if not used]
+    unused = [p for p, used in zip(nest.live_inputs, counted.used, strict=True) if not used]
     unused += [p for p in range(len(nest.inputs)) if p not in nest.live_inputs]
-    if watch.passes == 0 and program.outputs and (structure.m == 0 or structure.n == 0):
-        # Empty leaves: nothing was differentiated, so nothing can be said of those with a graph.
+    if counted.passes == 0 and program.outputs and (structure.m == 0 or structure.n == 0):
+        # Empty leaves need no pass, so whether inputs with a graph are used is not known.
         unused = [p for p in unused if p not in nest.live_inputs]
-    return Arranged(value, tuple(sorted(unused)), watch.passes, watch.chunk)
+    return Arranged(value, tuple(sorted(unused)), counted.passes, counted.chunk)
 
 
 def _nested(live: list[list[Tensor]], program: EagerGraph, layout: torch.layout) -> Any:
-    """Blocks of live leaves and zero blocks of the others, nested as the user nests them."""
+    """Blocks of live leaves, and zero blocks of the other leaves, nested by the user's specs."""
     nest = program.nest
     row_of = {position: i for i, position in enumerate(nest.live_outputs)}
     column_of = {position: j for j, position in enumerate(nest.live_inputs)}
@@ -125,16 +125,16 @@ def _nested(live: list[list[Tensor]], program: EagerGraph, layout: torch.layout)
         blocks = [
             live[row_of[o]][column_of[i]]
             if o in row_of and i in column_of
-            else zero_block(output, given, program.batch, layout)
-            for i, given in enumerate(nest.inputs)
+            else zero_block(output, source, program.batch, layout)
+            for i, source in enumerate(nest.inputs)
         ]
         rows.append(unflatten(blocks, nest.input_spec))
     return unflatten(rows, nest.output_spec)
 
 
-def zero_block(output: Tensor, given: Tensor, batch: int | None, layout: torch.layout) -> Tensor:
-    """The block between an output and an input that do not depend on each other."""
+def zero_block(output: Tensor, source: Tensor, batch: int | None, layout: torch.layout) -> Tensor:
+    """The block of an output leaf that does not depend on an input leaf (`source`)."""
     if layout is torch.strided:
-        shape = (*output.shape, *(given.shape if batch is None else given.shape[1:]))
-        return torch.zeros(shape, dtype=given.dtype, device=given.device)
-    return sparse.empty(output.numel(), given.numel(), given, layout)
+        shape = (*output.shape, *(source.shape if batch is None else source.shape[1:]))
+        return torch.zeros(shape, dtype=source.dtype, device=source.device)
+    return sparse.empty(output.numel(), source.numel(), source, layout)

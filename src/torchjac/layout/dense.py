@@ -1,4 +1,4 @@
-"""Dense blocks: one write into the final tensor."""
+"""Dense blocks: each slab is written once, into the final tensor."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torchjac.passes.structure import Structure
 def blocks(parts: Iterator[Part], program: EagerGraph, structure: Structure) -> list[list[Tensor]]:
     """One tensor `([B,] *out, *in)` per output and input leaf.
 
-    A Jacobian that comes in one slab is not copied. Blocks may be views of a common buffer, and
-    one that came in columns, or with a batch, is a transposed view of it: strides are not promised.
+    A Jacobian of one slab is not copied. Blocks may be views of a common buffer; with columns or a
+    batch they are transposed views. Strides are not promised.
     """
-    slabs = cast(Iterator[Slab], parts)  # entries are made for sparse layouts only
+    slabs = cast(Iterator[Slab], parts)  # only sparse layouts have entries
     first = next(slabs, None)
     if first is None:
         return [
-            [_zeros(output, given, structure.batch) for given in program.inputs]
+            [_zeros(output, source, structure.batch) for source in program.inputs]
             for output in program.outputs
         ]
     by_rows = first.axis == "rows"
@@ -32,7 +32,7 @@ def blocks(parts: Iterator[Part], program: EagerGraph, structure: Structure) -> 
     seeds = structure.m if by_rows else structure.n
     if first.stop - first.start == seeds:
         buffers = list(first.values)
-        for _ in slabs:  # lets the engine finish its checks
+        for _ in slabs:  # the mode runs its checks after the last slab
             raise AssertionError("a slab after the last one")
         buffers = _unshared(buffers)
     elif program.create_graph:
@@ -50,6 +50,7 @@ def blocks(parts: Iterator[Part], program: EagerGraph, structure: Structure) -> 
 def _written(
     first: Slab, rest: Iterator[Slab], leaves: Sequence[Tensor], seeds: int
 ) -> list[Tensor | None]:
+    """One buffer per leaf with the values of all slabs; None if a leaf has no gradient."""
     buffers: list[Tensor | None] = [None] * len(leaves)
     slab: Slab | None = first
     del first
@@ -58,7 +59,7 @@ def _written(
             if value is None:
                 continue
             buffer = buffers[position]
-            if buffer is None:  # rows before this slab had no gradient: they are zeros
+            if buffer is None:  # seeds of earlier slabs had no gradient: zeros
                 make = torch.empty if slab.start == 0 else torch.zeros
                 buffer = make((seeds, *value.shape[1:]), dtype=value.dtype, device=value.device)
                 buffers[position] = buffer
@@ -77,7 +78,7 @@ def _written(
 def _concatenated(
     first: Slab, rest: Iterator[Slab], leaves: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """As `_written`, through operations that autograd can follow."""
+    """As `_written`, by operations that autograd can differentiate."""
     slabs = [first, *rest]
     buffers: list[Tensor | None] = []
     for position, leaf in enumerate(leaves):
@@ -94,51 +95,53 @@ def _concatenated(
 def _split_rows(
     buffers: Sequence[Tensor], program: EagerGraph, structure: Structure
 ) -> list[list[Tensor]]:
+    """Blocks of an evaluation by rows: one buffer per input leaf."""
     starts = structure.row_starts
-    found = []
+    blocks = []
     for i, output in enumerate(program.outputs):
         row = []
-        for given, buffer in zip(program.inputs, buffers, strict=True):
+        for source, buffer in zip(program.inputs, buffers, strict=True):
             part = buffer if len(program.outputs) == 1 else buffer[starts[i] : starts[i + 1]]
             if structure.batch is None:
-                shape = (*output.shape, *given.shape)
+                shape = (*output.shape, *source.shape)
                 row.append(part if part.shape == shape else part.reshape(shape))
             else:
                 part = part.movedim(0, 1)
-                row.append(part.reshape((*output.shape, *given.shape[1:])))
-        found.append(row)
-    return found
+                row.append(part.reshape((*output.shape, *source.shape[1:])))
+        blocks.append(row)
+    return blocks
 
 
 def _split_columns(
     buffers: Sequence[Tensor], program: EagerGraph, structure: Structure
 ) -> list[list[Tensor]]:
+    """Blocks of an evaluation by columns: one buffer per output leaf."""
     starts = structure.column_starts
-    found = []
+    blocks = []
     for buffer in buffers:
         row = []
-        for j, given in enumerate(program.inputs):
+        for j, source in enumerate(program.inputs):
             part = buffer if len(program.inputs) == 1 else buffer[starts[j] : starts[j + 1]]
-            inner = given.shape if structure.batch is None else given.shape[1:]
+            inner = source.shape if structure.batch is None else source.shape[1:]
             block = part.movedim(0, -1)
             if len(inner) != 1:
                 block = block.view((*block.shape[:-1], *inner))
-            row.append(block if block.dtype == given.dtype else block.to(given.dtype))
-        found.append(row)
-    return found
+            row.append(block if block.dtype == source.dtype else block.to(source.dtype))
+        blocks.append(row)
+    return blocks
 
 
 def _unshared(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gives every buffer memory of its own.
+    """Copies buffers that overlap themselves or share memory with another buffer.
 
     A backward pass may return one tensor for two inputs (the gradient of a sum), or an expanded
-    one; writing into one block of a Jacobian must not change another.
+    tensor; writing into one block of a Jacobian must not change another block.
     """
     seen: set[int] = set()
-    found: list[Tensor | None] = []
+    unshared: list[Tensor | None] = []
     for buffer in buffers:
         if buffer is None:
-            found.append(None)
+            unshared.append(None)
             continue
         overlapping = not buffer.is_contiguous() and any(
             stride == 0 and size > 1
@@ -150,10 +153,10 @@ def _unshared(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
         )
         if len(buffers) > 1:
             seen.add(own.data_ptr())
-        found.append(own)
-    return found
+        unshared.append(own)
+    return unshared
 
 
-def _zeros(output: Tensor, given: Tensor, batch: int | None) -> Tensor:
-    inner = given.shape if batch is None else given.shape[1:]
-    return torch.zeros((*output.shape, *inner), dtype=given.dtype, device=given.device)
+def _zeros(output: Tensor, source: Tensor, batch: int | None) -> Tensor:
+    inner = source.shape if batch is None else source.shape[1:]
+    return torch.zeros((*output.shape, *inner), dtype=source.dtype, device=source.device)

@@ -1,6 +1,6 @@
-"""From blocks, or the values of a pattern, to a result nested as the user nests it.
+"""Nests the blocks, or pattern values, of compiled code by the user's specs.
 
-What depends on shapes and pattern only is made once. Results share no memory with each other.
+Indices and specs are prepared once. Results share no memory with each other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ def finisher(
     output_spec: TreeSpec,
     input_spec: TreeSpec,
 ) -> Callable[[Any], Any]:
-    """What turns the parts of a result into the result."""
+    """A function from the parts that compiled code computes to the nested Jacobian.
+
+    Args:
+        pattern: Pattern of the Jacobian, whose values are the only part; None if the parts are
+            dense blocks, row by row.
+        layout: Layout of each block.
+        output_spec: Spec of the outputs.
+        input_spec: Spec of the differentiated inputs.
+    """
     outputs, inputs = output_spec.num_leaves, input_spec.num_leaves
     simple = outputs == inputs == 1 and output_spec.is_leaf() and input_spec.is_leaf()
     if pattern is None:
@@ -51,10 +59,11 @@ def finisher(
 def _sparse_block(
     pattern: Pattern, i: int, j: int, layout: torch.layout
 ) -> Callable[[Tensor], Tensor]:
-    row, column, kept = pattern.block(i, j)
+    """A function from the values of a pattern to the sparse block of output i and input j."""
+    row, column, numbers = pattern.block(i, j)
     rows = torch.from_numpy(np.asarray(row, dtype=np.int64))
-    columns = torch.from_numpy(np.asarray(column, dtype=np.int64)).clone()  # memory of torch's
-    chosen = None if kept is None else torch.from_numpy(np.asarray(kept))
+    columns = torch.from_numpy(np.asarray(column, dtype=np.int64)).clone()  # memory that torch owns
+    selection = None if numbers is None else torch.from_numpy(np.asarray(numbers))
     size = (
         int(np.prod(pattern.row_shapes[i], dtype=np.int64)),
         int(np.prod(pattern.column_shapes[j], dtype=np.int64)),
@@ -63,16 +72,17 @@ def _sparse_block(
         starts = csr_starts(rows, size[0])
 
         def csr(values: Tensor) -> Tensor:
-            mine = values if chosen is None else values[chosen]
-            where = copied_when_written(starts), copied_when_written(columns)
-            return torch.sparse_csr_tensor(*where, mine, size, check_invariants=False)
+            own = values if selection is None else values[selection]
+            index = copied_when_written(starts), copied_when_written(columns)
+            return torch.sparse_csr_tensor(*index, own, size, check_invariants=False)
 
         return csr
     index = torch.stack([rows, columns])
 
     def coo(values: Tensor) -> Tensor:
-        mine = values if chosen is None else values[chosen]
-        where = copied_when_written(index)
-        return torch.sparse_coo_tensor(where, mine, size, is_coalesced=True, check_invariants=False)
+        own = values if selection is None else values[selection]
+        return torch.sparse_coo_tensor(
+            copied_when_written(index), own, size, is_coalesced=True, check_invariants=False
+        )
 
     return coo

@@ -1,8 +1,8 @@
 """Sparse blocks: the entries of one part at a time, so that m x n is never allocated.
 
-Where the pattern is known its entries are stored, zeros among them, so that every call gives the
-same sparsity. Where it is not, the entries kept are those that are nonzero (or NaN) at this point.
-With a batch the matrix is block diagonal: `(B out, B in)`.
+With a known pattern every structural nonzero is stored, also if it is zero, so that the sparsity is
+the same at every call. Without a pattern the stored entries are those that are nonzero (or NaN) at
+this primal. With a batch the matrix is block diagonal: `(B out, B in)`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def _blocks(
         table = _patterned(cast(Iterator[Entries], parts), program, pattern)
     return [
         [
-            make(row, column, values, output.numel(), given.numel())
-            for given, (row, column, values) in zip(program.inputs, line, strict=True)
+            make(row, column, values, output.numel(), source.numel())
+            for source, (row, column, values) in zip(program.inputs, line, strict=True)
         ]
         for output, line in zip(program.outputs, table, strict=True)
     ]
@@ -58,41 +58,41 @@ def _blocks(
 def _patterned(
     parts: Iterator[Entries], program: EagerGraph, pattern: Pattern
 ) -> list[list[Triplet]]:
-    """Row, column and value of the structural nonzeros, per output and input leaf."""
+    """Row, column and value of each structural nonzero, per output and input leaf."""
     nest = program.nest
     values: Tensor | None = None
     for part in parts:
-        for numbers, found in part.parts:
+        for numbers, entries in part.parts:
             if values is None:
                 values = torch.zeros(pattern.nnz, dtype=_dtype(program), device=program.device)
-            values[numbers] = found.to(values)
+            values[numbers] = entries.to(values)
     if values is None:
         values = torch.zeros(pattern.nnz, dtype=_dtype(program), device=program.device)
     return [
         [
-            _block_of(pattern, values, i, j, given)
-            for j, given in zip(nest.live_inputs, program.inputs, strict=True)
+            _block_of(pattern, values, i, j, source.dtype)
+            for j, source in zip(nest.live_inputs, program.inputs, strict=True)
         ]
         for i in nest.live_outputs
     ]
 
 
-def _block_of(pattern: Pattern, values: Tensor, i: int, j: int, given: Tensor) -> Triplet:
-    row, column, kept = pattern.block(i, j)
+def _block_of(pattern: Pattern, values: Tensor, i: int, j: int, dtype: torch.dtype) -> Triplet:
+    row, column, numbers = pattern.block(i, j)
     device = values.device
-    mine = values if kept is None else values[torch.from_numpy(kept).to(device)]
+    own = values if numbers is None else values[torch.from_numpy(numbers).to(device)]
     return (
         torch.from_numpy(row).to(device, torch.int64),
         torch.from_numpy(column).to(device, torch.int64),
-        mine.to(given.dtype),
+        own.to(dtype),
     )
 
 
 def _dtype(program: EagerGraph) -> torch.dtype:
-    found = program.inputs[0].dtype
-    for given in program.inputs[1:]:
-        found = torch.promote_types(found, given.dtype)
-    return found
+    dtype = program.inputs[0].dtype
+    for source in program.inputs[1:]:
+        dtype = torch.promote_types(dtype, source.dtype)
+    return dtype
 
 
 def _coo(row: Tensor, column: Tensor, values: Tensor, m: int, n: int) -> Tensor:
@@ -103,10 +103,10 @@ def _coo(row: Tensor, column: Tensor, values: Tensor, m: int, n: int) -> Tensor:
 
 def empty(rows: int, columns: int, like: Tensor, layout: torch.layout) -> Tensor:
     """A matrix without entries."""
-    none = torch.zeros(0, dtype=torch.int64, device=like.device)
+    index = torch.zeros(0, dtype=torch.int64, device=like.device)
     values = torch.zeros(0, dtype=like.dtype, device=like.device)
     make = _csr if layout is torch.sparse_csr else _coo
-    return make(none, none, values, rows, columns)
+    return make(index, index, values, rows, columns)
 
 
 Triplet = tuple[Tensor, Tensor, Tensor]
@@ -115,8 +115,8 @@ Triplet = tuple[Tensor, Tensor, Tensor]
 class _Growing:
     """Row, column and value of the entries so far, in buffers that double when they are full.
 
-    Small tensors that outlive a slab would pin the heap above the slab's own memory, which then is
-    never given back (20 000 rows: 1.7 GB for 60 000 entries).
+    Small tensors that outlive a slab would pin the heap above the memory of the slab, and the
+    allocator would never release it (20 000 rows: 1.7 GB for 60 000 entries).
     """
 
     def __init__(self, like: Tensor):
@@ -136,7 +136,7 @@ class _Growing:
         self._size = size
 
     def sorted(self) -> Triplet:
-        """All entries, by row and then by column."""
+        """All entries, sorted by row and then by column."""
         row, column, values = (b[: self._size] for b in self._buffers)
         if self._size == 0:
             return row, column, values
@@ -149,12 +149,11 @@ class _Growing:
         return larger
 
 
-# Triplet that a buffer begins with: 1 MiB, enough to be mapped for itself by most allocators.
-_FIRST = 2**17
+_FIRST = 2**17  # entries of a new buffer: 1 MiB, which most allocators map separately
 
 
 def csr_starts(row: Tensor, m: int) -> Tensor:
-    """Where each row of a CSR matrix begins, from the row of each entry."""
+    """Number of the first entry of each row of a CSR matrix, from the row of each entry."""
     starts = torch.zeros(m + 1, dtype=torch.int64, device=row.device)
     torch.cumsum(torch.bincount(row, minlength=m), 0, out=starts[1:])
     return starts
@@ -170,36 +169,46 @@ def _entries(
 ) -> list[list[Triplet]]:
     """Row, column and value of every entry, sorted by row, per output and input leaf."""
     outputs, inputs = range(len(program.outputs)), range(len(program.inputs))
-    found = {(i, j): _Growing(program.inputs[j]) for i in outputs for j in inputs}
+    blocks = {(i, j): _Growing(program.inputs[j]) for i in outputs for j in inputs}
     for slab in slabs:
         for position, value in enumerate(slab.values):
             if value is None:
                 continue
             for i, j, entries in _of_slab(slab, position, value, structure):
-                found[i, j].add(entries)
-    return [[found[i, j].sorted() for j in inputs] for i in outputs]
+                blocks[i, j].add(entries)
+    return [[blocks[i, j].sorted() for j in inputs] for i in outputs]
 
 
 def _of_slab(
     slab: Slab, position: int, value: Tensor, structure: Structure
 ) -> Iterator[tuple[int, int, Triplet]]:
-    """Splits a slab of one leaf by the leaves that its seeds belong to."""
+    """Splits the entries of a slab by the leaves that its seeds belong to.
+
+    Args:
+        slab: Rows or columns.
+        position: Position of an input leaf if the slab holds rows, else of an output leaf.
+        value: The value of the slab for this leaf.
+        structure: Rows and columns of the Jacobian.
+
+    Yields:
+        Positions of output and input leaf, and the entries of their block.
+    """
     by_rows = slab.axis == "rows"
     starts = structure.row_starts if by_rows else structure.column_starts
     samples = 1 if structure.batch is None else structure.batch
-    cube = value.detach().reshape(slab.stop - slab.start, samples, -1)  # (seeds, B, others)
-    seed, sample, other = torch.nonzero(cube, as_tuple=True)
-    kept = cube[seed, sample, other]
+    cube = value.detach().reshape(slab.stop - slab.start, samples, -1)  # (seeds, B, elements)
+    seed, sample, element = torch.nonzero(cube, as_tuple=True)
+    values = cube[seed, sample, element]
     seed = seed + slab.start
-    others = cube.shape[2]
+    size = cube.shape[2]
     for leaf in range(len(starts) - 1):
         first, stop = starts[leaf], starts[leaf + 1]
         if stop <= slab.start or first >= slab.stop:
             continue
-        here = (seed >= first) & (seed < stop)
-        mine = sample[here] * (stop - first) + seed[here] - first
-        theirs = sample[here] * others + other[here]
+        of_leaf = (seed >= first) & (seed < stop)
+        seeded = sample[of_leaf] * (stop - first) + seed[of_leaf] - first
+        pulled = sample[of_leaf] * size + element[of_leaf]
         if by_rows:
-            yield leaf, position, (mine, theirs, kept[here])
+            yield leaf, position, (seeded, pulled, values[of_leaf])
         else:
-            yield position, leaf, (theirs, mine, kept[here])
+            yield position, leaf, (pulled, seeded, values[of_leaf])

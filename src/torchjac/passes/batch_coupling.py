@@ -22,7 +22,7 @@ from torchjac.passes.batched_pass import Passes
 from torchjac.passes.batching_check import same
 from torchjac.passes.seeds import weights
 from torchjac.passes.structure import Structure
-from torchjac.passes.user_code import Watch
+from torchjac.passes.user_code import UserCodeDetector
 
 # Rows of single samples that get a pass of their own where code of the user runs in the backward.
 _ALONE = 24
@@ -70,7 +70,7 @@ class Coupling:
         """
         return self._try(self.silence())
 
-    def product_beside(
+    def product_with_rows(
         self, passes: Passes
     ) -> tuple[tuple[Tensor | None, ...], list[Tensor], tuple[Tensor | None, ...]]:
         """All rows, and what `product` gives, from one batched pass.
@@ -83,9 +83,9 @@ class Coupling:
         cotangent = weights(self._program.outputs)
         for leaf in cotangent:
             leaf[silent] = 0
-        watch = Watch(self._program.device)
-        rows, gradients = passes.batched_beside(cotangent, watch)
-        self.user_code |= watch.saw_user_code is not False
+        detector = UserCodeDetector(self._program.device)
+        rows, gradients = passes.batched_with(cotangent, detector)
+        self.user_code |= detector.saw_user_code is not False
         self.refuse_if_received(cotangent, gradients, silent)
         return rows, cotangent, gradients
 
@@ -142,9 +142,9 @@ class Coupling:
         cotangent = weights(self._program.outputs)
         for leaf in cotangent:
             leaf[silent] = 0
-        with Watch(self._program.device) as watch:
+        with UserCodeDetector(self._program.device) as detector:
             gradients = backward(self._program.outputs, cotangent, self._program.inputs)
-        self.user_code |= watch.saw_user_code is not False
+        self.user_code |= detector.saw_user_code is not False
         self.refuse_if_received(cotangent, gradients, silent)
         if len(cotangent) > 1 and not _finite(gradients):
             self._try_each_output(cotangent, silent)

@@ -90,7 +90,7 @@ class Passes:
             for column, like in zip(zip(*parts, strict=True), self._inputs, strict=True)
         )
 
-    def batched_beside(
+    def batched_with(
         self, cotangent: Sequence[Tensor], around: AbstractContextManager[object]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
         """Pulls all seeds and one more cotangent back in one pass: the stack, the other."""

@@ -1,4 +1,4 @@
-"""Comparing some rows of a batched pass with the same rows of plain passes.
+"""Compares some rows of a batched pass with the same rows of plain passes.
 
 Both do the same arithmetic, so they agree closely even where a Jacobian is all rounding noise or a
 backward is not linear: what differs is a wrong batching rule.
@@ -22,7 +22,7 @@ _KEPT = 4 * 2**20
 _ALWAYS, _MOST = 6, 32
 
 
-class Sameness:
+class BatchingCheck:
     """Keeps copies of rows spread over all output leaves, and compares them.
 
     A few are compared always; the others where something else gave cause for doubt.

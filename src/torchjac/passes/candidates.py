@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torchjac.capture.eager_graph import EagerGraph
-from torchjac.host.costs import DEFAULT, machine
+from torchjac.host.costs import DEFAULT, cost_model
 from torchjac.passes.autograd_graph import Profile, profile, survey
 from torchjac.passes.coloring import column_groups, row_groups
 from torchjac.passes.plan import Mode, Plan
@@ -36,8 +36,8 @@ _FORWARD_FACTOR = 1.2
 
 
 def predict(plan: Plan, structure: Structure, size: Profile) -> float:
-    """Predicted seconds of a plan on this machine, if its costs were measured (`machine`)."""
-    return _predicted(plan, structure, size) * machine().operation / DEFAULT.operation
+    """Predicted seconds of a plan on this machine, if its costs were measured (`cost_model`)."""
+    return _predicted(plan, structure, size) * cost_model().operation / DEFAULT.operation
 
 
 def _predicted(plan: Plan, structure: Structure, size: Profile) -> float:

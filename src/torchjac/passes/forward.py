@@ -29,13 +29,13 @@ from torchjac.passes.autograd_graph import coarsest
 from torchjac.passes.batch_coupling import Coupling
 from torchjac.passes.batched_pass import Passes
 from torchjac.passes.chunks import in_chunks, rows_at_once
-from torchjac.passes.freivalds import Check
+from torchjac.passes.freivalds import FreivaldsCheck
 from torchjac.passes.plan import Plan
 from torchjac.passes.reverse import release
 from torchjac.passes.seeds import Seeds, UnitSeeds, weights
 from torchjac.passes.slab import Slab
 from torchjac.passes.structure import Structure
-from torchjac.passes.user_code import Watch
+from torchjac.passes.user_code import UserCodeDetector
 
 # Units in the last place of single precision and better; coarser ones leave nothing to check with.
 _PRECISE = 1e-6
@@ -63,7 +63,7 @@ def columns(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[S
     gradients, saw_user_code = recorded(program, cotangent)
     if coupling is not None and silent is not None:
         coupling.refuse_if_received(cotangent, gradients, silent)
-    checks = [Check(structure, [u.detach() for u in cotangent], gradients)]
+    checks = [FreivaldsCheck(structure, [u.detach() for u in cotangent], gradients)]
     if saw_user_code is None:
         checks += [_other_product(program, structure, scale) for scale in (-64.0, -1 / 64)]
 
@@ -96,9 +96,9 @@ def refuse_beforehand(program: EagerGraph, structure: Structure) -> None:
 
 def refuse_user_code(program: EagerGraph, cotangent: list[Tensor]) -> None:
     """Looks for hooks in a plain pass first: in a recorded one they run with gradients enabled."""
-    with Watch(program.device) as watch:
+    with UserCodeDetector(program.device) as detector:
         backward(program.outputs, cotangent, program.inputs)
-    if watch.saw_user_code:
+    if detector.saw_user_code:
         raise PlanRefused(_USER_CODE)
 
 
@@ -112,20 +112,22 @@ def recorded(
     for leaf in cotangent:
         leaf.requires_grad_()
     try:
-        with Watch(program.device) as watch:
+        with UserCodeDetector(program.device) as detector:
             gradients = backward(program.outputs, cotangent, program.inputs, create_graph=True)
     except Exception as error:
         if out_of_memory(error):
             raise
         raise PlanRefused(f"the backward pass cannot be recorded: {error}") from error
-    if watch.saw_user_code:
+    if detector.saw_user_code:
         raise PlanRefused(_USER_CODE)
-    return gradients, watch.saw_user_code
+    return gradients, detector.saw_user_code
 
 
-def _other_product(program: EagerGraph, structure: Structure, scale: float) -> Check:
+def _other_product(program: EagerGraph, structure: Structure, scale: float) -> FreivaldsCheck:
     cotangent = [w * scale for w in weights(program.outputs)]
-    return Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))
+    return FreivaldsCheck(
+        structure, cotangent, backward(program.outputs, cotangent, program.inputs)
+    )
 
 
 def transposed_outputs(program: EagerGraph, gradients: Sequence[Tensor | None]) -> list[Tensor]:

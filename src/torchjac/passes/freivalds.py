@@ -1,4 +1,4 @@
-"""Comparing a whole Jacobian with one product of it that autograd computed by itself.
+"""Compares a whole Jacobian with one product of it, computed by a pass of autograd.
 
 For a random cotangent u one backward pass gives u' J. The same combination of the evaluated rows
 (or columns) must agree. R. Freivalds' check of a matrix product (1977), for a Jacobian.
@@ -28,7 +28,7 @@ def tolerance(eps: float) -> float:
     return min(1000 * eps, _GROSS)
 
 
-class Check:
+class FreivaldsCheck:
     """Accumulates u' J from slabs and compares it with the expected product.
 
     Attributes:

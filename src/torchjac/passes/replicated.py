@@ -19,7 +19,7 @@ from torchjac.errors import PlanRefused
 from torchjac.passes.autograd_graph import coarsest
 from torchjac.passes.batch_coupling import Coupling
 from torchjac.passes.chunks import in_chunks
-from torchjac.passes.freivalds import Check, tolerance
+from torchjac.passes.freivalds import FreivaldsCheck, tolerance
 from torchjac.passes.plan import Plan
 from torchjac.passes.seeds import unit_stack, weights
 from torchjac.passes.slab import Slab
@@ -45,7 +45,9 @@ def rows(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Slab
     if structure.unproved_batch:
         Coupling(program, structure).prove()
     cotangent = weights(program.outputs)
-    check = Check(structure, cotangent, backward(program.outputs, cotangent, program.inputs))
+    check = FreivaldsCheck(
+        structure, cotangent, backward(program.outputs, cotangent, program.inputs)
+    )
 
     def evaluate(start: int, stop: int) -> Slab:
         try:

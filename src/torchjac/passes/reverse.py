@@ -11,14 +11,14 @@ from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import PlanRefused
 from torchjac.passes.batch_coupling import Coupling
 from torchjac.passes.batched_pass import Passes
-from torchjac.passes.batching_check import Sameness
+from torchjac.passes.batching_check import BatchingCheck
 from torchjac.passes.chunks import in_chunks, rows_at_once
-from torchjac.passes.freivalds import Check
+from torchjac.passes.freivalds import FreivaldsCheck
 from torchjac.passes.plan import Plan
 from torchjac.passes.seeds import UnitSeeds, weights
 from torchjac.passes.slab import Slab
 from torchjac.passes.structure import Structure
-from torchjac.passes.user_code import Watch
+from torchjac.passes.user_code import UserCodeDetector
 
 
 def rows(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Slab]:
@@ -45,14 +45,14 @@ def rows(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Slab
     if coupling is not None and not plan.checked:
         coupling.prove()
     fused: Slab | None = None
-    check: Check | None
-    if coupling is not None and _fits_beside(program, structure, plan):
-        values, cotangent, product = coupling.product_beside(passes)
+    check: FreivaldsCheck | None
+    if coupling is not None and _fits_one_pass(program, structure, plan):
+        values, cotangent, product = coupling.product_with_rows(passes)
         fused = Slab("rows", 0, structure.m, values, 1)
-        check, user_code = Check(structure, cotangent, product), coupling.user_code
+        check, user_code = FreivaldsCheck(structure, cotangent, product), coupling.user_code
     else:
         check, user_code = _product(program, structure, coupling, unproved)
-    sameness = Sameness(structure, program.inputs) if unproved else None
+    batching_check = BatchingCheck(structure, program.inputs) if unproved else None
 
     free_last = not program.retain_graph and check is None and plan.chunk == 1
     try:
@@ -60,15 +60,15 @@ def rows(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Slab
         for slab in slabs:
             if check is not None:
                 check.add(slab)
-            if sameness is not None:
-                sameness.add(slab)
+            if batching_check is not None:
+                batching_check.add(slab)
             yield slab
             del slab
     except PlanRefused as refusal:
         refusal.user_code = user_code
         raise
     doubt = check is not None and not check.agrees()
-    if sameness is not None and not sameness.holds(passes, doubt):
+    if batching_check is not None and not batching_check.holds(passes, doubt):
         wrong = PlanRefused(f"{plan.batching} batching gives other values than a plain pass")
         wrong.user_code = user_code
         raise wrong
@@ -85,7 +85,7 @@ def rows(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Slab
 _SMALL = 2**14
 
 
-def _fits_beside(program: EagerGraph, structure: Structure, plan: Plan) -> bool:
+def _fits_one_pass(program: EagerGraph, structure: Structure, plan: Plan) -> bool:
     """Whether the product that checks a batch is best computed beside the rows, in their pass.
 
     Not the first time, when it must come from a plain pass, and for one output only: zeros of one
@@ -102,17 +102,17 @@ def _fits_beside(program: EagerGraph, structure: Structure, plan: Plan) -> bool:
 
 def _product(
     program: EagerGraph, structure: Structure, coupling: Coupling | None, unproved: bool
-) -> tuple[Check | None, bool]:
+) -> tuple[FreivaldsCheck | None, bool]:
     """A product u'J of a plain pass to compare with, and whether code of the user ran in it."""
     if coupling is not None:
-        return Check(structure, *coupling.product()), coupling.user_code
+        return FreivaldsCheck(structure, *coupling.product()), coupling.user_code
     if not unproved:
         return None, True
     cotangent = weights(program.outputs)
-    with Watch(program.device) as watch:
+    with UserCodeDetector(program.device) as detector:
         expected = backward(program.outputs, cotangent, program.inputs)
-    user_code = structure.custom or watch.saw_user_code is not False
-    return Check(structure, cotangent, expected), user_code
+    user_code = structure.custom or detector.saw_user_code is not False
+    return FreivaldsCheck(structure, cotangent, expected), user_code
 
 
 def release(program: EagerGraph) -> None:

@@ -1,4 +1,4 @@
-"""Noticing that a backward pass runs code of the user: hooks, custom functions, checkpointing.
+"""Detects code of the user in a backward pass: hooks, custom functions, checkpointing.
 
 Such code need not be linear in the cotangent, and it cannot be read off the graph: torch does not
 tell which nodes carry hooks.
@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torchjac._torch.autograd import ENGINE
 
 
-class Watch(TorchFunctionMode):
-    """Context around a backward pass; afterwards `saw_user_code` tells.
+class UserCodeDetector(TorchFunctionMode):
+    """Context around a backward pass that detects code of the user.
 
     Two traps: Python's profiling hook sees every Python function that runs on this thread, and a
     torch function mode sees every call of torch's Python API, also by a hook that is no Python
@@ -37,8 +37,8 @@ class Watch(TorchFunctionMode):
         self._functions = 0
         self.saw_user_code: bool | None = None
 
-    def __enter__(self) -> Watch:
-        """Begins to watch."""
+    def __enter__(self) -> UserCodeDetector:
+        """Starts the detection."""
         super().__enter__()  # type: ignore[no-untyped-call]
         self._profiling = self._profiling and sys.getprofile() is None
         if self._profiling:
@@ -51,7 +51,7 @@ class Watch(TorchFunctionMode):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Ends, and draws the conclusion."""
+        """Ends the detection, and sets `saw_user_code`."""
         if self._profiling:
             sys.setprofile(None)
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]

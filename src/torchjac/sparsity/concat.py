@@ -1,4 +1,4 @@
-"""Many values side by side, as loops over elements or time steps leave them."""
+"""Concatenation of many dependences: loops over elements or time steps end in one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from torch import Tensor
 from torchjac.linear.maps.factors import Known, spread
 from torchjac.sparsity.dependence import Dependence, Term, distinct, merged, nothing
 
-# More terms than this are merged into one.
-_TERMS = 12
+_TERMS = 12  # terms: merge into one if there are more
 
 
-def beside(parts: Sequence[Dependence], axis: int) -> Dependence:
-    """Concatenates values: what each depends on is looked at once, however many there are.
+def concat(parts: Sequence[Dependence], axis: int) -> Dependence:
+    """Concatenates dependences in one step, so that the cost is linear in their number.
 
     Args:
-        parts: Values whose shapes differ along the axis at most.
-        axis: Along which they follow each other.
+        parts: Dependences whose shapes differ at most along the axis.
+        axis: Axis of the concatenation.
     """
     m = parts[0].m
     sizes = [p.shape[axis] for p in parts]
@@ -33,19 +32,21 @@ def beside(parts: Sequence[Dependence], axis: int) -> Dependence:
         return Dependence(shape, m, (_stacked(parts, axis),))
     terms = []
     for k in range(count):
-        given = [p.terms[k] if k < len(p.terms) else _none(p) for p in parts]
-        terms.append(Term(torch.cat([t.positions for t in given], axis), _all(given, axis), None))
-    made = Dependence(shape, m, tuple(terms))
-    return merged(made) if count > _TERMS else made
+        column = [p.terms[k] if k < len(p.terms) else _zero_term(p) for p in parts]
+        positions = torch.cat([t.positions for t in column], axis)
+        terms.append(Term(positions, _factors(column, axis), None))
+    dependence = Dependence(shape, m, tuple(terms))
+    return merged(dependence) if count > _TERMS else dependence
 
 
-def _none(part: Dependence) -> Term:
-    """A term that adds nothing."""
-    kind = torch.int32 if part.m < 2**31 else torch.int64
-    return Term(torch.zeros((), dtype=kind).expand(part.shape), 0.0, None)
+def _zero_term(part: Dependence) -> Term:
+    """A term with factor zero."""
+    dtype = torch.int32 if part.m < 2**31 else torch.int64
+    return Term(torch.zeros((), dtype=dtype).expand(part.shape), 0.0, None)
 
 
-def _all(terms: Sequence[Term], axis: int) -> Known:
+def _factors(terms: Sequence[Term], axis: int) -> Known:
+    """The factors of the terms, concatenated; one number if all are the same number."""
     numbers = {t.factors for t in terms if isinstance(t.factors, float)}
     if len(numbers) == 1 and all(isinstance(t.factors, float) for t in terms):
         return numbers.pop()
@@ -53,12 +54,12 @@ def _all(terms: Sequence[Term], axis: int) -> Known:
 
 
 def _stacked(parts: Sequence[Dependence], axis: int) -> Term:
-    """One term, whose table holds the rows of all parts, one beneath the other."""
-    found = [distinct(p) for p in parts]
-    starts = accumulate((table.shape[0] for table, _ in found), initial=0)
-    table = sparse.vstack([table for table, _ in found], format="csr")
-    kind = torch.int32 if table.shape[0] < 2**31 else torch.int64
+    """One term, whose table stacks the tables of all parts."""
+    tables = [distinct(p) for p in parts]
+    starts = accumulate((table.shape[0] for table, _ in tables), initial=0)
+    table = sparse.vstack([table for table, _ in tables], format="csr")
+    dtype = torch.int32 if table.shape[0] < 2**31 else torch.int64
     positions: list[Tensor] = [
-        rows.to(kind) + start for (_, rows), start in zip(found, starts, strict=False)
+        rows.to(dtype) + start for (_, rows), start in zip(tables, starts, strict=False)
     ]
     return Term(torch.cat(positions, axis), 1.0, table)

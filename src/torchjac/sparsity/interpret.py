@@ -15,8 +15,8 @@ from torchjac.capture.linear_program import LinearProgram
 from torchjac.linear.graph import linear_nodes, needed_nodes
 from torchjac.linear.known_values import HALF, Values
 from torchjac.linear.maps import dense, reshape
-from torchjac.linear.rules import RULES, Beside, NoRule, NotLinear, Op, Operand, local_of
-from torchjac.sparsity.concat import beside
+from torchjac.linear.rules import RULES, Concat, NoRule, NotLinear, Op, Operand, local_of
+from torchjac.sparsity.concat import concat
 from torchjac.sparsity.control_flow import BodyValues, Control
 from torchjac.sparsity.dependence import Dependence, apply, everything, joined, nothing, seed
 from torchjac.sparsity.precision import coarse
@@ -160,8 +160,8 @@ class _Run:
                 None if value is None else self._summed(part, tuple(value.shape))
                 for part, value in zip(local, node.meta["val"], strict=True)
             ]
-        if isinstance(local, Beside):
-            return beside([self._placed(*part) for part in local.parts], local.axis)
+        if isinstance(local, Concat):
+            return concat([self._placed(*part) for part in local.parts], local.axis)
         return self._summed(local, tuple(node.meta["val"].shape))
 
     def _placed(self, operand: Operand, shape: tuple[int, ...]) -> Dependence:

@@ -28,7 +28,7 @@ from torchjac.linear.graph import linear_nodes, needed_nodes
 from torchjac.linear.known_values import SHAPE_ONLY, Values, before
 from torchjac.linear.maps import Factors, LinearMap, Numbers, Shape
 from torchjac.linear.maps.factors import is_unknown
-from torchjac.linear.rules import Beside, NoRule, NotLinear, Op, Vanishing, local_of
+from torchjac.linear.rules import Concat, NoRule, NotLinear, Op, Vanishing, local_of
 from torchjac.ops import Fact, having
 
 Record = Callable[[Callable[[], Any]], Any]
@@ -266,7 +266,7 @@ class Sweep:
                 None if v is None else self._summed(node, part, tuple(v.shape), item)
                 for item, (part, v) in enumerate(zip(local, value, strict=True))
             ]
-        if isinstance(local, Beside):
+        if isinstance(local, Concat):
             raise PlanRefused(f"{node.target} of many operands")
         return self._summed(node, local, tuple(node.meta["val"].shape), None)
 

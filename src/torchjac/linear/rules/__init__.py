@@ -10,7 +10,7 @@ from torchjac.linear.rules import pool as _pool
 from torchjac.linear.rules import transform as _transform
 from torchjac.linear.rules.registry import (
     RULES,
-    Beside,
+    Concat,
     NoRule,
     NotLinear,
     Op,
@@ -22,7 +22,7 @@ from torchjac.linear.rules.registry import (
 
 __all__ = [
     "RULES",
-    "Beside",
+    "Concat",
     "NoRule",
     "NotLinear",
     "Op",

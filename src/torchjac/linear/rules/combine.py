@@ -11,7 +11,7 @@ from torch import Tensor
 from torchjac._torch.operators import aten
 from torchjac.linear.known_values import UNINITIALIZED
 from torchjac.linear.maps import broadcast, index_map
-from torchjac.linear.rules.registry import Beside, Local, NoRule, NotLinear, Op, Operand, rule
+from torchjac.linear.rules.registry import Concat, Local, NoRule, NotLinear, Op, Operand, rule
 from torchjac.linear.rules.scale import scaled
 
 
@@ -78,15 +78,15 @@ def chosen(op: Op, *, data: tuple[str, ...]) -> Local:
 
 
 @rule(aten.cat.default, aten.stack.default, aten.block_diag.default)
-def cat(op: Op) -> Local | Beside:
-    """Tensors side by side (zeros around them, on a diagonal)."""
+def cat(op: Op) -> Local | Concat:
+    """Concatenates tensors along an axis, along a new axis, or as blocks of a diagonal."""
     operands = op["tensors"]
     if len(operands) > _MANY and op.target is not aten.block_diag.default:
-        return _side_by_side(op)
+        return _concat(op)
     return chosen(op, data=("tensors",))
 
 
-def _side_by_side(op: Op) -> Beside:
+def _concat(op: Op) -> Concat:
     axis = op["dim"] % len(op.shape)
     size = (1,) if op.target is aten.stack.default else ()
     parts = []
@@ -95,11 +95,10 @@ def _side_by_side(op: Op) -> Beside:
             raise NotLinear
         if operand.shape != (0,) or len(op.shape) == 1:  # cat skips those, whatever the others are
             parts.append((operand, (*operand.shape[:axis], *size, *operand.shape[axis:])))
-    return Beside(axis, tuple(parts))
+    return Concat(axis, tuple(parts))
 
 
-# From so many operands on they are not looked at one by one.
-_MANY = 8
+_MANY = 8  # operands: more are one `Concat`, in place of one map each
 
 
 @rule(aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)

@@ -82,12 +82,13 @@ Local = list[tuple[Operand, LinearMap]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Beside:
-    """Operands side by side: where they are many, a map for each would cost their number squared.
+class Concat:
+    """A concatenation of many operands. One map per operand would cost their number squared.
 
     Attributes:
-        axis: Of the result.
-        parts: Operands that are not zero by themselves, and others, each with its shape there.
+        axis: Axis of the result along which the parts follow each other.
+        parts: Operands, each with the shape of its part of the result. An operand that is not
+            linear contributes zero.
     """
 
     axis: int
@@ -101,7 +102,7 @@ class Vanishing(list[tuple[Operand, LinearMap]]):
     """
 
 
-Rule = Callable[["Op"], Local | tuple[Local, ...] | Beside]
+Rule = Callable[["Op"], Local | tuple[Local, ...] | Concat]
 
 
 class Op:
@@ -244,7 +245,7 @@ _RENAMED: dict[str, dict[str, str]] = {
 RULES: dict[OpOverload, Rule] = {}
 
 
-def local_of(op: Op) -> Local | tuple[Local, ...] | Beside:
+def local_of(op: Op) -> Local | tuple[Local, ...] | Concat:
     """What the rule of an operation says.
 
     Raises:
