@@ -200,7 +200,7 @@ class TestEntry:
         same(J(x), torch.stack(rows) if batched else rows[0])
 
     def test_other_threads_run_meanwhile(self) -> None:
-        """No thread is made to yield here: another thread runs only while a call gives the lock up."""
+        """No thread is made to yield: another one runs only while a call gives the lock up."""
         x = value(20_000, 4)
         J = made(lambda x: (x.sin() * x.sum(-1, keepdim=True)).exp(), x, batched=True)
         ticks, stop = [0], threading.Event()

@@ -58,7 +58,7 @@ class Entry:
         """
         ready = asked or compiled.emitted.is_compiled or compiled.emitted.differentiable
         cost = math.inf if ready else kernel_seconds(compiled.programs)
-        predicted = machine().seconds(compiled.emitted.work)
+        predicted = cost_model().seconds(compiled.emitted.work)
         return cls(tiers.begin(tier_of(compiled), predicted, compiled.passes, cost), compiled)
 
     @property
