@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "linear": {"capture", "ops"},
     "sparsity": {"call", "capture", "linear"},
     "request": {"sparsity"},
-    "passes": {"capture", "sparsity"},
+    "passes": {"capture", "request", "sparsity"},
     "layout": {"capture", "passes", "request", "sparsity"},
     "compiler.program": {"ops", "request"},
     "compiler.accumulate": {
@@ -73,6 +73,7 @@ ROOMS: dict[str, set[str]] = {
         "compiler.codegen",
         "compiler.program",
         "passes",
+        "request",
         "sparsity",
     },
     "jacobian": {
@@ -83,7 +84,7 @@ ROOMS: dict[str, set[str]] = {
         "request",
         "sparsity",
     },
-    "api": {"call", "capture", "jacobian", "jit", "layout", "request", "sparsity"},
+    "api": {"call", "capture", "jacobian", "jit", "request", "sparsity"},
     "testing": {"call", "jit", "passes"},
     "__init__": {"api", "errors", "jacobian", "record", "sparsity"},
 }

@@ -17,8 +17,7 @@ from torchjac.host.memory import check_budget
 from torchjac.jacobian import Hessian, Jacobian
 from torchjac.jit.eager import solve
 from torchjac.jit.patterns import pattern_if_worth, with_pattern
-from torchjac.layout.arrange import converted
-from torchjac.request import Layout, PassRequest, check_layout, torch_layout
+from torchjac.request import Layout, Request, check_graph, output_of
 from torchjac.sparsity.detect import pattern_of_graph
 from torchjac.sparsity.pattern import Pattern
 
@@ -78,18 +77,18 @@ def jac(
                 [ 0., 16.]])
     """
     create_graph = create_graph or differentiating()
-    check_layout(layout, create_graph, pattern)
+    output = output_of(layout, pattern)
+    check_graph(output, create_graph)
     check_budget(memory_budget)
     program = capture_graph(
         outputs, inputs, batched=batched, retain_graph=retain_graph, create_graph=create_graph
     )
-    request = PassRequest("jac", torch_layout(layout), memory_budget, None)
-    if layout is not torch.strided:
-        request = with_pattern(request, program, pattern, lambda: pattern_if_worth(program))
+    output = with_pattern(output, program, lambda: pattern_if_worth(program))
+    request = Request("jac", output, create_graph=create_graph, memory_budget=memory_budget)
     arranged = solve(program, request)
     if arranged.unused and not allow_unused:
         raise UnusedInputError(unused_in_graph(program, arranged.unused))
-    return converted(arranged.value, layout)
+    return arranged.value
 
 
 def pattern(outputs: Any, inputs: Any) -> Pattern:

@@ -33,6 +33,7 @@ from torchjac.compiler.program.resize import for_any_number
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanError, PlanRefused, TorchjacError
 from torchjac.passes.verify import Reference
+from torchjac.request import Dense
 from torchjac.sparsity.detect import KEEP
 
 
@@ -111,7 +112,7 @@ def _for_any_number(call: Call, plan: Compiled) -> _Both | None:
     It is compared with the function and with passes at these samples, at twice as many, and at one.
     """
     batch = plan.shape[2]
-    if batch is None or plan.pattern is not None:
+    if batch is None or not isinstance(plan.output, Dense):
         return None
     for mode in dict.fromkeys(way.mode for way in plan.programs):
         # Whatever is wrong, sizes that do not fit or a function that fails: it is for these sizes.
@@ -129,7 +130,7 @@ def _agrees(made: _Both, call: Call) -> bool:
     program, returned = capture_function(call, batched=True, create_graph=False, replayable=False)
     values = [x.detach() for x in flatten(returned[0] if call.has_aux else returned)[0]]
     found = made(*(x.detach().contiguous() for x in variables(call)))
-    Reference(program).check(found[len(values) :], None)
+    Reference(program).check(found[len(values) :], Dense())
     return all(x.shape == y.shape and agree(x, y) for x, y in zip(found, values, strict=False))
 
 
@@ -205,9 +206,10 @@ def _described(
     count = len(program.outputs) - len(values)
     shapes = program.outputs
     known: list[Array] = []
-    if plan.pattern is not None:
-        rows, columns = plan.pattern.shape
-        starts, places = plan.pattern.starts, plan.pattern.columns
+    pattern = plan.output.pattern
+    if pattern is not None:
+        rows, columns = pattern.shape
+        starts, places = pattern.starts, pattern.columns
         known = [
             Array("row_starts", "where each row begins", starts.shape, "int32", starts),
             Array("columns", "the column of each entry", places.shape, "int32", places),

@@ -14,9 +14,10 @@ import torch
 from torchjac.call import Argnums, check_argnums
 from torchjac.errors import ArgumentError, LocalPatternWarning
 from torchjac.export import export, is_package
+from torchjac.host.memory import check_budget
 from torchjac.jit.dispatcher import Dispatcher
 from torchjac.record import Record, last_run
-from torchjac.request import Layout, Request
+from torchjac.request import Layout, Request, check_graph, output_of
 from torchjac.sparsity.detect import pattern_of_function
 from torchjac.sparsity.pattern import Pattern
 
@@ -46,15 +47,15 @@ class Jacobian:
             )
         self._request = Request(
             entry=entry,
+            output=output_of(layout, pattern),
             has_aux=has_aux,
             batched=batched,
             strict=strict,
             create_graph=create_graph,
-            layout=layout,
-            pattern=pattern,
-            memory_budget=memory_budget,
+            memory_budget=check_budget(memory_budget),
             compile=compile,
-        ).check()
+        )
+        check_graph(self._request.output, create_graph)
         check_argnums(argnums)
         self._function = function
         self._argnums = argnums
@@ -187,7 +188,7 @@ class Jacobian:
         """
         call = self._dispatcher.call(args, kwargs)
         packaged = is_package(Path(path))
-        plan = self._dispatcher.compiled(call, whole=packaged)
+        plan = self._dispatcher.compiled(call, "whole tensors" if packaged else "any")
         return export(Path(path), call, plan)
 
     def spy(self, *args: Any, path: str | Path | None = None, **kwargs: Any) -> Any:

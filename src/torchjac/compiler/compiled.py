@@ -17,8 +17,7 @@ from torchjac.compiler.native import PATIENCE, with_kernel
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.host.costs import cost_model
 from torchjac.passes.verify import Reference
-from torchjac.request import Mode
-from torchjac.sparsity.pattern import Pattern
+from torchjac.request import Mode, Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Compiled:
     Attributes:
         derivative: The linear program that was accumulated.
         emitted: The tensor program, with its native code if there is any.
-        pattern: Structural nonzeros of a sparse result; None for a dense one.
+        output: The output that it computes, with its pattern if it has one.
         finish: Nests the parts of the result as the user nests outputs and inputs.
         shape: Rows, columns, samples.
         passes: Predicted seconds of passes.
@@ -64,7 +63,7 @@ class Compiled:
 
     derivative: LinearProgram
     emitted: TensorProgram
-    pattern: Pattern | None
+    output: Output
     finish: Callable[[Any], Any]
     shape: tuple[int, int, int | None]
     passes: float
@@ -99,7 +98,7 @@ class Compiled:
         parts = self.parts(call)
         if parts is None:
             return None
-        Reference(program).check(parts, self.pattern)
+        Reference(program).check(parts, self.output)
         return self.finish(parts)
 
     def native(self, call: Call) -> Compiled:

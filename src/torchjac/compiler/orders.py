@@ -11,7 +11,7 @@ from torchjac.call import Call, arguments
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_transposed
 from torchjac.compiler.accumulate.emit import emit
-from torchjac.compiler.accumulate.output import Target
+from torchjac.compiler.accumulate.output import Goal
 from torchjac.compiler.compiled import Tried
 from torchjac.compiler.native import timed
 from torchjac.compiler.program.tensor_program import TensorProgram
@@ -41,7 +41,7 @@ def ways(
     call: Call,
     derivative: LinearProgram,
     pushes: bool,
-    target: Target,
+    goal: Goal,
     orders: Sequence[Mode],
     limits: Limits,
 ) -> Iterator[tuple[Mode, TensorProgram | str]]:
@@ -51,7 +51,7 @@ def ways(
         call: The function and its arguments.
         derivative: Its derivative.
         pushes: Whether the derivative of that is known to be the transposed one.
-        target: What the result looks like.
+        goal: What is accumulated.
         orders: The orders.
         limits: What this may take.
     """
@@ -74,7 +74,7 @@ def ways(
             if any(g is None for g in traced.cotangents):
                 raise PlanRefused("a gradient does not depend on the cotangent")
             left = limits.deadline - now()
-            yield mode, emit(traced, inputs, replace(target, mode=mode), limits.most, left)
+            yield mode, emit(traced, inputs, replace(goal, mode=mode), limits.most, left)
         except (RefusedHere, NotKnownLinear):
             raise
         except (PlanRefused, CaptureRefused) as refusal:

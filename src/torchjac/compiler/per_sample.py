@@ -17,7 +17,7 @@ from torchjac._torch.trace.recording import Recording, without_last
 from torchjac.call import Call, variables
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function, trace_value
-from torchjac.compiler.accumulate.output import Target
+from torchjac.compiler.accumulate.output import Goal
 from torchjac.compiler.batch_invariance import alike, fewer, several_fewer
 from torchjac.compiler.codegen.build import written_for_samples
 from torchjac.compiler.codegen.executable import Executable
@@ -30,7 +30,7 @@ from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import CaptureRefused, PlanRefused
 from torchjac.host.clock import now
 from torchjac.host.costs import cost_model
-from torchjac.request import Mode
+from torchjac.request import Dense, Mode
 from torchjac.sparsity.detect import KEEP
 from torchjac.sparsity.interpret import interpret
 from torchjac.sparsity.lanes import is_batched
@@ -76,7 +76,7 @@ def sampled(
         raise PlanRefused("samples are not proved to be independent")
     limit = _LIMIT + _NODE * len(own.module.graph.nodes)
     limits = Limits(_NUMBERS, now() + limit)
-    programs = list(ways(less, own, pushes, Target(None, True), orders, limits))
+    programs = list(ways(less, own, pushes, Goal(Dense(), True), orders, limits))
     tried = [Tried(mode, refused=way) for mode, way in programs if isinstance(way, str)]
     made = [replace(way, samples=(few, batch)) for _, way in programs if not isinstance(way, str)]
     if not made:
@@ -109,7 +109,7 @@ def of_several_sizes(
         own = _traced(less, few, derivative, batch)
         limit = _LIMIT + _NODE * len(own.module.graph.nodes)
         limits = Limits(_NUMBERS, now() + limit)
-        ((_, way),) = ways(less, own, True, Target(None, True), (mode,), limits)
+        ((_, way),) = ways(less, own, True, Goal(Dense(), True), (mode,), limits)
         if isinstance(way, str):
             raise PlanRefused(way)
         inputs = [x.detach().contiguous() for x in variables(less)]

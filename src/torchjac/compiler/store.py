@@ -24,6 +24,7 @@ from torchjac.compiler.program.optimize import executable
 from torchjac.compiler.program.serialize import NotStorable, bytes_of, restored, signature, stored
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanError
+from torchjac.request import Output, Sparse
 from torchjac.sparsity import pattern_io as archive
 from torchjac.sparsity.pattern import Pattern
 
@@ -45,7 +46,7 @@ class Saved:
     pattern: Pattern | None
 
     @classmethod
-    def of(cls, plan: Compiled, layout: torch.layout) -> Saved:
+    def of(cls, plan: Compiled) -> Saved:
         """Writes a plan down.
 
         Raises:
@@ -70,7 +71,7 @@ class Saved:
                 "version": _VERSION,
                 "torch": torch.__version__,
                 "signature": _signature(plan.derivative),
-                "layout": str(layout),
+                "layout": str(plan.output.layout),
                 "batched": plan.shape[2] is not None,
                 "mode": emitted.mode,
                 "fixed": emitted.fixed,
@@ -81,7 +82,7 @@ class Saved:
             }
         except NotStorable as wrong:
             raise PlanError(f"torchjac: the plan cannot be saved, because {wrong}.") from wrong
-        return cls(about, arrays, plan.pattern)
+        return cls(about, arrays, plan.output.pattern)
 
     def write(self, path: str | Path) -> None:
         """Writes it to a file, which holds all of it or is not touched."""
@@ -126,17 +127,21 @@ class Saved:
             )
         return cls(about, arrays, pattern)
 
+    def output(self, output: Output) -> Output:
+        """An output of the layout of this plan, with the pattern of the plan."""
+        return output.of_pattern(self.pattern) if isinstance(output, Sparse) else output
+
     def emitted(
-        self, derivative: LinearProgram, layout: torch.layout, batched: bool
+        self, derivative: LinearProgram, output: Output, batched: bool
     ) -> TensorProgram | None:
-        """The program, if it is that of this derivative and layout.
+        """The program, if it is that of this derivative and output.
 
         Raises:
             PlanError: It does not make sense.
         """
         about = self.about
         try:
-            asked = str(layout), batched, _signature(derivative)
+            asked = str(output.layout), batched, _signature(derivative)
             if (about["layout"], about["batched"], about["signature"]) != asked:
                 return None
             named = _constants(derivative)

@@ -25,7 +25,7 @@ from torchjac.capture.eager_graph import EagerGraph
 from torchjac.capture.nesting import differentiating
 from torchjac.compiler.batch_invariance import MANY
 from torchjac.compiler.bug_report import report
-from torchjac.compiler.compile import planned
+from torchjac.compiler.compile import Known, Operands, planned
 from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.store import Saved
 from torchjac.errors import (
@@ -51,10 +51,10 @@ from torchjac.jit.fast_path import FastPath, fast_path, has_fast_path
 from torchjac.jit.functorch import delegate
 from torchjac.jit.patterns import Memos, with_pattern
 from torchjac.jit.tiers import Action, FunctionEvent, FunctionState, Tier
-from torchjac.layout.arrange import Arranged, converted
+from torchjac.layout.arrange import Arranged
 from torchjac.passes.candidates import plain_seconds
 from torchjac.passes.race import is_forced
-from torchjac.request import PassRequest, Request, check_layout, torch_layout
+from torchjac.request import Dense, Request, Sparse, check_graph
 
 _log = logging.getLogger("torchjac")
 
@@ -80,8 +80,7 @@ class Dispatcher:
         self._function = function
         self._argnums = argnums
         self._request = request
-        self._layout = torch_layout(request.layout)
-        self._to_compiler = request.to_compiler()
+        self._saved: tuple[Saved, ...] = ()
         self._entries: CaptureCache[Entry] = CaptureCache(policy=Policy(parameters="objects"))
         self._patterns = Memos()
         self._identity = object()  # unlike id(self), never another dispatcher's
@@ -106,9 +105,9 @@ class Dispatcher:
         """
         request = self._request
         if inside_transform() or torch.compiler.is_compiling() or call.traced():
-            return delegate(call, request.batched, self._layout, request.entry)
+            return delegate(call, request)
         create_graph = request.create_graph or differentiating()
-        check_layout(request.layout, create_graph, request.pattern)
+        check_graph(request.output, create_graph)
         entered = now()
         entry = None
         if self._may_compile():
@@ -116,16 +115,16 @@ class Dispatcher:
             if entry is not None and not is_checking():
                 value = self._run(entry, call, entered)
                 if value is not None:
-                    returned = self._returned(call, is_value_read, create_graph)
-                    return returned, converted(value, request.layout)
+                    return self._returned(call, is_value_read, create_graph), value
         # A module in training mode keeps statistics and counters: it must run once a call.
         stateful = isinstance(self._function, torch.nn.Module) and self._function.training
         return self._interpret(call, entry, create_graph, replayable and not stateful, entered)
 
     def _may_compile(self) -> bool:
         """Whether compiled code may answer: not where passes are asked for, or graphs recorded."""
+        output = self._request.output
         return (
-            self._request.pattern is None
+            not (isinstance(output, Sparse) and output.user_pattern is not None)
             and not differentiating()
             and not is_forced()
             and not torch.is_autocast_enabled("cpu")
@@ -152,24 +151,21 @@ class Dispatcher:
             entry.step(tiers.NotFinite())
             return None
         seconds = now() - entered
-        entry.leave_record(compiled, self._request.entry, self._layout, seconds)
+        entry.leave_record(compiled, self._request.entry, seconds)
         entry.ran(tier, seconds, call)
         self._missed_fast_path(entry, call)
         return value
 
     def _missed_fast_path(self, entry: Entry, call: Call) -> None:
         """Installs a fast path, now and then, for calls that could have taken one."""
-        request = self._request
         compiled = entry.settled_native()
-        if request.layout is not self._layout or request.create_graph or compiled is None:
-            return
-        if not has_fast_path(compiled):
+        if self._request.create_graph or compiled is None or not has_fast_path(compiled):
             return
         self._misses, action = self._misses.more()
         if action is Action.INSTALL:
             latest = self._entries.latest()
             guard = latest[0] if latest is not None and latest[1] is entry else None
-            run = partial(entry.record, compiled, request.entry, self._layout)
+            run = partial(entry.record, compiled, self._request.entry)
             self.fast_path = fast_path(call, guard, compiled, run)
 
     def _interpret(
@@ -194,13 +190,13 @@ class Dispatcher:
         else:
             answer = self._checked(entry, call, program, entered) if is_checking() else None
         if answer is not None:
-            return returned, converted(answer[0], request.layout)
+            return returned, answer[0]
         arranged = self._pass(call, program)
         if missed:
             self._step(tiers.Passed(arranged.work))
         elif entry is not None and entry.refused is None and not side_exit:
             entry.ran(Tier.PASSES, now() - entered, call)
-        return returned, converted(arranged.value, request.layout)
+        return returned, arranged.value
 
     def _watch(self, call: Call) -> Before | None:
         """The guard of a call, where the function may be compiled once it has run.
@@ -214,7 +210,7 @@ class Dispatcher:
     @property
     def _is_eager(self) -> bool:
         """Whether the function is compiled at the first call."""
-        return self._to_compiler.compiled or bool(self._to_compiler.saved)
+        return self._request.compile or bool(self._saved)
 
     def _step(self, event: FunctionEvent) -> Action:
         with self._lock:
@@ -239,9 +235,9 @@ class Dispatcher:
             return None
         value = None
         try:
-            request = replace(self._to_compiler, predicted=seconds)
-            compiled, value = planned(call, program, request)
-            entry = Entry.of(compiled, self._to_compiler.compiled)
+            known = Known(seconds, self._saved)
+            compiled, value = planned(call, program, self._request, known)
+            entry = Entry.of(compiled, self._request.compile)
         except RefusedHere as refusal:  # it says nothing of other values
             self._step(tiers.NotFinite())
             self.refused = str(refusal)
@@ -258,7 +254,7 @@ class Dispatcher:
             return None
         self.refused = None
         self._step(tiers.Compiled())
-        entry.leave_record(compiled, self._request.entry, self._layout, now() - entered)
+        entry.leave_record(compiled, self._request.entry, now() - entered)
         return (value,)
 
     def _give_up(self, reason: str) -> None:
@@ -287,21 +283,20 @@ class Dispatcher:
             return None
         if value is None:
             return None
-        entry.leave_record(compiled, self._request.entry, self._layout, now() - entered)
+        entry.leave_record(compiled, self._request.entry, now() - entered)
         return (value,)
 
     def _pass(self, call: Call, program: EagerGraph) -> Arranged:
         """The Jacobian by passes over a graph."""
-        options = self._request
-        budget = options.memory_budget
-        request = PassRequest(options.entry, self._layout, budget, self._identity)
-        if self._layout is not torch.strided:
-            find = partial(self._patterns.pattern, call, program)
-            request = with_pattern(request, program, options.pattern, find)
-        elif options.batched and program.outputs:
-            request = replace(request, independent=self._patterns.independent(call))
+        request = self._request
+        find = partial(self._patterns.pattern, call, program)
+        output = with_pattern(request.output, program, find)
+        if output is not request.output:
+            request = replace(request, output=output)
+        dense_batch = request.batched and isinstance(output, Dense) and bool(program.outputs)
+        independent = dense_batch and self._patterns.independent(call)
         started = now()
-        arranged = solve(program, request)
+        arranged = solve(program, request, self._identity, independent)
         self._patterns.spent(now() - started)
         self._report_unused(program, arranged)
         return arranged
@@ -340,14 +335,14 @@ class Dispatcher:
         Raises:
             PlanError: There is no compiled code, or it cannot be written down.
         """
-        Saved.of(self.compiled(call), self._layout).write(path)
+        Saved.of(self.compiled(call)).write(path)
 
-    def compiled(self, call: Call, whole: bool = False) -> Compiled:
+    def compiled(self, call: Call, operands: Operands = "any") -> Compiled:
         """The compiled Jacobian for a call; it is compiled now if there is none.
 
         Args:
             call: The function and its arguments.
-            whole: Whether its operations must be on whole tensors, not on a few samples.
+            operands: What its operations work on.
 
         Raises:
             PlanError: There is none.
@@ -355,7 +350,7 @@ class Dispatcher:
         entry = self._find(call) if self._may_compile() else None
         if entry is not None and entry.refused is None:
             compiled = entry.compiled
-            if not (whole and compiled.emitted.samples is not None):
+            if operands == "any" or compiled.emitted.samples is None:
                 return compiled
         why, guard = self.refused, self._entries.before(call)
         program, _ = capture_function(
@@ -365,12 +360,12 @@ class Dispatcher:
             raise PlanError(f"torchjac: there is no plan: {why or 'not supported'}.")
         _, predicted = self._predicted(program)
         try:
-            request = replace(self._to_compiler, predicted=predicted, whole=whole)
-            compiled, _ = planned(call, program, request)
+            known = Known(predicted, self._saved, operands=operands)
+            compiled, _ = planned(call, program, self._request, known)
         except (CaptureRefused, PlanRefused) as refusal:
             raise PlanError(f"torchjac: there is no plan: {refusal}.") from refusal
-        if not whole:
-            self._entries.keep(guard, call, Entry.of(compiled, request.compiled))
+        if operands == "any":
+            self._entries.keep(guard, call, Entry.of(compiled, self._request.compile))
         return compiled
 
     def load(self, path: str | Path) -> None:
@@ -379,8 +374,7 @@ class Dispatcher:
         Raises:
             PlanError: The file holds something else.
         """
-        saved = (*self._to_compiler.saved, Saved.read(path))
-        self._to_compiler = replace(self._to_compiler, saved=saved)
+        self._saved = (*self._saved, Saved.read(path))
         self.fast_path = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +28,7 @@ from torchjac.passes.plan import Batching, Plan
 from torchjac.passes.race import Race, race_for, single_pass
 from torchjac.passes.structure import Structure, analyze
 from torchjac.record import Candidate, Record, remember
-from torchjac.request import PassRequest
+from torchjac.request import Request, Sparse
 
 _warned_of: set[str] = set()
 
@@ -38,7 +39,9 @@ class Ran:
 
     Attributes:
         structure: Rows and columns.
-        request: What was asked for.
+        entry: The public call.
+        layout: Layout of the result.
+        budget: Bytes that the user allows; None for the default.
         race: The candidates.
         plan: The one that ran.
         passes: Passes it took.
@@ -48,7 +51,9 @@ class Ran:
     """
 
     structure: Structure
-    request: PassRequest
+    entry: str
+    layout: torch.layout
+    budget: int | None
     race: Race
     plan: Plan
     passes: int
@@ -60,16 +65,16 @@ class Ran:
         """The record for the user."""
         measured = {p: min(runs) for p, runs in self.race.measured.items()}
         return Record(
-            entry=self.request.entry,
+            entry=self.entry,
             engine=self.plan.engine,
             mode=self.plan.mode,
             passes=self.passes,
             chunk=self.chunk,
-            budget=self.race.budget or self.request.memory_budget,
+            budget=self.race.budget or self.budget,
             rows=self.structure.m,
             columns=self.structure.n,
             batch=self.structure.batch,
-            layout=self.request.layout,
+            layout=self.layout,
             seconds=self.seconds,
             independence=_independence(self.structure),
             pattern=self.pattern,
@@ -81,19 +86,31 @@ class Ran:
         )
 
 
-def solve(program: EagerGraph, request: PassRequest) -> Arranged:
+def solve(
+    program: EagerGraph,
+    request: Request,
+    key: Hashable | None = None,
+    independent: bool = False,
+) -> Arranged:
     """Computes a Jacobian and remembers what ran.
 
     Candidates are tried until one is not refused; the row loop never is.
+
+    Args:
+        program: The eager graph to differentiate.
+        request: What the user asks for, with the pattern of the output if it is known.
+        key: Tells the functions of different callers apart; None for no function.
+        independent: Whether the samples of the batch are proved to be independent.
 
     Raises:
         CoupledBatchError: Samples of a batch are not independent.
         PlanRefused: A plan was forced and cannot be run.
         TorchjacError: A differentiable Jacobian of a compiled function was asked for.
     """
-    if request.pattern is not None:  # samples are rows and columns like all others
+    output = request.output
+    if output.pattern is not None:  # samples are rows and columns like all others
         program = replace(program, batch=None)
-    structure = analyze(program, request.pattern, request.independent)
+    structure = analyze(program, output.pattern, independent)
     if program.create_graph and structure.graph and not structure.graph.differentiable:
         raise TorchjacError(
             "torchjac: the function was compiled by torch.compile, whose backward torch cannot "
@@ -101,9 +118,9 @@ def solve(program: EagerGraph, request: PassRequest) -> Arranged:
             "possible. Use the function as it was before torch.compile."
         )
     try:
-        return _solved(program, structure, request)
+        return _solved(program, structure, request, key)
     except PatternMissed as missed:
-        if request.pattern_given:
+        if isinstance(output, Sparse) and output.user_pattern is not None:
             raise
         warnings.warn(
             f"{missed} torchjac found this pattern itself: please report the function. The rows "
@@ -117,18 +134,24 @@ def solve(program: EagerGraph, request: PassRequest) -> Arranged:
             PatternWarning,
             stacklevel=4,
         )
-    return solve(program, replace(request, pattern=None))
+    assert isinstance(output, Sparse), "a dense output has no pattern"
+    request = replace(request, output=output.of_pattern(None))
+    return solve(program, request, key, independent)
 
 
-def _solved(program: EagerGraph, structure: Structure, request: PassRequest) -> Arranged:
-    race = _race(program, structure, request)
+def _solved(
+    program: EagerGraph, structure: Structure, request: Request, key: Hashable | None
+) -> Arranged:
+    race = _race(program, structure, request, key)
     if modes.needs_passes_context():
         with modes.passes((*program.outputs, *program.inputs)):
             return _run(program, structure, request, race)
     return _run(program, structure, request, race)
 
 
-def _race(program: EagerGraph, structure: Structure, request: PassRequest) -> Race:
+def _race(
+    program: EagerGraph, structure: Structure, request: Request, key: Hashable | None
+) -> Race:
     graph = structure.graph
     if modes.tracing(program.inputs):
         if structure.batch is not None:
@@ -155,13 +178,13 @@ def _race(program: EagerGraph, structure: Structure, request: PassRequest) -> Ra
         structure.independent,
     )
     return race_for(
-        (request.key, graph.kind, shapes, context),
+        (key, graph.kind, shapes, context),
         study,
         replayable=program.replay is not None and not program.create_graph,
     )
 
 
-def _run(program: EagerGraph, structure: Structure, request: PassRequest, race: Race) -> Arranged:
+def _run(program: EagerGraph, structure: Structure, request: Request, race: Race) -> Arranged:
     refused: dict[Plan, PlanRefused] = {}
     while True:
         try:
@@ -174,7 +197,7 @@ def _run(program: EagerGraph, structure: Structure, request: PassRequest, race: 
                 evaluate(program, structure, plan) if structure.m and structure.n else (),
                 program,
                 structure,
-                request.layout,
+                request.output,
             )
         except PlanRefused as refusal:
             refused[replace(plan, checked=False)] = refusal
@@ -192,9 +215,20 @@ def _run(program: EagerGraph, structure: Structure, request: PassRequest, race: 
         seconds = now() - started
         race.ran(plan, seconds)
         shape = structure.without_graph()
-        light = request if request.pattern is None else replace(request, pattern=None)
-        ran = (arranged.passes, arranged.chunk, seconds, _described(request))
-        remember(Ran(shape, light, race, plan, *ran).record)
+        output = request.output
+        ran = Ran(
+            shape,
+            request.entry,
+            output.layout,
+            request.memory_budget,
+            race,
+            plan,
+            arranged.passes,
+            arranged.chunk,
+            seconds,
+            output.description,
+        )
+        remember(ran.record)
         return replace(arranged, work=race.work)
 
 
@@ -202,14 +236,6 @@ def _independence(structure: Structure) -> str | None:
     if structure.batch is None or structure.batch < 2:
         return None
     return "proved" if structure.independent else "tested"
-
-
-def _described(request: PassRequest) -> str | None:
-    pattern = request.pattern
-    if pattern is None:
-        return None
-    origin = "given" if request.pattern_given else pattern.scope
-    return f"{pattern.nnz} nonzeros, {origin}"
 
 
 def _substitute(plan: Plan, refusal: PlanRefused) -> Batching | None:

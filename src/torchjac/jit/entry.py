@@ -120,15 +120,11 @@ class Entry:
         self._add(native)
         self.step(tiers.NativeArrived(self._work[Tier.NATIVE]))
 
-    def leave_record(
-        self, compiled: Compiled, entry: str, layout: torch.layout, seconds: float
-    ) -> None:
+    def leave_record(self, compiled: Compiled, entry: str, seconds: float) -> None:
         """Leaves the record of a run, which holds no result."""
-        remember(lambda: self.record(compiled, entry, layout, seconds))
+        remember(lambda: self.record(compiled, entry, seconds))
 
-    def record(
-        self, compiled: Compiled, entry: str, layout: torch.layout, seconds: float
-    ) -> Record:
+    def record(self, compiled: Compiled, entry: str, seconds: float) -> Record:
         """The record of one run."""
         m, n, samples = compiled.shape
         emitted = compiled.emitted
@@ -150,12 +146,10 @@ class Entry:
             rows=m,
             columns=n,
             batch=samples,
-            layout=layout,
+            layout=compiled.output.layout,
             seconds=seconds,
             independence=None if samples is None else "proved",
-            pattern=None
-            if compiled.pattern is None
-            else f"{compiled.pattern.nnz} nonzeros, global",
+            pattern=compiled.output.description,
             candidates=(*candidates, passes),
             refusals=tuple(refusals),
             counts=_counts(compiled),

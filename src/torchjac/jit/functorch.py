@@ -12,21 +12,22 @@ import torch
 from torchjac.call import Call
 from torchjac.errors import ArgumentError
 from torchjac.record import Record, remember
+from torchjac.request import Dense, Request
 
 
-def delegate(call: Call, batched: bool, layout: torch.layout, entry: str) -> tuple[Any, Any]:
+def delegate(call: Call, request: Request) -> tuple[Any, Any]:
     """Evaluates with `torch.func.jacrev`: `(returned, J)`.
 
     Raises:
         ArgumentError: `batched=True` or a sparse layout, which cannot be had there.
     """
-    if batched:
+    if request.batched:
         raise ArgumentError(
             "torchjac: batched=True does not work inside a torch.func transform, torch.vmap or "
             "torch.compile, where independence of the samples cannot be checked. Use "
             "torch.vmap(torchjac.jacobian(f)) with an f of one sample."
         )
-    if layout is not torch.strided:
+    if not isinstance(request.output, Dense):
         raise ArgumentError(
             "torchjac: a sparse layout does not work inside a torch.func transform, torch.vmap or "
             "torch.compile. Use layout=torch.strided."
@@ -38,11 +39,11 @@ def delegate(call: Call, batched: bool, layout: torch.layout, entry: str) -> tup
 
     jacobian, returned = torch.func.jacrev(both, call.argnums, has_aux=True)(*call.args)
     if not torch.compiler.is_compiling():
-        remember(lambda: _record(entry, layout))
+        remember(lambda: _record(request.entry))
     return returned, jacobian
 
 
-def _record(entry: str, layout: torch.layout) -> Record:
+def _record(entry: str) -> Record:
     return Record(
         entry=entry,
         engine="torch.func",
@@ -53,6 +54,6 @@ def _record(entry: str, layout: torch.layout) -> Record:
         rows=0,
         columns=0,
         batch=None,
-        layout=layout,
+        layout=torch.strided,
         seconds=0.0,
     )

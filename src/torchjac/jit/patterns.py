@@ -8,8 +8,7 @@ changes all the time, is not captured again and again: it is treated as one that
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -22,7 +21,7 @@ from torchjac.guards.objects import inert
 from torchjac.host.memory import default_budget
 from torchjac.jit.cache import CaptureCache
 from torchjac.passes.candidates import plain_seconds
-from torchjac.request import PassRequest
+from torchjac.request import Output, Sparse
 from torchjac.sparsity.detect import global_pattern, is_independent, pattern_of_graph
 from torchjac.sparsity.pattern import Pattern, given_pattern
 
@@ -111,32 +110,31 @@ def _proved(call: Call) -> bool:
 _TRACE, _TRACE_NODE = 3e-3, 0.3e-3
 
 
-def with_pattern(
-    request: PassRequest, program: EagerGraph, given: Any, find: Callable[[], Pattern | None]
-) -> PassRequest:
-    """The request with the pattern to restrict passes to, if there is one.
+def with_pattern(output: Output, program: EagerGraph, find: Callable[[], Pattern | None]) -> Output:
+    """The output with the pattern that passes are restricted to, if there is one.
 
     Args:
-        request: A request for a sparse result.
-        program: What is differentiated.
-        given: The user's pattern, or None.
-        find: Finds the program's own.
+        output: What of the Jacobian is wanted.
+        program: The eager graph that is differentiated.
+        find: Finds the pattern of the program.
 
     Raises:
         PatternError: The user's pattern does not fit the program.
     """
-    if given is not None:
+    if not isinstance(output, Sparse):
+        return output
+    if output.user_pattern is not None:
         shapes = [[tuple(t.shape) for t in leaves] for leaves in _leaves(program)]
-        found: Pattern | None = given_pattern(given, *shapes)
+        pattern: Pattern | None = given_pattern(output.user_pattern, *shapes)
     elif modes.tracing(program.inputs) or not program.outputs or not program.inputs:
-        found = None
+        pattern = None
     else:
-        found = find()
-    if found is None or not all(found.shape):
-        return request
-    if program.batch is not None and not found.batched and given is None:
-        return request  # samples may be coupled: the plain engine finds out, and says where
-    return replace(request, pattern=found, pattern_given=given is not None)
+        pattern = find()
+    if pattern is None or not all(pattern.shape):
+        return output
+    if program.batch is not None and not pattern.batched and output.user_pattern is None:
+        return output  # samples may be coupled: plain passes find out, and say where
+    return output.of_pattern(pattern)
 
 
 def pattern_if_worth(program: EagerGraph) -> Pattern | None:

@@ -24,7 +24,7 @@ def blocks(parts: Iterator[Part], program: EagerGraph, structure: Structure) -> 
     first = next(slabs, None)
     if first is None:
         return [
-            [_zeros(output, source, structure.batch) for source in program.inputs]
+            [zeros(output, source, structure.batch) for source in program.inputs]
             for output in program.outputs
         ]
     by_rows = first.axis == "rows"
@@ -157,6 +157,7 @@ def _unshared(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
     return unshared
 
 
-def _zeros(output: Tensor, source: Tensor, batch: int | None) -> Tensor:
+def zeros(output: Tensor, source: Tensor, batch: int | None) -> Tensor:
+    """The block of an output leaf that does not depend on an input leaf (`source`)."""
     inner = source.shape if batch is None else source.shape[1:]
     return torch.zeros((*output.shape, *inner), dtype=source.dtype, device=source.device)

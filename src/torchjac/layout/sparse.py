@@ -7,7 +7,7 @@ this primal. With a batch the matrix is block diagonal: `(B out, B in)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -20,32 +20,12 @@ from torchjac.passes.structure import Structure
 from torchjac.sparsity.pattern import Pattern
 
 
-def blocks_coo(
-    parts: Iterator[Part], program: EagerGraph, structure: Structure
+def blocks(
+    parts: Iterator[Part], program: EagerGraph, structure: Structure, layout: torch.layout
 ) -> list[list[Tensor]]:
-    """One coalesced COO matrix `(out.numel(), in.numel())` per output and input leaf."""
-    return _blocks(parts, program, structure, _coo)
-
-
-def blocks_csr(
-    parts: Iterator[Part], program: EagerGraph, structure: Structure
-) -> list[list[Tensor]]:
-    """One CSR matrix `(out.numel(), in.numel())` per output and input leaf."""
-    return _blocks(parts, program, structure, _csr)
-
-
-Make = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
-
-
-def _blocks(
-    parts: Iterator[Part], program: EagerGraph, structure: Structure, make: Make
-) -> list[list[Tensor]]:
-    pattern = structure.pattern
-    if pattern is None:
-        slabs = cast(Iterator[Slab], parts)
-        table = _entries(slabs, program, structure)
-    else:
-        table = _patterned(cast(Iterator[Entries], parts), program, pattern)
+    """One matrix `(out.numel(), in.numel())` per output and input leaf, of its nonzero entries."""
+    make = _csr if layout is torch.sparse_csr else _coo
+    table = _entries(cast(Iterator[Slab], parts), program, structure)
     return [
         [
             make(row, column, values, output.numel(), source.numel())
@@ -55,37 +35,13 @@ def _blocks(
     ]
 
 
-def _patterned(
-    parts: Iterator[Entries], program: EagerGraph, pattern: Pattern
-) -> list[list[Triplet]]:
-    """Row, column and value of each structural nonzero, per output and input leaf."""
-    nest = program.nest
-    values: Tensor | None = None
-    for part in parts:
+def values(parts: Iterator[Part], program: EagerGraph, pattern: Pattern) -> Tensor:
+    """The value of each structural nonzero, in the dtype that holds those of all inputs."""
+    values = torch.zeros(pattern.nnz, dtype=_dtype(program), device=program.device)
+    for part in cast(Iterator[Entries], parts):
         for numbers, entries in part.parts:
-            if values is None:
-                values = torch.zeros(pattern.nnz, dtype=_dtype(program), device=program.device)
             values[numbers] = entries.to(values)
-    if values is None:
-        values = torch.zeros(pattern.nnz, dtype=_dtype(program), device=program.device)
-    return [
-        [
-            _block_of(pattern, values, i, j, source.dtype)
-            for j, source in zip(nest.live_inputs, program.inputs, strict=True)
-        ]
-        for i in nest.live_outputs
-    ]
-
-
-def _block_of(pattern: Pattern, values: Tensor, i: int, j: int, dtype: torch.dtype) -> Triplet:
-    row, column, numbers = pattern.block(i, j)
-    device = values.device
-    own = values if numbers is None else values[torch.from_numpy(numbers).to(device)]
-    return (
-        torch.from_numpy(row).to(device, torch.int64),
-        torch.from_numpy(column).to(device, torch.int64),
-        own.to(dtype),
-    )
+    return values
 
 
 def _dtype(program: EagerGraph) -> torch.dtype:

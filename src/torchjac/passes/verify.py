@@ -21,6 +21,7 @@ from torchjac.passes.forward import recorded, refuse_beforehand
 from torchjac.passes.freivalds import tolerance
 from torchjac.passes.seeds import weights
 from torchjac.passes.structure import analyze
+from torchjac.request import Output
 from torchjac.sparsity.pattern import Pattern
 
 Parts = Sequence[Tensor]
@@ -73,12 +74,12 @@ class Reference:
         found = backward([g for g, _ in pairs], [v for _, v in pairs], self._seeds)
         return [None if f is None else f.detach() for f in found]
 
-    def check(self, parts: Parts, pattern: Pattern | None) -> None:
+    def check(self, parts: Parts, output: Output) -> None:
         """Compares a result.
 
         Args:
-            parts: Blocks, row by row, or the values of a pattern.
-            pattern: The pattern; None for blocks.
+            parts: The parts of the output (`layout.assemble`).
+            output: The output, with its pattern if it has one.
 
         Raises:
             Disagrees: They differ by more than rounding.
@@ -92,8 +93,8 @@ class Reference:
         with torch.no_grad(), modes.real_values():
 
             def products(of: Parts, u: Sequence[Tensor | None], v: Parts) -> tuple[Any, Any]:
-                if pattern is not None:
-                    return _sparse(of[0], pattern, u, v)
+                if output.pattern is not None:
+                    return _sparse(of[0], output.pattern, u, v)
                 return _dense(of, u, v, self._program.batch is not None)
 
             pulled, pushed = products(parts, seeds, tangents)

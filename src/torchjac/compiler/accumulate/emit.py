@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate, product
 from typing import TypeVar
 
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor
 from torchjac._torch.trace.recorder import Recorder
 from torchjac._torch.trace.recording import recorded
 from torchjac.capture.linear_program import LinearProgram
-from torchjac.compiler.accumulate import scatter_entries as write
-from torchjac.compiler.accumulate.adjoint import Adjoint
-from torchjac.compiler.accumulate.output import Block, Slots, Target
+from torchjac.compiler.accumulate import output
+from torchjac.compiler.accumulate.output import Goal
 from torchjac.compiler.accumulate.sweep import Sweep
 from torchjac.compiler.program.optimize import executable, folded
 from torchjac.compiler.program.record import _Everything
@@ -28,7 +26,7 @@ R = TypeVar("R")
 def emit(
     derivative: LinearProgram,
     inputs: Sequence[Tensor],
-    target: Target,
+    goal: Goal,
     most: int,
     limit: float = 60.0,
 ) -> TensorProgram:
@@ -37,7 +35,7 @@ def emit(
     Args:
         derivative: The traced backward pass, or that of J'.
         inputs: A tensor for each of its placeholders that is not a cotangent.
-        target: What the result looks like.
+        goal: What is accumulated.
         most: Numbers that intermediate adjoints may have, all together.
         limit: Seconds that the walk over the graph may take.
 
@@ -57,13 +55,13 @@ def emit(
 
     given = dict(zip(free, inputs, strict=True))
     with torch.no_grad():
-        samples = derivative.row_shapes[0][0] if target.batched else 1
+        samples = derivative.row_shapes[0][0] if goal.batched else 1
         sweep = Sweep(derivative, given, record, most, limit, samples)
         gradients = sweep.gradients()
         terms = [x for g in gradients if g is not None for x in g.terms]
         if sum(math.prod(x.loop) for x in terms) > most:
             raise PlanRefused("far more products than entries would be added up")
-        parts = record(lambda: _parts(derivative, gradients, inputs, target, recorder.varies))
+        parts = record(lambda: output.parts(goal, derivative, gradients, inputs, recorder.varies))
         probe = record(lambda: _probe(parts))
         fixed = sum(
             math.prod(x.loop)
@@ -73,7 +71,7 @@ def emit(
     recording = folded(recorded(recorder, [*parts, probe]))
     module, constants = executable(recording)
     whole = sum(math.prod(x.loop) for x in terms)
-    about = target.mode, (fixed, whole), sweep.waists
+    about = goal.mode, (fixed, whole), sweep.waists
     return TensorProgram(recording, module, constants, module.forward, *about)
 
 
@@ -100,32 +98,3 @@ def _probe(parts: Sequence[Tensor]) -> Tensor:
     """The sum of everything."""
     sums = [part.sum() for part in parts]
     return sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0].dtype) for s in sums]).sum()
-
-
-def _parts(
-    derivative: LinearProgram,
-    gradients: Sequence[Adjoint | None],
-    inputs: Sequence[Tensor],
-    target: Target,
-    varies: Callable[[Tensor], bool],
-) -> list[Tensor]:
-    """The values of a sparse result, or every block of a dense one, row by row."""
-    elements = [tuple(s) for s in derivative.column_shapes]
-    if target.pattern is not None:
-        starts = [0, *accumulate(math.prod(s) for s in elements)]
-        present = [(g, k) for g, k in zip(gradients, starts, strict=False) if g is not None]
-        slots = Slots.of(target.pattern, target.mode)
-        return [write.sparse(present, slots, inputs[0], varies)]
-    seeds = [tuple(s) for s in derivative.row_shapes]
-    starts = [0, *accumulate(math.prod(s) for s in seeds)]
-    rows, columns = (seeds, elements) if target.mode == "reverse" else (elements, seeds)
-    parts = []
-    for i, j in product(range(len(rows)), range(len(columns))):
-        source, leaf = (i, j) if target.mode == "reverse" else (j, i)
-        samples = rows[i][0] if target.batched else None
-        block = Block(
-            starts[source], math.prod(seeds[source]), elements[leaf], samples, target.mode
-        )
-        outer = (*rows[i], *(columns[j] if samples is None else columns[j][1:]))
-        parts.append(write.dense(gradients[leaf], block, inputs[j]).view(outer))
-    return parts

@@ -1,170 +1,90 @@
-"""The output of an accumulated program: blocks, or entries of a pattern."""
+"""The parts of an output, from the adjoints of the inputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, product
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from torchjac.compiler.accumulate import adjoint as t
-from torchjac.compiler.accumulate.adjoint import Term
-from torchjac.linear.maps import Shape
-from torchjac.request import Mode
+from torchjac.capture.linear_program import LinearProgram
+from torchjac.compiler.accumulate import scatter_entries as write
+from torchjac.compiler.accumulate.addresses import Block, Slots
+from torchjac.compiler.accumulate.adjoint import Adjoint
+from torchjac.request import Mode, Output, Sparse
 from torchjac.sparsity.pattern import Pattern
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What the result looks like.
+class Goal:
+    """What is accumulated, and from which side.
 
     Attributes:
-        pattern: Structural nonzeros of a sparse result; None for a dense one.
-        batched: Whether a dense one has a batch of independent samples.
-        mode: Whether the derivative is that of J (`reverse`) or that of J' (`forward`).
+        output: What of the Jacobian is wanted, with its pattern if it has one.
+        batched: Whether leading axes are a batch of independent samples.
+        mode: Whether the linear program is that of J (`reverse`) or that of J' (`forward`).
     """
 
-    pattern: Pattern | None = None
+    output: Output
     batched: bool = False
     mode: Mode = "reverse"
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Where the entries between one output and one input leaf go, in a buffer of their own.
+def parts(
+    goal: Goal,
+    derivative: LinearProgram,
+    adjoints: Sequence[Adjoint | None],
+    inputs: Sequence[Tensor],
+    varies: Callable[[Tensor], bool],
+) -> list[Tensor]:
+    """The parts of an output, as `layout.assemble` takes them.
 
-    Adjoints run from seeds to elements: in reverse mode seeds are rows of the block and elements
-    its columns, in forward mode it is the other way round. Entry (row, column) is element
-    `row * width + column % width` of the buffer.
-
-    Attributes:
-        first: Number of the first seed.
-        seeds: How many there are.
-        shape: Shape of the leaf that elements belong to.
-        samples: Size of the batch that both leaves begin with; None without one.
-        mode: What seeds are.
+    Args:
+        goal: What is accumulated.
+        derivative: The linear program.
+        adjoints: The adjoint of each differentiated leaf; None is zero.
+        inputs: Tensors of the dtypes and the device of the leaves.
+        varies: Whether a tensor depends on the inputs.
     """
-
-    first: int
-    seeds: int
-    shape: Shape
-    samples: int | None = None
-    mode: Mode = "reverse"
-
-    @property
-    def width(self) -> int:
-        """Columns that a row has: those of its sample, with a batch."""
-        columns = math.prod(self.shape) if self.mode == "reverse" else self.seeds
-        return columns // max(self.samples or 1, 1)
-
-    @property
-    def size(self) -> int:
-        """Places in the buffer."""
-        rows = self.seeds if self.mode == "reverse" else math.prod(self.shape)
-        return rows * self.width
-
-    @property
-    def per_sample(self) -> tuple[int, int]:
-        """Seeds and elements that belong to one sample; at least one."""
-        samples = max(self.samples or 1, 1)
-        return max(self.seeds // samples, 1), max(math.prod(self.shape) // samples, 1)
-
-    def places(self, term: Term) -> Tensor:
-        """Place of each entry; -1 for entries of other blocks, and between samples."""
-        seeds = term.rows.expand(term.loop) - self.first
-        elements = t.elements(term, self.shape)
-        valid = (seeds >= 0) & (seeds < self.seeds) & (term.rows.expand(term.loop) >= 0)
-        rows, columns = (seeds, elements) if self.mode == "reverse" else (elements, seeds)
-        if self.samples is not None:
-            mine, other = self.per_sample
-            valid &= seeds.div(mine, rounding_mode="floor") == elements.div(
-                other, rounding_mode="floor"
-            )
-            columns = columns % max(self.width, 1)
-        return torch.where(valid, rows * self.width + columns, -1).reshape(-1)
-
-    def steps(self, seeds: Sequence[int], elements: Sequence[int]) -> list[int]:
-        """How far each axis of a loop steps in the buffer.
-
-        Args:
-            seeds: How far it steps along seeds.
-            elements: How far it steps along elements; with a batch the first axis is the samples.
-        """
-        rows, columns = list(seeds), list(elements)
-        if self.mode == "forward":
-            rows, columns = columns, rows
-        if self.samples is not None and columns:
-            columns[0] -= self.width
-        return [r * self.width + c for r, c in zip(rows, columns, strict=True)]
+    match goal.output:
+        case Sparse(pattern=Pattern() as pattern):
+            return [_values(pattern, goal.mode, derivative, adjoints, inputs[0], varies)]
+        case _:
+            return _blocks(goal, derivative, adjoints, inputs)
 
 
-@dataclass(frozen=True, slots=True)
-class Regular:
-    """Places that each axis of a loop steps through evenly.
-
-    Attributes:
-        start: Place of the first entry.
-        steps: Step of each axis.
-    """
-
-    start: int
-    steps: list[int]
-
-    def order(self, loop: Shape, size: int) -> list[int] | None:
-        """The order of axes in which the loop fills a whole buffer, if it does."""
-        if self.start != 0 or math.prod(loop) != size:
-            return None
-        order = sorted(range(len(loop)), key=lambda a: (-self.steps[a], -loop[a]))
-        expected = 1
-        for axis in reversed(order):
-            if loop[axis] > 1:
-                if self.steps[axis] != expected:
-                    return None
-                expected *= loop[axis]
-        return order
-
-    def disjoint(self, loop: Shape) -> bool:
-        """Whether no place is met twice, as far as strides can say."""
-        if min(self.steps, default=0) < 0:
-            return False
-        reach = 0
-        for step, size in sorted((abs(s), size) for s, size in zip(self.steps, loop, strict=True)):
-            if size > 1:
-                if step <= reach:
-                    return False
-                reach += step * (size - 1)
-        return True
+def _values(
+    pattern: Pattern,
+    mode: Mode,
+    derivative: LinearProgram,
+    adjoints: Sequence[Adjoint | None],
+    like: Tensor,
+    varies: Callable[[Tensor], bool],
+) -> Tensor:
+    """The values of a pattern."""
+    starts = [0, *accumulate(math.prod(s) for s in derivative.column_shapes)]
+    present = [(g, k) for g, k in zip(adjoints, starts, strict=False) if g is not None]
+    return write.sparse(present, Slots.of(pattern, mode), like, varies)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Slots:
-    """Places of the entries of a sparse Jacobian.
-
-    Attributes:
-        keys: `row * n + column` of each, ascending.
-        n: Number of columns.
-        mode: What seeds are: rows in reverse mode, columns in forward mode.
-    """
-
-    keys: np.ndarray
-    n: int
-    mode: Mode
-
-    @classmethod
-    def of(cls, pattern: Pattern, mode: Mode) -> Slots:
-        """Of the structural nonzeros of a pattern."""
-        n = pattern.shape[1]
-        return cls(pattern.rows.astype(np.int64) * n + pattern.columns, n, mode)
-
-    def find(self, seeds: np.ndarray, elements: np.ndarray) -> np.ndarray:
-        """The number of each entry; -1 for one that is structurally zero."""
-        rows, columns = (seeds, elements) if self.mode == "reverse" else (elements, seeds)
-        wanted = rows * self.n + columns
-        if not len(self.keys):
-            return np.full(wanted.shape, -1)
-        at = np.searchsorted(self.keys, wanted)
-        at[at == len(self.keys)] = 0
-        return np.where((self.keys[at] == wanted) & (seeds >= 0), at, -1)
+def _blocks(
+    goal: Goal,
+    derivative: LinearProgram,
+    adjoints: Sequence[Adjoint | None],
+    inputs: Sequence[Tensor],
+) -> list[Tensor]:
+    """Every block, row by row."""
+    elements = [tuple(s) for s in derivative.column_shapes]
+    seeds = [tuple(s) for s in derivative.row_shapes]
+    starts = [0, *accumulate(math.prod(s) for s in seeds)]
+    rows, columns = (seeds, elements) if goal.mode == "reverse" else (elements, seeds)
+    blocks = []
+    for i, j in product(range(len(rows)), range(len(columns))):
+        source, leaf = (i, j) if goal.mode == "reverse" else (j, i)
+        samples = rows[i][0] if goal.batched else None
+        block = Block(starts[source], math.prod(seeds[source]), elements[leaf], samples, goal.mode)
+        outer = (*rows[i], *(columns[j] if samples is None else columns[j][1:]))
+        blocks.append(write.dense(adjoints[leaf], block, inputs[j]).view(outer))
+    return blocks

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from torchjac._torch.modes import real_values
 from torchjac.compiler.accumulate import adjoint as t
+from torchjac.compiler.accumulate.addresses import Block, Regular, Slots
 from torchjac.compiler.accumulate.adjoint import Adjoint, Term
 from torchjac.compiler.accumulate.merge import assembled, placed
-from torchjac.compiler.accumulate.output import Block, Regular, Slots
 
 
 def dense(adjoint: Adjoint | None, block: Block, like: Tensor) -> Tensor:
