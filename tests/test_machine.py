@@ -17,7 +17,7 @@ from accumulating import plan_of
 from laws import oracle_jacobian, same, value
 from torchjac.host import cache_dir as disk
 from torchjac.host import costs as machines
-from torchjac.host.costs import DEFAULT, CostModel, Work, calibrated, cost_model, measured
+from torchjac.host.costs import DEFAULT, CostModel, ProgramWork, calibrated, cost_model, measured
 from torchjac.jit.entry import Entry
 
 
@@ -78,7 +78,7 @@ class TestCostModel:
 
     def test_more_work_takes_longer(self) -> None:
         costs = CostModel()
-        less = Work(operations=3, products=10**6, near=10**5, far=10**7)
+        less = ProgramWork(operations=3, products=10**6, near=10**5, far=10**7)
         assert 0 < costs.seconds(less) < costs.seconds(less + less)
 
     def test_multiplications_are_counted(self) -> None:

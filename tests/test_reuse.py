@@ -15,10 +15,10 @@ import torchjac
 from accumulating import plan_of, run
 from laws import same, value
 from torchjac.compiler.program.buffers import Reused
-from torchjac.host.costs import LARGE
+from torchjac.host.costs import MAPPED_BYTES
 
 N = 2100  # 2100 x 2100 doubles are more than 32 MiB
-assert N * N * 8 > LARGE
+assert N * N * 8 > MAPPED_BYTES
 A = value(N)
 SIZE = (1000,)
 

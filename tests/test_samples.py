@@ -19,8 +19,8 @@ from test_kernel import cache  # noqa: F401
 from torchjac.call import Call
 from torchjac.capture.trace import trace_function
 from torchjac.compiler.batch_invariance import alike, fewer
-from torchjac.compiler.codegen import executable as threads
 from torchjac.errors import CaptureRefused, PlanRefused
+from torchjac.host import costs
 from torchjac.sparsity.detect import KEEP
 
 Function = Callable[..., Any]
@@ -274,7 +274,7 @@ class TestThreads:
 
     @pytest.fixture(autouse=True)
     def many(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(threads, "_SHARE", 1e-9)
+        monkeypatch.setattr(costs, "_THREAD", 1e-9)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
 
     @pytest.mark.parametrize("count", [32, 33, 64, 1001])

@@ -44,9 +44,6 @@ from torchjac.sparsity.pattern import Pattern, pattern_of
 _NUMBERS, _LEAST = 2e8, 2**21
 # Or for each number of the result.
 _TIMES = 32
-# Seconds that it may take to plan: at least, for each second that passes would take, and for each
-# operation of the derivative.
-_LIMIT, _SECONDS, _NODE = 1.0, 4.0, 4e-3
 
 
 @gc_paused()
@@ -267,8 +264,7 @@ def _eliminated(
     size = pattern.nnz if pattern is not None else derivative.m * derivative.n
     size //= program.batch or 1
     most = max(_LEAST, _TIMES * size, wanted.predicted * _NUMBERS)
-    limit = _LIMIT + _SECONDS * wanted.predicted + _NODE * len(derivative.module.graph.nodes)
-    limits = Limits(min(int(most), budget // 16), started + limit)
+    limits = Limits.of(derivative, min(int(most), budget // 16), started, wanted.predicted)
     target = Target(pattern, program.batch is not None)
 
     found = list(ways(call, derivative, reference.pushes, target, wanted.orders, limits))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -16,17 +15,21 @@ from torchjac.compiler.codegen.build import written
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.target import LIMIT, SourceUnit
 from torchjac.compiler.program.tensor_program import TensorProgram
+from torchjac.compiler.program.work import numbers_of
 from torchjac.errors import PlanRefused
 from torchjac.host.contest import Contest, Rules, hold
-from torchjac.host.costs import cost_model
+from torchjac.host.costs import (
+    build_seconds,
+    cost_model,
+    lowering_seconds,
+    scalar_products,
+)
 from torchjac.host.gc_pause import gc_paused
 
 C = TypeVar("C")
 
 # Seconds that the compiler may take where nobody asked for it.
 PATIENCE = 10.0
-# Seconds that making a kernel takes: at least, and for each number that the operations give.
-_KERNEL, _KERNEL_NUMBER = 0.5, 7e-8
 # Seconds that it may take to write down more than one program, to choose among them.
 _BRIEF = 0.7
 # Programs that compute so many times as many numbers are not among them.
@@ -40,13 +43,12 @@ _ROUNDING = {torch.float64: (1e-7, 2e-11), torch.float32: (1e-2, 1e-5)}
 
 def kernel_seconds(programs: Sequence[TensorProgram]) -> float:
     """Seconds that it should take to make a kernel of one of some programs."""
-    return _KERNEL + min(map(_writing_seconds, programs))
+    return build_seconds(min(numbers_of(p.recording) for p in programs))
 
 
-def _writing_seconds(program: TensorProgram) -> float:
-    """Seconds that it should take to write a program down."""
-    results = [v for c in program.recording.calls for v in c.results if v is not None]
-    return _KERNEL_NUMBER * sum(math.prod(v.shape) for v in results)
+def _lowering_seconds(program: TensorProgram) -> float:
+    """Predicted seconds of lowering and rendering a program."""
+    return lowering_seconds(numbers_of(program.recording))
 
 
 def written_in_order(
@@ -65,11 +67,11 @@ def written_in_order(
         write: Writes one down.
         refusals: Why some cannot be is added here.
     """
-    waiting = sorted(programs, key=_writing_seconds)
+    waiting = sorted(programs, key=_lowering_seconds)
     while waiting:
-        least = _writing_seconds(waiting[0])
-        close = [p for p in waiting if _writing_seconds(p) <= _CLOSE * least]
-        count = len(close) if sum(map(_writing_seconds, close)) < _BRIEF else 1
+        least = _lowering_seconds(waiting[0])
+        close = [p for p in waiting if _lowering_seconds(p) <= _CLOSE * least]
+        count = len(close) if sum(map(_lowering_seconds, close)) < _BRIEF else 1
         texts = []
         for program in waiting[:count]:
             try:
@@ -79,7 +81,7 @@ def written_in_order(
             except Exception as error:  # others do it; the record says what happened
                 refusals.append(f"{type(error).__name__}: {error}")
         waiting = waiting[count:]
-        yield from sorted(texts, key=lambda t: t[1].source.cost)
+        yield from sorted(texts, key=lambda t: scalar_products(t[1].source.work))
 
 
 @gc_paused()

@@ -29,12 +29,41 @@ _RULES = Rules(runs=3, hopeless=4.0)
 _SHARE = 0.5
 
 
+# Seconds that planning may take, whatever the function.
+_PLANNING = 1.0
+# Seconds that planning may take for each second that passes would take.
+_PLANNING_PASSES = 4.0
+# Seconds that planning may take for each operation of the derivative.
+_PLANNING_NODE = 4e-3
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What planning may take: numbers that intermediate values have, and a point in time."""
+    """Limits of planning.
+
+    Attributes:
+        most: Numbers that intermediate values may have.
+        deadline: The reading of the clock at which planning stops.
+    """
 
     most: int
     deadline: float
+
+    @classmethod
+    def of(
+        cls, derivative: LinearProgram, most: int, started: float, passes: float = 0.0
+    ) -> Limits:
+        """The limits for one function.
+
+        Args:
+            derivative: Its derivative.
+            most: Numbers that intermediate values may have.
+            started: The reading of the clock at which planning started.
+            passes: Predicted seconds of passes; 0 where planning must not depend on them.
+        """
+        nodes = len(derivative.module.graph.nodes)
+        seconds = _PLANNING + _PLANNING_PASSES * passes + _PLANNING_NODE * nodes
+        return cls(most, started + seconds)
 
 
 def ways(

@@ -29,7 +29,7 @@ from torchjac.compiler.program.record import recording_of
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import CaptureRefused, PlanRefused
 from torchjac.host.clock import now
-from torchjac.host.costs import cost_model
+from torchjac.host.costs import cost_model, scalar_seconds
 from torchjac.request import Mode
 from torchjac.sparsity.detect import KEEP
 from torchjac.sparsity.interpret import interpret
@@ -39,8 +39,6 @@ from torchjac.sparsity.lanes import is_batched
 _ROUGHLY = 3.0
 # Numbers that intermediate values may have, for a few samples.
 _NUMBERS = 2**23
-# Seconds that it may take to plan: at least, and for each operation of the derivative.
-_LIMIT, _NODE = 1.0, 4e-3
 # Numbers of samples of which all that depends on them is read off: a line through two, which the
 # third must be on.
 _SIZES = 3
@@ -74,8 +72,7 @@ def sampled(
     own = _traced(less, few, derivative, batch)
     if not is_batched(own, interpret(own)):
         raise PlanRefused("samples are not proved to be independent")
-    limit = _LIMIT + _NODE * len(own.module.graph.nodes)
-    limits = Limits(_NUMBERS, now() + limit)
+    limits = Limits.of(own, _NUMBERS, now())
     programs = list(ways(less, own, pushes, Target(None, True), orders, limits))
     tried = [Tried(mode, refused=way) for mode, way in programs if isinstance(way, str)]
     made = [replace(way, samples=(few, batch)) for _, way in programs if not isinstance(way, str)]
@@ -83,8 +80,10 @@ def sampled(
         raise PlanRefused("; ".join(dict.fromkeys([str(t.refused) for t in tried])))
     emitted, text = first_written(made, _written)
     operations = cost_model().seconds(emitted.work)
-    if text.source.seconds > _ROUGHLY * operations:
-        raise PlanRefused(f"it takes {text.source.work} scalar products for each sample")
+    if scalar_seconds(text.source.work) > _ROUGHLY * operations:
+        raise PlanRefused(
+            f"it takes {text.source.work.sample_products} scalar products for each sample"
+        )
     emitted = replace(emitted, kernel=Executable(text, PATIENCE))
     return emitted, (Tried(emitted.mode, operations, form=emitted.form), *tried)
 
@@ -107,8 +106,7 @@ def of_several_sizes(
     found = []
     for less, few in islice(several_fewer(call, batch), _SIZES):
         own = _traced(less, few, derivative, batch)
-        limit = _LIMIT + _NODE * len(own.module.graph.nodes)
-        limits = Limits(_NUMBERS, now() + limit)
+        limits = Limits.of(own, _NUMBERS, now())
         ((_, way),) = ways(less, own, True, Target(None, True), (mode,), limits)
         if isinstance(way, str):
             raise PlanRefused(way)

@@ -13,8 +13,8 @@ from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.ir import Called, Value
 from torchjac._torch.trace.op_traits import SAME
 from torchjac._torch.trace.recording import Recording, mapped, used_constants, values_in
-from torchjac.compiler.program.cost import work_of_call
 from torchjac.compiler.program.peephole import fused
+from torchjac.compiler.program.work import work_of_call
 from torchjac.ops import Fact, having
 
 

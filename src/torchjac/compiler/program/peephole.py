@@ -10,7 +10,7 @@ from torch import fx
 from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.ir import Value
 from torchjac.compiler.program.buffers import Reused
-from torchjac.host.costs import LARGE
+from torchjac.host.costs import COPIED_BYTES, MAPPED_BYTES
 from torchjac.ops import Fact, having
 
 # What can write where its result would be copied to; it takes what it writes to last.
@@ -28,8 +28,6 @@ _WRITERS: dict[Any, Any] = known(
         torch.mm: torch.mm,
     }
 )
-# Bytes that no cache holds: to write them twice takes longer than anything.
-_FAR = 8 * 2**20
 _FRESH = having(Fact.FRESH)
 _ZEROS = having(Fact.ZEROS)
 # Not facts of operators: pairs of an operator and its Python binding, as this pass meets them.
@@ -47,7 +45,7 @@ def fused(graph: fx.Graph) -> None:
         elif node.target is aten.add_.Tensor:
             _add_product(graph, node)
     for node in graph.nodes:
-        if node.target in _FRESH and _size(node) >= LARGE:
+        if node.target in _FRESH and _size(node) >= MAPPED_BYTES:
             value: Value = node.meta["value"]
             if value.device.type == "cpu" and _is_returned(node):
                 node.target = Reused(zeros=node.target in _ZEROS)
@@ -94,7 +92,7 @@ def _is_only_for(made: Any, node: fx.Node, kinds: Any) -> bool:
     mine, its = made.meta.get("value"), out.meta.get("value") if isinstance(out, fx.Node) else None
     if mine is None or its is None or (mine.shape, mine.dtype) != (its.shape, its.dtype):
         return False
-    if _order(mine) != _order(its) and _size(made) < _FAR:  # two orders at once take longer
+    if _order(mine) != _order(its) and _size(made) < COPIED_BYTES:  # two orders at once take longer
         return False
     # What it reads must not change before it is written; and not be what is written to.
     for source in made.all_input_nodes:

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from torchjac._torch.inductor import NotCompiled, compiled
 from torchjac._torch.trace.recording import Recording
-from torchjac.compiler.program.cost import work_of
 from torchjac.compiler.program.optimize import beside_results, compilable
+from torchjac.compiler.program.work import work_of
 from torchjac.errors import PlanRefused
-from torchjac.host.costs import Work
+from torchjac.host.costs import ProgramWork
 from torchjac.request import Mode
 
 
@@ -76,7 +76,7 @@ class TensorProgram:
         return f"{self.mode}, compiled" if self.is_compiled else self.mode
 
     @property
-    def work(self) -> Work:
+    def work(self) -> ProgramWork:
         """What its operations do."""
         work = work_of(self.module.graph)
         return work if self.samples is None else work.times(self.samples[1] / self.samples[0])

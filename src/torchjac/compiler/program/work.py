@@ -1,4 +1,4 @@
-"""How much a straight line of operations does, counted exactly."""
+"""The work of a tensor program, counted exactly; `host/costs.py` predicts seconds of it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterable
 from torch import fx
 
 from torchjac._torch.trace.ir import Called, Value
-from torchjac._torch.trace.recording import values_in
-from torchjac.host.costs import _CACHED, Work
+from torchjac._torch.trace.recording import Recording, values_in
+from torchjac.host.costs import CACHED_BYTES, ProgramWork
 from torchjac.ops import Fact, having
 
 
-def work_of_call(call: Called) -> Work:
+def work_of_call(call: Called) -> ProgramWork:
     """The work of one operation."""
     results = [v for v in call.results if v is not None]
     if not call.written and all(v.base is not v for v in results):
-        return Work(1)  # a view
+        return ProgramWork(1)  # a view
     given = values_in((*call.args, *call.kwargs.values()))
     numbers = sum(v.shape.numel() for v in results)
     products = 0
@@ -26,16 +26,22 @@ def work_of_call(call: Called) -> Work:
     computed = 0 if call.operation in _NOT_COMPUTED else products or numbers
     moved = _bytes([*given, *results])
     large = max((v.shape.numel() * v.dtype.itemsize for v in (*results, *given)), default=0)
-    near, far = (moved, 0) if large <= _CACHED else (0, moved)
-    return Work(1, computed, products, near, far)
+    near, far = (moved, 0) if large <= CACHED_BYTES else (0, moved)
+    return ProgramWork(1, computed, products, near, far)
 
 
-def work_of(graph: fx.Graph) -> Work:
+def work_of(graph: fx.Graph) -> ProgramWork:
     """The work of a graph whose nodes carry that of their own."""
-    total = Work()
+    total = ProgramWork()
     for node in graph.nodes:
-        total += node.meta.get("work", Work())
+        total += node.meta.get("work", ProgramWork())
     return total
+
+
+def numbers_of(recording: Recording) -> int:
+    """Numbers that the operations of a recording compute."""
+    results = [v for call in recording.calls for v in call.results if v is not None]
+    return sum(math.prod(v.shape) for v in results)
 
 
 def _bytes(values: Iterable[Value]) -> int:
