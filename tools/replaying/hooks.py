@@ -165,9 +165,13 @@ def _tables(tables: Sequence[Any]) -> str:
 
 def _program(emitted: Any) -> str:
     """A program as text: how it runs, its graph, what was recorded, and its constants."""
-    about = {
-        name: getattr(emitted, name)
-        for name in ("mode", "fixed", "waists", "note", "differentiable", "samples")
+    about = {  # keys as in earlier revisions: texts are compared
+        "mode": emitted.mode,
+        "fixed": emitted.fixed,
+        "waists": emitted.waists,
+        "note": emitted.refusal,
+        "differentiable": emitted.differentiable,
+        "samples": emitted.samples,
     }
     return "\n".join(
         [

@@ -1,8 +1,8 @@
-"""How a plan of the accumulate engine is made: orders of elimination are tried, one is chosen.
+"""Compiles the Jacobian of a function: orders of elimination are tried, the fastest is verified.
 
-Reverse: local Jacobians are multiplied beginning with the outputs; forward: with the inputs, by
-the same walk over the transposed program. Either stops at waists. What each order takes is
-counted exactly on the operations that it leaves, not estimated before.
+Reverse order multiplies local Jacobians beginning with the outputs; forward order begins with the
+inputs, by the same sweep over the transposed program. Both split at bottlenecks. The work of each
+order is counted on the operations of its program, not estimated before.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torchjac.compiler.accumulate.emit import elsewhere, evaluated
 from torchjac.compiler.accumulate.output import Target
 from torchjac.compiler.bug_report import report
 from torchjac.compiler.compiled import Compiled, Tried
-from torchjac.compiler.native import timed, with_kernel
-from torchjac.compiler.orders import Limits, ranked, ways
-from torchjac.compiler.per_sample import compiled_again, sampled
+from torchjac.compiler.native import compare_times, with_kernel
+from torchjac.compiler.orders import Limits, eliminate, rank
+from torchjac.compiler.per_sample import compile_per_sample, with_per_sample_kernel
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import CaptureRefused, Disagrees, PlanRefused
 from torchjac.host.clock import now
@@ -40,172 +40,208 @@ from torchjac.sparsity.interpret import interpret
 from torchjac.sparsity.lanes import is_batched
 from torchjac.sparsity.pattern import Pattern, pattern_of
 
-# Numbers that intermediate values may have for each second that passes would take, and at least.
-_NUMBERS, _LEAST = 2e8, 2**21
-# Or for each number of the result.
-_TIMES = 32
+# Numbers that intermediate values may have, whatever the function.
+_NUMBERS = 2**21
+# Numbers that intermediate values may have for each second that passes would take.
+_NUMBERS_PASSES = 2e8
+# Numbers that intermediate values may have for each number of the result.
+_NUMBERS_RESULT = 32
+# Bytes of the budget for each number that intermediate values may have.
+_BUDGET_NUMBER = 16
 
 
 @gc_paused()
-def planned(call: Call, program: EagerGraph, wanted: CompileRequest) -> tuple[Compiled, Any]:
-    """A plan for a function, checked, and the Jacobian at these arguments.
+def planned(call: Call, program: EagerGraph, request: CompileRequest) -> tuple[Compiled, Any]:
+    """A compiled Jacobian, verified, and its value at the arguments of a call.
 
     Args:
         call: The function and its arguments.
-        program: Its graph at these arguments, to check the plan against.
-        wanted: What the plan is made for.
+        program: The eager graph at these arguments, to verify the compiled Jacobian against.
+        request: The options of the compiled Jacobian.
 
     Raises:
         CaptureRefused: The derivative cannot be traced.
         PlanRefused: It cannot be accumulated, or would take too much.
-        Disagrees: It gives something else than autograd.
+        Disagrees: Passes give another Jacobian.
     """
     started = now()
     derivative = trace_function(call, KEEP)
-    _refuse_beforehand(derivative)
-    if wanted.differentiable and derivative.stops_gradients:
+    _check_traced(derivative)
+    if request.differentiable and derivative.stops_gradients:
         raise PlanRefused(
             "gradients do not go everywhere that numbers go (detach, no_grad, custom functions), "
             "so the derivative of the result is not that of its operations"
         )
-    reference = Reference(program)
+    task = _Task(call, derivative, program, request, Reference(program), started)
     with modes.ordinary_tensors():
         try:
-            chosen = _of_one_sample(call, derivative, program, wanted, reference)
+            verified = _per_sample(task)
         except (PlanRefused, CaptureRefused, Disagrees) as refusal:
-            chosen = _of_all(call, derivative, program, wanted, reference, started)
+            verified = _all_samples(task)
             refused = Tried("reverse", refused=str(refusal), form="kernel of one sample")
             if program.batch is not None:
-                chosen = replace(chosen, tried=(*chosen.tried, refused))
+                verified = replace(verified, tried=(*verified.tried, refused))
     nest, samples = program.nest, program.batch
-    pattern = chosen.pattern
-    plan = Compiled(
+    pattern = verified.pattern
+    compiled = Compiled(
         derivative,
-        chosen.emitted,
+        verified.program,
         pattern,
-        finisher(pattern, wanted.layout, nest.output_spec, nest.input_spec),
+        finisher(pattern, request.layout, nest.output_spec, nest.input_spec),
         (derivative.m // (samples or 1), derivative.n // (samples or 1), samples),
-        wanted.predicted,
-        wanted.budget or default_budget(program.device),
-        chosen.tried,
+        request.predicted,
+        task.budget,
+        verified.tried,
         () if pattern is None else tuple(map(str, pattern.blame[:3])),
-        alternatives=chosen.alternatives,
+        alternatives=verified.alternatives,
     )
-    return plan, plan.finish(chosen.parts)
+    return compiled, compiled.finish(verified.parts)
 
 
 @dataclass(frozen=True, slots=True)
-class _Chosen:
-    """A program that was checked.
+class _Task:
+    """Everything that one compilation knows.
 
     Attributes:
-        emitted: The program.
-        parts: What it gives at the arguments.
-        pattern: Of a sparse result.
-        tried: What else was looked at.
-        alternatives: Programs of other orders.
+        call: The function and its arguments.
+        derivative: The derivative of the function.
+        eager: The eager graph of the call.
+        request: The options of the compiled Jacobian.
+        reference: Products of J by passes, to verify programs against.
+        started: The reading of the clock at the start.
     """
 
-    emitted: TensorProgram
+    call: Call
+    derivative: LinearProgram
+    eager: EagerGraph
+    request: CompileRequest
+    reference: Reference
+    started: float
+
+    @property
+    def budget(self) -> int:
+        """Bytes that intermediate values may take."""
+        return self.request.budget or default_budget(self.eager.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """A program that was compared with passes.
+
+    Attributes:
+        program: The program.
+        parts: The parts of the Jacobian at the arguments of the call.
+        pattern: The pattern of a sparse result.
+        tried: All orders and forms that were tried.
+        alternatives: Programs of the other orders.
+    """
+
+    program: TensorProgram
     parts: tuple[Tensor, ...]
     pattern: Pattern | None
     tried: tuple[Tried, ...]
     alternatives: tuple[TensorProgram, ...] = ()
 
 
-def _of_one_sample(
-    call: Call,
-    derivative: LinearProgram,
-    program: EagerGraph,
-    wanted: CompileRequest,
-    reference: Reference,
-) -> _Chosen:
-    """A kernel that runs for each sample of a batch.
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """Programs to verify.
+
+    Attributes:
+        programs: Programs of the same Jacobian, the preferred one first.
+        pattern: The pattern of a sparse result.
+        tried: All orders that were tried.
+    """
+
+    programs: tuple[TensorProgram, ...]
+    pattern: Pattern | None
+    tried: tuple[Tried, ...]
+
+
+def _per_sample(task: _Task) -> _Verified:
+    """A program for a few samples, with a kernel that runs for each sample of a batch.
 
     Raises:
-        PlanRefused: There is none, or it is not to be expected to be faster.
-        Disagrees: It gives something else than autograd.
+        PlanRefused: There is no kernel, or it is predicted to be slower than tensor operations.
+        Disagrees: Passes give another Jacobian.
     """
-    if program.batch is None or wanted.layout is not torch.strided or wanted.differentiable:
+    batch, request = task.eager.batch, task.request
+    if batch is None or request.layout is not torch.strided or request.differentiable:
         raise PlanRefused("there is no batch of dense blocks without a graph")
     if (
-        wanted.whole
-        or wanted.saved
-        or (torch.are_deterministic_algorithms_enabled() and not wanted.compiled)
+        request.whole
+        or request.saved
+        or (torch.are_deterministic_algorithms_enabled() and not request.compiled)
     ):
         raise PlanRefused("other operations are asked for")
-    few = sampled(call, derivative, program.batch, wanted.orders, reference.pushes)
-    return _Chosen(few[0], _right(few[0], call, None, reference), None, few[1])
+    transposable = task.reference.pushes
+    program, tried = compile_per_sample(
+        task.call, task.derivative, batch, request.orders, transposable
+    )
+    return _Verified(program, _verify(program, None, task), None, tried)
 
 
-def _right(
-    emitted: TensorProgram, call: Call, pattern: Pattern | None, reference: Reference
-) -> tuple[Tensor, ...]:
-    """What a program gives, compared with autograd.
-
-    Raises:
-        Disagrees: It is something else.
-        RefusedHere: It is not finite.
-    """
-    parts = evaluated(emitted, arguments(call))
-    reference.check(parts, pattern)
-    return _twice(emitted, call, reference) if emitted.differentiable else parts
-
-
-def _of_all(
-    call: Call,
-    derivative: LinearProgram,
-    program: EagerGraph,
-    wanted: CompileRequest,
-    reference: Reference,
-    started: float,
-) -> _Chosen:
-    """Operations on whole tensors, or what they were compiled to.
+def _verify(program: TensorProgram, pattern: Pattern | None, task: _Task) -> tuple[Tensor, ...]:
+    """The parts of the Jacobian by a program, compared with passes.
 
     Raises:
-        PlanRefused: There are none.
-        Disagrees: None gives what autograd gives.
+        Disagrees: Passes give another Jacobian.
+        RefusedHere: An entry is not finite.
     """
-    made = _loaded(derivative, program, wanted, reference)
-    if made is None:
-        made = _eliminated(call, derivative, program, wanted, reference, started)
-    programs, pattern, tried = made
-    ways: Sequence[TensorProgram] = programs
-    if wanted.compiled and not wanted.differentiable:
-        best, timings = _compiled(programs, arguments(call), program.batch)
-        ways = [best, *programs]
+    parts = evaluated(program, arguments(task.call))
+    task.reference.check(parts, pattern)
+    return _verify_graph(program, task) if program.differentiable else parts
+
+
+def _all_samples(task: _Task) -> _Verified:
+    """A program of operations on whole tensors, or code that it was compiled to.
+
+    Raises:
+        PlanRefused: There is none.
+        Disagrees: Passes give another Jacobian than every program.
+    """
+    candidates = _loaded(task) or _eliminated(task)
+    programs, pattern, tried = candidates.programs, candidates.pattern, candidates.tried
+    forms: Sequence[TensorProgram] = programs
+    if task.request.compiled and not task.request.differentiable:
+        best, timings = _fastest_form(programs, arguments(task.call), task.eager.batch)
+        forms = [best, *programs]
         tried = (*(t for t in tried if t.name != timings[0].name), *timings)
-    for emitted in ways:
-        if wanted.differentiable:
-            emitted = emitted.with_graph()
+    for program in forms:
+        if task.request.differentiable:
+            program = program.with_graph()
         try:
-            parts = _right(emitted, call, pattern, reference)
+            parts = _verify(program, pattern, task)
         except Disagrees as wrong:
-            wrong.report = report(call, derivative, emitted, wrong)
-            if emitted.form == ways[-1].form:
+            wrong.report = report(task.call, task.derivative, program, wrong)
+            if program.form == forms[-1].form:
                 raise
             tried = tuple(
-                replace(t, refused=str(wrong)) if t.name == emitted.form else t for t in tried
+                replace(t, refused=str(wrong)) if t.name == program.form else t for t in tried
             )
         else:
             break
-    out = {emitted.form, *(t.name for t in tried if t.refused is not None)}
-    others = tuple([p for p in programs if p.form not in out])
-    return _Chosen(emitted, parts, pattern, tried, others)
+    excluded = {program.form, *(t.name for t in tried if t.refused is not None)}
+    alternatives = tuple([p for p in programs if p.form not in excluded])
+    return _Verified(program, parts, pattern, tried, alternatives)
 
 
-def _compiled(
+def _fastest_form(
     programs: Sequence[TensorProgram], inputs: Sequence[Tensor], samples: int | None
 ) -> tuple[TensorProgram, list[Tried]]:
-    """A program as compiled code, or as it is where that is faster (most of it are products)."""
+    """The first program, or compiled code of one of the programs, whichever is faster.
+
+    Tensor operations are faster where most of the work is products of matrices.
+    """
     refused: list[Tried] = []
     try:
-        made = with_kernel(programs, inputs, samples)
+        native = with_kernel(programs, inputs, samples)
     except PlanRefused as refusal:
         refused.append(Tried(programs[0].mode, refused=str(refusal), form="kernel"))
-        made = programs[0].compiled(inputs)
-    forms = {way.form: way for way in ([programs[0], made] if made.is_compiled else [made])}
-    contest = timed(forms, inputs)
+        native = programs[0].compiled(inputs)
+    ways = [programs[0], native] if native.is_compiled else [native]
+    forms = {way.form: way for way in ways}
+    contest = compare_times(forms, inputs)
     tried = [
         Tried(way.mode, contest.predicted[form], contest.best(form), form=form)
         for form, way in forms.items()
@@ -213,66 +249,57 @@ def _compiled(
     return forms[contest.winner()], tried + refused
 
 
-def _twice(emitted: TensorProgram, call: Call, reference: Reference) -> tuple[Tensor, ...]:
-    """The result with its graph, whose derivative is compared with that of passes first."""
-    given = variables(call)
-    count = len(call.leaves)
-    beside = [t for t in (*given[count:], *emitted.constants) if t.requires_grad]
+def _verify_graph(program: TensorProgram, task: _Task) -> tuple[Tensor, ...]:
+    """The parts with their graph, whose derivative was compared with that of passes."""
+    tensors = variables(task.call)
+    count = len(task.call.leaves)
+    parameters = [t for t in (*tensors[count:], *program.constants) if t.requires_grad]
     with torch.enable_grad():
-        leaves = [elsewhere(x.detach()).requires_grad_() for x in given[:count]]
-        found = emitted([*leaves, *given[count:]])
-        assert found is not None, "it was finite before"
-        reference.check_graph(found, leaves, beside)
-        found = emitted(to_differentiate(call))
-    assert found is not None, "it was finite before"
-    return found
+        leaves = [elsewhere(x.detach()).requires_grad_() for x in tensors[:count]]
+        parts = program([*leaves, *tensors[count:]])
+        assert parts is not None, "it was finite before"
+        task.reference.check_graph(parts, leaves, parameters)
+        parts = program(to_differentiate(task.call))
+    assert parts is not None, "it was finite before"
+    return parts
 
 
-# Programs, the one to be preferred first, the pattern of a sparse result, and what was tried.
-_Made = tuple[Sequence[TensorProgram], Pattern | None, tuple[Tried, ...]]
-
-
-def _loaded(
-    derivative: LinearProgram, program: EagerGraph, wanted: CompileRequest, reference: Reference
-) -> _Made | None:
-    """The plan that was loaded for this program, if there is one."""
-    for saved in wanted.saved:
-        emitted = saved.emitted(derivative, wanted.layout, program.batch is not None)
-        if emitted is None or (emitted.mode == "forward" and not reference.pushes):
+def _loaded(task: _Task) -> _Candidates | None:
+    """The program that was loaded from a file for this derivative; None if there is none."""
+    layout, batched = task.request.layout, task.eager.batch is not None
+    for saved in task.request.saved:
+        program = saved.program(task.derivative, layout, batched)
+        if program is None or (program.mode == "forward" and not task.reference.pushes):
             continue
-        if emitted.samples is not None:
+        if program.samples is not None:
             try:
-                emitted = compiled_again(emitted)
+                program = with_per_sample_kernel(program)
             except PlanRefused:  # there is no compiler here
                 continue
-        tried = Tried(emitted.mode, cost_model().seconds(emitted.work), form=emitted.form)
-        return [emitted], saved.pattern, (tried,)
+        seconds = cost_model().seconds(program.work)
+        tried = Tried(program.mode, seconds, form=program.form)
+        return _Candidates((program,), saved.pattern, (tried,))
     return None
 
 
-def _eliminated(
-    call: Call,
-    derivative: LinearProgram,
-    program: EagerGraph,
-    wanted: CompileRequest,
-    reference: Reference,
-    started: float,
-) -> _Made:
-    """A new plan."""
-    pattern = _pattern(derivative, program, wanted)
-    budget = wanted.budget or default_budget(program.device)
+def _eliminated(task: _Task) -> _Candidates:
+    """A new program for each order of elimination, the fastest first."""
+    request, derivative = task.request, task.derivative
+    pattern = _pattern(task)
     size = pattern.nnz if pattern is not None else derivative.m * derivative.n
-    size //= program.batch or 1
-    most = max(_LEAST, _TIMES * size, wanted.predicted * _NUMBERS)
-    limits = Limits.of(derivative, min(int(most), budget // 16), started, wanted.predicted)
-    target = Target(pattern, program.batch is not None)
+    size //= task.eager.batch or 1
+    most = max(_NUMBERS, _NUMBERS_RESULT * size, request.predicted * _NUMBERS_PASSES)
+    most = min(int(most), task.budget // _BUDGET_NUMBER)
+    limits = Limits.of(derivative, most, task.started, request.predicted)
+    target = Target(pattern, task.eager.batch is not None)
+    transposable = task.reference.pushes
+    programs = list(eliminate(task.call, derivative, transposable, target, request.orders, limits))
+    ranked, tried = rank(programs, arguments(task.call))
+    return _Candidates(tuple(ranked), pattern, tried)
 
-    found = list(ways(call, derivative, reference.pushes, target, wanted.orders, limits))
-    programs, tried = ranked(found, arguments(call))
-    return programs, pattern, tried
 
-
-def _refuse_beforehand(derivative: LinearProgram) -> None:
+def _check_traced(derivative: LinearProgram) -> None:
+    """Refuses a derivative that no program computes."""
     if derivative.writes:
         raise PlanRefused("it writes to tensors that others may read")
     if derivative.draws:
@@ -283,14 +310,17 @@ def _refuse_beforehand(derivative: LinearProgram) -> None:
         raise PlanRefused("there is nothing to compute")
 
 
-def _pattern(
-    derivative: LinearProgram, program: EagerGraph, wanted: CompileRequest
-) -> Pattern | None:
-    """The pattern of a sparse result. That samples are independent is proved first."""
-    sparse, batched = wanted.layout is not torch.strided, program.batch is not None
+def _pattern(task: _Task) -> Pattern | None:
+    """The pattern of a sparse result; None for a dense one.
+
+    Raises:
+        PlanRefused: Samples of a batch are not proved to be independent.
+    """
+    derivative = task.derivative
+    sparse, batched = task.request.layout is not torch.strided, task.eager.batch is not None
     if not sparse and not batched:
         return None
-    found = interpret(derivative)
-    if batched and not is_batched(derivative, found):
+    dependences = interpret(derivative)
+    if batched and not is_batched(derivative, dependences):
         raise PlanRefused("samples are not proved to be independent")
-    return pattern_of(derivative, found) if sparse else None
+    return pattern_of(derivative, dependences) if sparse else None

@@ -106,7 +106,7 @@ class Saved:
             )
         return cls(about, arrays, pattern)
 
-    def emitted(
+    def program(
         self, derivative: LinearProgram, layout: torch.layout, batched: bool
     ) -> TensorProgram | None:
         """The program; None if it was compiled for another derivative or another layout.

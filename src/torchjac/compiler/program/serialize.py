@@ -18,7 +18,7 @@ from torchjac._torch.operators import aten
 from torchjac._torch.trace.ir import Called, Value
 from torchjac._torch.trace.op_traits import OpOverload, traits_of
 from torchjac._torch.trace.recording import Recording, values_in
-from torchjac.compiler.program.optimize import executable
+from torchjac.compiler.program.optimize import optimized_graph
 from torchjac.compiler.program.tensor_program import TensorProgram
 
 
@@ -97,7 +97,7 @@ def deserialize(
         for position, c in enumerate(about["constants"])
     ]
     recording = decode(about["recording"], constants)
-    module, used = executable(recording)
+    module, used = optimized_graph(recording)
     fixed, entries = about["fixed"]
     return TensorProgram(
         recording,

@@ -1,4 +1,4 @@
-"""The work of a tensor program, counted exactly; `host/costs.py` predicts seconds of it."""
+"""The work of a tensor program, counted exactly; `host/costs.py` predicts the seconds of it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def work_of_call(call: Called) -> ProgramWork:
     results = [v for v in call.results if v is not None]
     if not call.written and all(v.base is not v for v in results):
         return ProgramWork(1)  # a view
-    given = values_in((*call.args, *call.kwargs.values()))
+    operands = values_in((*call.args, *call.kwargs.values()))
     numbers = sum(v.shape.numel() for v in results)
     products = 0
     if call.operation in _PRODUCTS:
-        products = numbers * given[-2].shape[-1]
+        products = numbers * operands[-2].shape[-1]
     computed = 0 if call.operation in _NOT_COMPUTED else products or numbers
-    moved = _bytes([*given, *results])
-    large = max((v.shape.numel() * v.dtype.itemsize for v in (*results, *given)), default=0)
-    near, far = (moved, 0) if large <= CACHED_BYTES else (0, moved)
+    moved = _bytes([*operands, *results])
+    sizes = (v.shape.numel() * v.dtype.itemsize for v in (*results, *operands))
+    near, far = (moved, 0) if max(sizes, default=0) <= CACHED_BYTES else (0, moved)
     return ProgramWork(1, computed, products, near, far)
 
 
 def work_of(graph: fx.Graph) -> ProgramWork:
-    """The work of a graph whose nodes carry that of their own."""
+    """The work of a graph whose nodes carry their own work."""
     total = ProgramWork()
     for node in graph.nodes:
         total += node.meta.get("work", ProgramWork())
@@ -45,7 +45,7 @@ def numbers_of(recording: Recording) -> int:
 
 
 def _bytes(values: Iterable[Value]) -> int:
-    """Bytes that values take, those that are the same along an axis once."""
+    """Bytes of values; elements that are the same along an axis count once."""
     total = 0
     for v in values:
         sizes = zip(v.shape, v.stride, strict=True)
