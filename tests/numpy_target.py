@@ -20,6 +20,7 @@ from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Places, loaded, m
 from torchjac.compiler.codegen.scalar_ops import DTYPES
 from torchjac.compiler.codegen.schedule import Loop, LoopProgram, ScheduleKind
 from torchjac.compiler.codegen.target import Launch, Limits, Signature, Source, SourceUnit
+from torchjac.host.costs import ScalarWork
 
 _Arrays = list[np.ndarray]
 _BATCHES = (ScheduleKind.BATCH, ScheduleKind.BATCH_TENSORS)
@@ -63,8 +64,8 @@ class NumpyTarget:
     limits = Limits("NumPy", "cpu", DTYPES, frozenset(_OPERATIONS), frozenset(ScheduleKind), 10**6)
 
     def render(self, scalars: ScalarProgram, plan: LoopProgram, signature: Signature) -> Source:
-        work = sum(loop.size * len(loop.stores) for loop in plan.loops)
-        return NumpySource((), 0, len(scalars.expressions.all), work, 0.0, scalars, plan, signature)
+        work = ScalarWork(sum(loop.size * len(loop.stores) for loop in plan.loops), 0)
+        return NumpySource((), 0, len(scalars.expressions.all), work, scalars, plan, signature)
 
     def compile(self, unit: SourceUnit, limit: float) -> NumpySource:
         assert isinstance(unit.source, NumpySource)

@@ -670,7 +670,7 @@ class TestCompiled:
         x = value(*shape)
         plan, _ = plan_of(f, x)
         made = plan.emitted.compiled([x])
-        assert made.note is None
+        assert made.refusal is None
         for point in (x, 0.7 * x + 0.1):
             parts = made([point])
             assert parts is not None

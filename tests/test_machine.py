@@ -6,7 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,18 @@ from accumulating import plan_of
 from laws import oracle_jacobian, same, value
 from torchjac.host import cache_dir as disk
 from torchjac.host import costs as machines
-from torchjac.host.costs import DEFAULT, CostModel, Work, calibrated, cost_model, measured
+from torchjac.host.costs import (
+    DEFAULT,
+    CostModel,
+    PassWork,
+    ProgramWork,
+    ScalarWork,
+    calibrated,
+    cost_model,
+    measured,
+    scalar_products,
+    scalar_seconds,
+)
 from torchjac.jit.entry import Entry
 
 
@@ -78,8 +89,22 @@ class TestCostModel:
 
     def test_more_work_takes_longer(self) -> None:
         costs = CostModel()
-        less = Work(operations=3, products=10**6, near=10**5, far=10**7)
+        less = ProgramWork(operations=3, products=10**6, near=10**5, far=10**7)
         assert 0 < costs.seconds(less) < costs.seconds(less + less)
+
+    def test_passes_take_as_long_as_operations(self) -> None:
+        """On a machine where operations take twice as long, all passes do."""
+        work = PassWork("reverse", 30, 10, operations=100, traffic=10**6, largest=10**5, looped=0)
+        slow = CostModel(operation=2 * DEFAULT.operation)
+        assert slow.pass_seconds(work) == pytest.approx(2 * DEFAULT.pass_seconds(work))
+        looped = replace(work, looped=30)
+        assert DEFAULT.pass_seconds(work) < DEFAULT.pass_seconds(looped)
+
+    def test_native_code_runs_for_all_samples(self) -> None:
+        work = ScalarWork(7000, table_bytes=100, samples=(7, 70))
+        assert scalar_seconds(work) == pytest.approx(10 * scalar_seconds(ScalarWork(7000, 100)))
+        assert work.sample_products == 1000 < scalar_products(work)
+        assert scalar_seconds(replace(work, tile_bytes=8)) < scalar_seconds(work)
 
     def test_multiplications_are_counted(self) -> None:
         """Of a product of matrices that is known."""

@@ -17,7 +17,7 @@ from laws import oracle_jacobian, same, value
 from test_samples import ONE
 from torchjac.call import Call
 from torchjac.compiler.program.record import recording_of
-from torchjac.compiler.program.resize import NotResized, _fit, for_any_number
+from torchjac.compiler.program.resize import NotResizable, _fit, resize
 from torchjac.export import _for_any_number
 
 Function = Callable[..., Any]
@@ -135,8 +135,8 @@ def test_recordings_that_differ(f: Function, reason: str) -> None:
                 return (f(given),)
 
         recordings.append(recording_of(Run(), [x]))  # type: ignore[arg-type]
-    with pytest.raises(NotResized, match=reason):
-        for_any_number(recordings, counts)
+    with pytest.raises(NotResizable, match=reason):
+        resize(recordings, counts)
 
 
 class TestFit:

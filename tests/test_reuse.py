@@ -14,19 +14,19 @@ from torch import Tensor
 import torchjac
 from accumulating import plan_of, run
 from laws import same, value
-from torchjac.compiler.program.buffers import Reused
-from torchjac.host.costs import LARGE
+from torchjac.compiler.program.buffers import ReusedBuffer
+from torchjac.host.costs import MAPPED_BYTES
 
 N = 2100  # 2100 x 2100 doubles are more than 32 MiB
-assert N * N * 8 > LARGE
+assert N * N * 8 > MAPPED_BYTES
 A = value(N)
 SIZE = (1000,)
 
 
-class TestReused:
+class TestReusedBuffer:
     @pytest.mark.parametrize("zeros", [True, False])
     def test_the_same_memory_once_it_is_dead(self, zeros: bool) -> None:
-        give = Reused(zeros)
+        give = ReusedBuffer(zeros)
         first = give(SIZE, dtype=torch.float64)
         where = first.data_ptr()
         first.fill_(7)
@@ -60,7 +60,7 @@ class TestReused:
         ],
     )
     def test_not_while_somebody_holds_it(self, held: Any) -> None:
-        give = Reused(zeros=False)
+        give = ReusedBuffer(zeros=False)
         first = give(SIZE, dtype=torch.float64)
         where = first.data_ptr()
         kept = held(first)
@@ -80,7 +80,7 @@ class TestReused:
     )
     def test_not_where_memory_is_another_one(self, done: Any) -> None:
         """Freed early, or shared with another process."""
-        give = Reused(zeros=False)
+        give = ReusedBuffer(zeros=False)
         first = give(SIZE, dtype=torch.float64)
         done(first)
         del first
@@ -89,13 +89,13 @@ class TestReused:
         assert not second.is_shared()
 
     def test_another_size_or_dtype(self) -> None:
-        give = Reused(zeros=False)
+        give = ReusedBuffer(zeros=False)
         give(SIZE, dtype=torch.float64)
         assert give((20, 5), dtype=torch.float64).shape == (20, 5)
         assert give((20, 5), dtype=torch.float32).dtype == torch.float32
 
     def test_no_history(self) -> None:
-        give = Reused(zeros=False)
+        give = ReusedBuffer(zeros=False)
         first = give(SIZE, dtype=torch.float64)
         first.requires_grad_()
         del first
@@ -104,7 +104,7 @@ class TestReused:
         assert second.is_leaf
 
     def test_threads_never_share(self) -> None:
-        give = Reused(zeros=False)
+        give = ReusedBuffer(zeros=False)
         wrong = []
 
         def work(k: int) -> None:
@@ -121,7 +121,7 @@ class TestReused:
         assert not wrong
 
     def test_a_copy_has_its_own(self) -> None:
-        give = Reused(zeros=False)
+        give = ReusedBuffer(zeros=False)
         first = give(SIZE, dtype=torch.float64)
         where = first.data_ptr()
         del first

@@ -18,9 +18,9 @@ from test_export import CC, ran
 from test_kernel import cache  # noqa: F401
 from torchjac.call import Call
 from torchjac.capture.trace import trace_function
-from torchjac.compiler.batch_invariance import alike, fewer
-from torchjac.compiler.codegen import executable as threads
+from torchjac.compiler.batch_invariance import first_samples, is_batch_invariant
 from torchjac.errors import CaptureRefused, PlanRefused
+from torchjac.host import costs
 from torchjac.sparsity.detect import KEEP
 
 Function = Callable[..., Any]
@@ -174,13 +174,13 @@ def test_what_is_not_the_same_with_fewer(name: str) -> None:
     """It is not planned in that way; whatever happens the result is right."""
     f, x = NOT_ONE[name], -value(50, 4).abs()
     call = Call(f, 0, False, (x,), {})
-    less, few = fewer(call, 50) or (call, 0)
+    less, few = first_samples(call, 50) or (call, 0)
     try:
         small = trace_function(less, KEEP)
     except CaptureRefused:
         pass  # the constants are of another size
     else:
-        assert not alike(small.module, trace_function(call, KEEP).module, few, 50)
+        assert not is_batch_invariant(small.module, trace_function(call, KEEP).module, few, 50)
     with quiet():
         want = torch.func.jacrev(f)
     try:
@@ -203,10 +203,10 @@ def test_a_shift_by_all_of_few_samples(shift: int) -> None:
 
 def test_few_is_no_other_size() -> None:
     call = Call(torch.sin, 0, False, (value(50, 7, 11),), {})
-    less, few = fewer(call, 50) or (call, 0)
+    less, few = first_samples(call, 50) or (call, 0)
     assert few == 13
     assert less.args[0].shape == (13, 7, 11)
-    assert fewer(Call(torch.sin, 0, False, (value(20, 3),), {}), 20) is None
+    assert first_samples(Call(torch.sin, 0, False, (value(20, 3),), {}), 20) is None
 
 
 def test_by_default() -> None:
@@ -274,7 +274,7 @@ class TestThreads:
 
     @pytest.fixture(autouse=True)
     def many(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(threads, "_SHARE", 1e-9)
+        monkeypatch.setattr(costs, "_THREAD", 1e-9)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
 
     @pytest.mark.parametrize("count", [32, 33, 64, 1001])

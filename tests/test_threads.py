@@ -18,11 +18,11 @@ from benchmarks.workloads import build
 from laws import oracle_jacobian, same, value
 from test_accumulate import PROBLEMS
 from test_kernel import fresh, kernel_of, script  # noqa: F401
-from torchjac.compiler.codegen import executable as threads
 from torchjac.compiler.codegen import schedule
 from torchjac.compiler.codegen.executable import Executable, Threads
 from torchjac.compiler.native import with_kernel
 from torchjac.errors import PlanRefused
+from torchjac.host import costs
 
 MESHES = ["finite_volume(19, 17)", "bundle_full(3, 17, 120)", "nbody(19)", "brusselator(16)"]
 
@@ -31,7 +31,7 @@ MESHES = ["finite_volume(19, 17)", "bundle_full(3, 17, 120)", "nbody(19)", "brus
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads are worth it from the first element on."""
     monkeypatch.setattr(schedule, "_MANY", 1)
-    monkeypatch.setattr(threads, "_SHARE", 1e-12)
+    monkeypatch.setattr(costs, "_THREAD", 1e-12)
 
 
 def parts(f: Callable[..., Any], *args: Tensor, layout: torch.layout = torch.strided) -> Executable:
@@ -115,7 +115,7 @@ class TestResults:
 class TestChoice:
     @pytest.fixture(autouse=True)
     def many(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(threads, "_SHARE", 1e-12)
+        monkeypatch.setattr(costs, "_THREAD", 1e-12)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
 
     def test_one_first_then_as_many_as_torch_has(self) -> None:
@@ -165,7 +165,7 @@ class TestChoice:
 
 
 def test_little_work_is_for_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_SHARE", 10.0)
+    monkeypatch.setattr(costs, "_THREAD", 10.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     seen: list[int] = []
     choice = Threads(100)

@@ -18,18 +18,18 @@ from torchjac._torch.trace.recording import Recording, without_last
 from torchjac.call import Call, variables
 from torchjac.capture.eager import capture_function
 from torchjac.capture.trace import trace_value
-from torchjac.compiler.batch_invariance import alike, fewer, with_samples
+from torchjac.compiler.batch_invariance import first_samples, is_batch_invariant, with_samples
 from torchjac.compiler.codegen.build import written, written_for_samples
 from torchjac.compiler.codegen.c.standalone import Array, Standalone, identifier, standalone
 from torchjac.compiler.codegen.c.toolchain import NoCompiler
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.target import SourceUnit
 from torchjac.compiler.compiled import Compiled
-from torchjac.compiler.native import agree, first_written, jacobian_of
-from torchjac.compiler.per_sample import of_several_sizes
-from torchjac.compiler.program.optimize import compilable
+from torchjac.compiler.native import agree, jacobian_of, render_first
+from torchjac.compiler.per_sample import record_at_sizes
+from torchjac.compiler.program.optimize import plain_graph
 from torchjac.compiler.program.record import recording_of
-from torchjac.compiler.program.resize import for_any_number
+from torchjac.compiler.program.resize import resize
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanError, PlanRefused, TorchjacError
 from torchjac.passes.verify import Reference
@@ -75,7 +75,7 @@ def _package(path: Path, call: Call, plan: Compiled) -> Path:
         with torch.no_grad():
             made, batch = _for_any_number(call, plan), plan.shape[2]
             if made is None:
-                fixed = compilable(without_last(plan.emitted.recording))
+                fixed = plain_graph(without_last(plan.emitted.recording))
                 made, batch = _Both((trace_value(call, KEEP), ()), fixed), None
             packaged(made, inputs, path, batch)
     except (NotCompiled, TorchjacError) as refusal:
@@ -117,9 +117,9 @@ def _for_any_number(call: Call, plan: Compiled) -> _Both | None:
     for mode in dict.fromkeys(way.mode for way in plan.programs):
         # Whatever is wrong, sizes that do not fit or a function that fails: it is for these sizes.
         with suppress(Exception), modes.ordinary_tensors():
-            found = of_several_sizes(call, plan.derivative, batch, mode)
+            found = record_at_sizes(call, plan.derivative, batch, mode)
             counts, values, jacobians = zip(*found, strict=True)
-            made = _Both(for_any_number(values, counts), for_any_number(jacobians, counts))
+            made = _Both(resize(values, counts), resize(jacobians, counts))
             if all(_agrees(made, with_samples(call, batch, n)) for n in (batch, 2 * batch, 1)):
                 return made
     return None
@@ -149,7 +149,7 @@ def _program(call: Call, plan: Compiled, name: str) -> tuple[SourceUnit, list[Te
             return written_for_samples(parts, few, many, f"{name}_body", frozen=True)
         return written(parts, plan.shape[2], f"{name}_body", frozen=True)
 
-    _, program = first_written(plan.programs, write)
+    _, program = render_first(plan.programs, write)
     _check(program, plan, inputs, values)
     return program, values
 
@@ -158,11 +158,11 @@ def _value(call: Call, plan: Compiled, module: fx.GraphModule) -> Recording:
     """The function, recorded with as many samples as the plan is."""
     samples = plan.emitted.samples
     if samples is not None:
-        less = fewer(call, samples[1])
+        less = first_samples(call, samples[1])
         assert less is not None, "there is a plan for fewer samples"
         call, many = less[0], module
         module = trace_value(call, KEEP)
-        if not alike(module, many, *samples):
+        if not is_batch_invariant(module, many, *samples):
             raise PlanRefused("with fewer samples it runs other operations")
     return recording_of(module, [x.detach().contiguous() for x in variables(call)])
 

@@ -50,10 +50,10 @@ class Fact(enum.Flag):
         CHEAP: Entries of the adjoint stay what they are: nothing is computed. All overloads of an
             operator share this fact, so one row is enough.
         NOT_COMPUTED: The operator moves bytes only, for the cost model
-            (`compiler/program/cost.py`). `neg` and writes in place count; moves such as `repeat`
+            (`compiler/program/work.py`). `neg` and writes in place count; moves such as `repeat`
             and `_to_copy` do not. Making it `MOVE` changes predicted costs.
         PRODUCT: The operator multiplies matrices; the last axis of the last tensor but one is what
-            is summed along (`compiler/program/cost.py`).
+            is summed along (`compiler/program/work.py`).
         LOOPED_PRODUCT: A `PRODUCT` that counts when loops over matrices are kept
             (`compiler/codegen/granularity.py`). Counting `baddbmm` and `matmul` may change which
             programs keep them.

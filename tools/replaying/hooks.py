@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from torchjac.compiler import native
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.program.tensor_program import TensorProgram
+from torchjac.host import costs
 from torchjac.host.clock import clock
 from torchjac.jit import tiers
 from torchjac.passes.race import _races
@@ -88,8 +88,8 @@ def watched() -> Iterator[Noted]:
         _replaced(vars(tiers), "_COMPILE", 1e-3),
         _replaced(vars(tiers), "_COMPILE_NODE", 0.0),
         _replaced(vars(tiers), "_NATIVE_LEAST", 1e-3),
-        _replaced(vars(native), "_KERNEL", 1e-3),
-        _replaced(vars(native), "_KERNEL_NUMBER", 0.0),
+        _replaced(vars(costs), "_BUILD", 1e-3),
+        _replaced(vars(costs), "_LOWERED_NUMBER", 0.0),
         _replaced(sys.modules, "torch._inductor.compile_fx", None),
         _replaced(vars(subprocess), "Popen", _compiler(noted)),
         _noticed(Executable, kernel),
@@ -165,9 +165,13 @@ def _tables(tables: Sequence[Any]) -> str:
 
 def _program(emitted: Any) -> str:
     """A program as text: how it runs, its graph, what was recorded, and its constants."""
-    about = {
-        name: getattr(emitted, name)
-        for name in ("mode", "fixed", "waists", "note", "differentiable", "samples")
+    about = {  # keys as in earlier revisions: texts are compared
+        "mode": emitted.mode,
+        "fixed": emitted.fixed,
+        "waists": emitted.waists,
+        "note": emitted.refusal,
+        "differentiable": emitted.differentiable,
+        "samples": emitted.samples,
     }
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""What the issue tracker needs to know of a plan that computed something else than autograd."""
+"""Reports for the issue tracker, of compiled code that disagrees with autograd."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.program.tensor_program import TensorProgram
 
 
-def report(call: Call, derivative: LinearProgram, emitted: TensorProgram, error: Exception) -> str:
-    """The program and the plan as code, shapes and versions; no values of the user's.
+def report(call: Call, derivative: LinearProgram, program: TensorProgram, error: Exception) -> str:
+    """The linear program and the tensor program as code, shapes and versions; no values.
 
     Args:
         call: The function and its arguments.
-        derivative: Its traced backward pass.
-        emitted: The plan.
-        error: What was wrong with its result.
+        derivative: The traced backward pass of the function.
+        program: The tensor program.
+        error: The difference between its result and that of autograd.
     """
     leaves = flatten((call.args, call.kwargs))[0]
     shown = [
@@ -39,7 +39,7 @@ def report(call: Call, derivative: LinearProgram, emitted: TensorProgram, error:
         "",
         "The derivative:",
         derivative.module.code,
-        f"The plan ({emitted.mode}):",
-        emitted.module.code,
+        f"The plan ({program.mode}):",
+        program.module.code,
     ]
     return "\n".join(map(str, parts))

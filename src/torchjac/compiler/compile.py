@@ -1,8 +1,8 @@
-"""How a plan of the accumulate engine is made: orders of elimination are tried, one is chosen.
+"""Compiles the Jacobian of a function: orders of elimination are tried, the fastest is verified.
 
-Reverse: local Jacobians are multiplied beginning with the outputs; forward: with the inputs, by
-the same walk over the transposed program. Either stops at waists. What each order takes is
-counted exactly on the operations that it leaves, not estimated before.
+Reverse order multiplies local Jacobians beginning with the outputs; forward order begins with the
+inputs, by the same sweep over the transposed program. Both split at bottlenecks. The work of each
+order is counted on the operations of its program, not estimated before.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torchjac.compiler.accumulate.emit import elsewhere, evaluated
 from torchjac.compiler.accumulate.output import Goal
 from torchjac.compiler.bug_report import report
 from torchjac.compiler.compiled import Compiled, Tried
-from torchjac.compiler.native import timed, with_kernel
-from torchjac.compiler.orders import Limits, ranked, ways
-from torchjac.compiler.per_sample import compiled_again, sampled
+from torchjac.compiler.native import compare_times, with_kernel
+from torchjac.compiler.orders import Limits, eliminate, rank
+from torchjac.compiler.per_sample import compile_per_sample, with_per_sample_kernel
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.compiler.store import Saved
 from torchjac.errors import CaptureRefused, Disagrees, PlanRefused
@@ -41,28 +41,29 @@ from torchjac.sparsity.interpret import interpret
 from torchjac.sparsity.lanes import is_batched
 from torchjac.sparsity.pattern import pattern_of
 
-# Numbers that intermediate values may have for each second that passes would take, and at least.
-_NUMBERS, _LEAST = 2e8, 2**21
-# Or for each number of the result.
-_TIMES = 32
-# Seconds that it may take to plan: at least, for each second that passes would take, and for each
-# operation of the derivative.
-_LIMIT, _SECONDS, _NODE = 1.0, 4.0, 4e-3
+# Numbers that intermediate values may have, whatever the function.
+_NUMBERS = 2**21
+# Numbers that intermediate values may have for each second that passes would take.
+_NUMBERS_PASSES = 2e8
+# Numbers that intermediate values may have for each number of the result.
+_NUMBERS_RESULT = 32
+# Bytes of the budget for each number that intermediate values may have.
+_BUDGET_NUMBER = 16
 
 
-# What operations work on: whole tensors only, or a few samples of a batch as well.
+# What operations of a program work on: whole tensors only, or a few samples of a batch as well.
 Operands = Literal["any", "whole tensors"]
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of a function before it is compiled, and how it is to be compiled.
+    """What is known of a function before it is compiled, and which programs may answer it.
 
     Attributes:
         passes: Predicted seconds of passes.
-        saved: Compiled Jacobians that were loaded from files.
+        saved: Plans that were loaded from files.
         orders: Orders of elimination to try.
-        operands: What operations work on.
+        operands: What operations of the program work on.
     """
 
     passes: float
@@ -71,111 +72,128 @@ class Known:
     operands: Operands = "any"
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One compilation.
-
-    Attributes:
-        call: The function and its arguments.
-        derivative: Its linear program.
-        program: Its eager graph, to compare results with.
-        request: What the user asks for.
-        known: What is known before.
-        reference: Products of the Jacobian by passes.
-    """
-
-    call: Call
-    derivative: LinearProgram
-    program: EagerGraph
-    request: Request
-    known: Known
-    reference: Reference
-
-    @property
-    def batch(self) -> int | None:
-        """Number of independent samples; None without a batch."""
-        return self.program.batch
-
-
 @gc_paused()
 def planned(
     call: Call, program: EagerGraph, request: Request, known: Known
 ) -> tuple[Compiled, Any]:
-    """A plan for a function, checked, and the Jacobian at these arguments.
+    """A compiled Jacobian, verified, and its value at the arguments of a call.
 
     Args:
         call: The function and its arguments.
-        program: Its graph at these arguments, to check the plan against.
+        program: The eager graph at these arguments, to verify the compiled Jacobian against.
         request: What the user asks for.
-        known: What is known before.
+        known: What is known of the function.
 
     Raises:
         CaptureRefused: The derivative cannot be traced.
         PlanRefused: It cannot be accumulated, or would take too much.
-        Disagrees: It gives something else than autograd.
+        Disagrees: Passes give another Jacobian.
     """
     started = now()
     derivative = trace_function(call, KEEP)
-    _refuse_beforehand(derivative)
+    _check_traced(derivative)
     if request.create_graph and derivative.stops_gradients:
         raise PlanRefused(
             "gradients do not go everywhere that numbers go (detach, no_grad, custom functions), "
             "so the derivative of the result is not that of its operations"
         )
-    job = _Job(call, derivative, program, request, known, Reference(program))
+    task = _Task(call, derivative, program, request, known, Reference(program), started)
     with modes.ordinary_tensors():
         try:
-            chosen = _of_one_sample(job)
+            verified = _per_sample(task)
         except (PlanRefused, CaptureRefused, Disagrees) as refusal:
-            chosen = _of_all(job, started)
+            verified = _all_samples(task)
             refused = Tried("reverse", refused=str(refusal), form="kernel of one sample")
             if program.batch is not None:
-                chosen = replace(chosen, tried=(*chosen.tried, refused))
+                verified = replace(verified, tried=(*verified.tried, refused))
     nest, samples = program.nest, program.batch
-    output, pattern = chosen.output, chosen.output.pattern
-    plan = Compiled(
+    output = verified.output
+    compiled = Compiled(
         derivative,
-        chosen.emitted,
+        verified.program,
         output,
         assembler(output, nest, program.device),
         (derivative.m // (samples or 1), derivative.n // (samples or 1), samples),
         known.passes,
-        request.memory_budget or default_budget(program.device),
-        chosen.tried,
-        () if pattern is None else tuple(map(str, pattern.blame[:3])),
-        alternatives=chosen.alternatives,
+        task.budget,
+        verified.tried,
+        () if output.pattern is None else tuple(map(str, output.pattern.blame[:3])),
+        alternatives=verified.alternatives,
     )
-    return plan, plan.finish(chosen.parts)
+    return compiled, compiled.finish(verified.parts)
 
 
 @dataclass(frozen=True, slots=True)
-class _Chosen:
-    """A program that was checked.
+class _Task:
+    """Everything that one compilation knows.
 
     Attributes:
-        emitted: The program.
-        parts: What it gives at the arguments.
-        output: The output, with its pattern if it has one.
-        tried: What else was looked at.
-        alternatives: Programs of other orders.
+        call: The function and its arguments.
+        derivative: The derivative of the function.
+        eager: The eager graph of the call.
+        request: What the user asks for.
+        known: What is known of the function.
+        reference: Products of J by passes, to verify programs against.
+        started: The reading of the clock at the start.
     """
 
-    emitted: TensorProgram
+    call: Call
+    derivative: LinearProgram
+    eager: EagerGraph
+    request: Request
+    known: Known
+    reference: Reference
+    started: float
+
+    @property
+    def budget(self) -> int:
+        """Bytes that intermediate values may take."""
+        return self.request.memory_budget or default_budget(self.eager.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """A program that was compared with passes.
+
+    Attributes:
+        program: The program.
+        parts: The parts of the Jacobian at the arguments of the call.
+        output: The output, with its pattern if it has one.
+        tried: All orders and forms that were tried.
+        alternatives: Programs of the other orders.
+    """
+
+    program: TensorProgram
     parts: tuple[Tensor, ...]
     output: Output
     tried: tuple[Tried, ...]
     alternatives: tuple[TensorProgram, ...] = ()
 
 
-def _of_one_sample(job: _Job) -> _Chosen:
-    """A kernel that runs for each sample of a batch.
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """Programs to verify.
+
+    Attributes:
+        programs: Programs of the same Jacobian, the preferred one first.
+        output: The output, with its pattern if it has one.
+        tried: All orders that were tried.
+    """
+
+    programs: tuple[TensorProgram, ...]
+    output: Output
+    tried: tuple[Tried, ...]
+
+
+def _per_sample(task: _Task) -> _Verified:
+    """A program for a few samples, with a kernel that runs for each sample of a batch.
 
     Raises:
-        PlanRefused: There is none, or it is not to be expected to be faster.
-        Disagrees: It gives something else than autograd.
+        PlanRefused: There is no kernel, or it is predicted to be slower than tensor operations.
+        Disagrees: Passes give another Jacobian.
     """
-    request, known, output = job.request, job.known, job.request.output
-    if job.batch is None or not isinstance(output, Dense) or request.create_graph:
+    batch, request, known = task.eager.batch, task.request, task.known
+    if batch is None or not isinstance(request.output, Dense) or request.create_graph:
         raise PlanRefused("there is no batch of dense blocks without a graph")
     if (
         known.operands != "any"
@@ -183,70 +201,74 @@ def _of_one_sample(job: _Job) -> _Chosen:
         or (torch.are_deterministic_algorithms_enabled() and not request.compile)
     ):
         raise PlanRefused("other operations are asked for")
-    few = sampled(job.call, job.derivative, job.batch, known.orders, job.reference.pushes)
-    return _Chosen(few[0], _right(few[0], job, output), output, few[1])
+    transposable = task.reference.pushes
+    program, tried = compile_per_sample(
+        task.call, task.derivative, batch, known.orders, transposable
+    )
+    return _Verified(program, _verify(program, request.output, task), request.output, tried)
 
 
-def _right(emitted: TensorProgram, job: _Job, output: Output) -> tuple[Tensor, ...]:
-    """What a program gives, compared with autograd.
-
-    Raises:
-        Disagrees: It is something else.
-        RefusedHere: It is not finite.
-    """
-    parts = evaluated(emitted, arguments(job.call))
-    job.reference.check(parts, output)
-    return _twice(emitted, job.call, job.reference) if emitted.differentiable else parts
-
-
-def _of_all(job: _Job, started: float) -> _Chosen:
-    """Operations on whole tensors, or what they were compiled to.
+def _verify(program: TensorProgram, output: Output, task: _Task) -> tuple[Tensor, ...]:
+    """The parts of the Jacobian by a program, compared with passes.
 
     Raises:
-        PlanRefused: There are none.
-        Disagrees: None gives what autograd gives.
+        Disagrees: Passes give another Jacobian.
+        RefusedHere: An entry is not finite.
     """
-    made = _loaded(job)
-    if made is None:
-        made = _eliminated(job, started)
-    programs, output, tried = made
-    request = job.request
-    ways: Sequence[TensorProgram] = programs
-    if request.compile and not request.create_graph:
-        best, timings = _compiled(programs, arguments(job.call), job.batch)
-        ways = [best, *programs]
+    parts = evaluated(program, arguments(task.call))
+    task.reference.check(parts, output)
+    return _verify_graph(program, task) if program.differentiable else parts
+
+
+def _all_samples(task: _Task) -> _Verified:
+    """A program of operations on whole tensors, or code that it was compiled to.
+
+    Raises:
+        PlanRefused: There is none.
+        Disagrees: Passes give another Jacobian than every program.
+    """
+    candidates = _loaded(task) or _eliminated(task)
+    programs, output, tried = candidates.programs, candidates.output, candidates.tried
+    forms: Sequence[TensorProgram] = programs
+    if task.request.compile and not task.request.create_graph:
+        best, timings = _fastest_form(programs, arguments(task.call), task.eager.batch)
+        forms = [best, *programs]
         tried = (*(t for t in tried if t.name != timings[0].name), *timings)
-    for emitted in ways:
-        if request.create_graph:
-            emitted = emitted.with_graph()
+    for program in forms:
+        if task.request.create_graph:
+            program = program.with_graph()
         try:
-            parts = _right(emitted, job, output)
+            parts = _verify(program, output, task)
         except Disagrees as wrong:
-            wrong.report = report(job.call, job.derivative, emitted, wrong)
-            if emitted.form == ways[-1].form:
+            wrong.report = report(task.call, task.derivative, program, wrong)
+            if program.form == forms[-1].form:
                 raise
             tried = tuple(
-                replace(t, refused=str(wrong)) if t.name == emitted.form else t for t in tried
+                replace(t, refused=str(wrong)) if t.name == program.form else t for t in tried
             )
         else:
             break
-    out = {emitted.form, *(t.name for t in tried if t.refused is not None)}
-    others = tuple([p for p in programs if p.form not in out])
-    return _Chosen(emitted, parts, output, tried, others)
+    excluded = {program.form, *(t.name for t in tried if t.refused is not None)}
+    alternatives = tuple([p for p in programs if p.form not in excluded])
+    return _Verified(program, parts, output, tried, alternatives)
 
 
-def _compiled(
+def _fastest_form(
     programs: Sequence[TensorProgram], inputs: Sequence[Tensor], samples: int | None
 ) -> tuple[TensorProgram, list[Tried]]:
-    """A program as compiled code, or as it is where that is faster (most of it are products)."""
+    """The first program, or compiled code of one of the programs, whichever is faster.
+
+    Tensor operations are faster where most of the work is products of matrices.
+    """
     refused: list[Tried] = []
     try:
-        made = with_kernel(programs, inputs, samples)
+        native = with_kernel(programs, inputs, samples)
     except PlanRefused as refusal:
         refused.append(Tried(programs[0].mode, refused=str(refusal), form="kernel"))
-        made = programs[0].compiled(inputs)
-    forms = {way.form: way for way in ([programs[0], made] if made.is_compiled else [made])}
-    contest = timed(forms, inputs)
+        native = programs[0].compiled(inputs)
+    ways = [programs[0], native] if native.is_compiled else [native]
+    forms = {way.form: way for way in ways}
+    contest = compare_times(forms, inputs)
     tried = [
         Tried(way.mode, contest.predicted[form], contest.best(form), form=form)
         for form, way in forms.items()
@@ -254,58 +276,56 @@ def _compiled(
     return forms[contest.winner()], tried + refused
 
 
-def _twice(emitted: TensorProgram, call: Call, reference: Reference) -> tuple[Tensor, ...]:
-    """The result with its graph, whose derivative is compared with that of passes first."""
-    given = variables(call)
-    count = len(call.leaves)
-    beside = [t for t in (*given[count:], *emitted.constants) if t.requires_grad]
+def _verify_graph(program: TensorProgram, task: _Task) -> tuple[Tensor, ...]:
+    """The parts with their graph, whose derivative was compared with that of passes."""
+    tensors = variables(task.call)
+    count = len(task.call.leaves)
+    parameters = [t for t in (*tensors[count:], *program.constants) if t.requires_grad]
     with torch.enable_grad():
-        leaves = [elsewhere(x.detach()).requires_grad_() for x in given[:count]]
-        found = emitted([*leaves, *given[count:]])
-        assert found is not None, "it was finite before"
-        reference.check_graph(found, leaves, beside)
-        found = emitted(to_differentiate(call))
-    assert found is not None, "it was finite before"
-    return found
+        leaves = [elsewhere(x.detach()).requires_grad_() for x in tensors[:count]]
+        parts = program([*leaves, *tensors[count:]])
+        assert parts is not None, "it was finite before"
+        task.reference.check_graph(parts, leaves, parameters)
+        parts = program(to_differentiate(task.call))
+    assert parts is not None, "it was finite before"
+    return parts
 
 
-# Programs, the one to be preferred first, the output with its pattern, and what was tried.
-_Made = tuple[Sequence[TensorProgram], Output, tuple[Tried, ...]]
-
-
-def _loaded(job: _Job) -> _Made | None:
-    """The plan that was loaded for this program, if there is one."""
-    output = job.request.output
-    for saved in job.known.saved:
-        emitted = saved.emitted(job.derivative, output, job.batch is not None)
-        if emitted is None or (emitted.mode == "forward" and not job.reference.pushes):
+def _loaded(task: _Task) -> _Candidates | None:
+    """The program that was loaded from a file for this derivative; None if there is none."""
+    output, batched = task.request.output, task.eager.batch is not None
+    for saved in task.known.saved:
+        program = saved.program(task.derivative, output, batched)
+        if program is None or (program.mode == "forward" and not task.reference.pushes):
             continue
-        if emitted.samples is not None:
+        if program.samples is not None:
             try:
-                emitted = compiled_again(emitted)
+                program = with_per_sample_kernel(program)
             except PlanRefused:  # there is no compiler here
                 continue
-        tried = Tried(emitted.mode, cost_model().seconds(emitted.work), form=emitted.form)
-        return [emitted], saved.output(output), (tried,)
+        seconds = cost_model().seconds(program.work)
+        tried = Tried(program.mode, seconds, form=program.form)
+        return _Candidates((program,), saved.output(output), (tried,))
     return None
 
 
-def _eliminated(job: _Job, started: float) -> _Made:
-    """A new plan."""
-    derivative, passes = job.derivative, job.known.passes
-    output = _output(job)
-    budget = job.request.memory_budget or default_budget(job.program.device)
-    size = output.size(derivative.m, derivative.n) // (job.batch or 1)
-    most = max(_LEAST, _TIMES * size, passes * _NUMBERS)
-    limit = _LIMIT + _SECONDS * passes + _NODE * len(derivative.module.graph.nodes)
-    limits = Limits(min(int(most), budget // 16), started + limit)
-    goal = Goal(output, job.batch is not None)
-    found = list(ways(job.call, derivative, job.reference.pushes, goal, job.known.orders, limits))
-    programs, tried = ranked(found, arguments(job.call))
-    return programs, output, tried
+def _eliminated(task: _Task) -> _Candidates:
+    """A new program for each order of elimination, the fastest first."""
+    known, derivative = task.known, task.derivative
+    output = _output(task)
+    size = output.size(derivative.m, derivative.n) // (task.eager.batch or 1)
+    most = max(_NUMBERS, _NUMBERS_RESULT * size, known.passes * _NUMBERS_PASSES)
+    most = min(int(most), task.budget // _BUDGET_NUMBER)
+    limits = Limits.of(derivative, most, task.started, known.passes)
+    goal = Goal(output, task.eager.batch is not None)
+    transposable = task.reference.pushes
+    programs = list(eliminate(task.call, derivative, transposable, goal, known.orders, limits))
+    ranked, tried = rank(programs, arguments(task.call))
+    return _Candidates(tuple(ranked), output, tried)
 
 
-def _refuse_beforehand(derivative: LinearProgram) -> None:
+def _check_traced(derivative: LinearProgram) -> None:
+    """Refuses a derivative that no program computes."""
     if derivative.writes:
         raise PlanRefused("it writes to tensors that others may read")
     if derivative.draws:
@@ -316,18 +336,18 @@ def _refuse_beforehand(derivative: LinearProgram) -> None:
         raise PlanRefused("there is nothing to compute")
 
 
-def _output(job: _Job) -> Output:
-    """The output with its pattern. Samples of a batch are proved to be independent first.
+def _output(task: _Task) -> Output:
+    """The output, with its pattern if it is sparse.
 
     Raises:
-        PlanRefused: They are not.
+        PlanRefused: Samples of a batch are not proved to be independent.
     """
-    output, derivative = job.request.output, job.derivative
-    if job.batch is None and isinstance(output, Dense):
+    output, derivative, batched = task.request.output, task.derivative, task.eager.batch is not None
+    if not batched and isinstance(output, Dense):
         return output
-    dependence = interpret(derivative)
-    if job.batch is not None and not is_batched(derivative, dependence):
+    dependences = interpret(derivative)
+    if batched and not is_batched(derivative, dependences):
         raise PlanRefused("samples are not proved to be independent")
     if isinstance(output, Dense):
         return output
-    return output.of_pattern(pattern_of(derivative, dependence))
+    return output.of_pattern(pattern_of(derivative, dependences))

@@ -22,14 +22,14 @@ from torchjac.request import Mode, Output
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """An order of elimination that a plan could have been made with.
+    """An order of elimination, and the kind of code of its program, that was tried.
 
     Attributes:
         mode: The order.
-        predicted: Seconds that its operations should take; None if there are none.
-        measured: Seconds that they took, best of some; None if that was not tried.
-        refused: Why it was not to be had; None if it was.
-        form: How it runs: its operations one by one, compiled, as a kernel.
+        predicted: Predicted seconds of its program; None if there is no program.
+        measured: Seconds of its best run; None if it was not timed.
+        refused: Why there is no program; None if there is one.
+        form: The kind of code: tensor operations, compiled, or a kernel.
     """
 
     mode: Mode
@@ -40,7 +40,7 @@ class Tried:
 
     @property
     def name(self) -> str:
-        """The order, and how it runs."""
+        """The form, or the order where it runs as tensor operations."""
         return self.form or self.mode
 
 
@@ -58,7 +58,7 @@ class Compiled:
         budget: Bytes that intermediate values may take.
         tried: Orders of elimination, and native code, that were tried.
         blame: Operations that made J dense.
-        alternatives: Tensor programs of the other orders.
+        alternatives: Tensor programs of the orders that were slower.
     """
 
     derivative: LinearProgram
@@ -89,11 +89,11 @@ class Compiled:
         return None if parts is None else self.finish(parts)
 
     def checked(self, call: Call, program: EagerGraph) -> Any:
-        """The same, compared with passes.
+        """The Jacobian at the arguments of a call, compared with passes; None where not finite.
 
         Raises:
-            Disagrees: They give something else.
-            RefusedHere: They are not finite.
+            Disagrees: Passes give another Jacobian.
+            RefusedHere: Passes are not finite.
         """
         parts = self.parts(call)
         if parts is None:
@@ -108,7 +108,7 @@ class Compiled:
             call: Arguments to compare native code with tensor operations at.
 
         Raises:
-            PlanRefused: There is none.
+            PlanRefused: There is no native code.
         """
         with modes.ordinary_tensors():
             program = with_kernel(self.programs, arguments(call), self.shape[2], PATIENCE)

@@ -1,8 +1,7 @@
-"""Plans as compiled code: by the kernel engine, or by Inductor, where that runs faster."""
+"""Tensor programs as native code: the fastest of several, verified against tensor operations."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -16,70 +15,73 @@ from torchjac.compiler.codegen.build import written
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.target import LIMIT, SourceUnit
 from torchjac.compiler.program.tensor_program import TensorProgram
+from torchjac.compiler.program.work import numbers_of
 from torchjac.errors import PlanRefused
 from torchjac.host.contest import Contest, Rules, hold
-from torchjac.host.costs import cost_model
+from torchjac.host.costs import (
+    build_seconds,
+    cost_model,
+    lowering_seconds,
+    scalar_products,
+)
 from torchjac.host.gc_pause import gc_paused
 
 C = TypeVar("C")
 
-# Seconds that the compiler may take where nobody asked for it.
+# Seconds that the C compiler may take without `compile=True`.
 PATIENCE = 10.0
-# Seconds that making a kernel takes: at least, and for each number that the operations give.
-_KERNEL, _KERNEL_NUMBER = 0.5, 7e-8
-# Seconds that it may take to write down more than one program, to choose among them.
+# Seconds that lowering may take, predicted, for several programs to be compared as native code.
 _BRIEF = 0.7
-# Programs that compute so many times as many numbers are not among them.
+# A program that computes this many times more numbers than the smallest one is not compared.
 _CLOSE = 2.0
-# Timed runs of a program; the best one counts.
-_TIMED = Rules(runs=5)
-# Disagreement put down to rounding, by dtype: of an element, and beside the largest one. Sine and
-# its kin are within four units in the last place, and what follows may cancel.
+# Timed runs of a program; the best time counts.
+_RULES = Rules(runs=5)
+# Differences that are rounding, by dtype: relative to an element, and to the largest element. Sine
+# and its kin are within four units in the last place, and sums may cancel.
 _ROUNDING = {torch.float64: (1e-7, 2e-11), torch.float32: (1e-2, 1e-5)}
 
 
 def kernel_seconds(programs: Sequence[TensorProgram]) -> float:
-    """Seconds that it should take to make a kernel of one of some programs."""
-    return _KERNEL + min(map(_writing_seconds, programs))
+    """Predicted seconds of building native code of one of some programs."""
+    return build_seconds(min(numbers_of(p.recording) for p in programs))
 
 
-def _writing_seconds(program: TensorProgram) -> float:
-    """Seconds that it should take to write a program down."""
-    results = [v for c in program.recording.calls for v in c.results if v is not None]
-    return _KERNEL_NUMBER * sum(math.prod(v.shape) for v in results)
+def _lowering_seconds(program: TensorProgram) -> float:
+    """Predicted seconds of lowering and rendering a program."""
+    return lowering_seconds(numbers_of(program.recording))
 
 
-def written_in_order(
+def render_in_order(
     programs: Sequence[TensorProgram],
-    write: Callable[[TensorProgram], SourceUnit],
+    render: Callable[[TensorProgram], SourceUnit],
     refusals: list[str],
 ) -> Iterator[tuple[TensorProgram, SourceUnit]]:
-    """Programs in C, those first that should run fastest.
+    """Yields programs with their source units, the one that should run fastest first.
 
-    What is the fastest as tensor operations need not be the fastest as scalar ones. How many
-    numbers there are on the way says it roughly; where these are close and it does not take long,
-    all are written, and what is in the text says it better.
+    The fastest program of tensor operations need not be the fastest as native code. The count of
+    numbers that a program computes ranks programs roughly. Programs with close counts are all
+    rendered, where that is brief, and ranked by the work of the source.
 
     Args:
-        programs: They give the same.
-        write: Writes one down.
-        refusals: Why some cannot be is added here.
+        programs: Programs of the same Jacobian.
+        render: Renders a program.
+        refusals: Reasons that programs cannot be rendered are appended.
     """
-    waiting = sorted(programs, key=_writing_seconds)
+    waiting = sorted(programs, key=_lowering_seconds)
     while waiting:
-        least = _writing_seconds(waiting[0])
-        close = [p for p in waiting if _writing_seconds(p) <= _CLOSE * least]
-        count = len(close) if sum(map(_writing_seconds, close)) < _BRIEF else 1
-        texts = []
+        least = _lowering_seconds(waiting[0])
+        close = [p for p in waiting if _lowering_seconds(p) <= _CLOSE * least]
+        count = len(close) if sum(map(_lowering_seconds, close)) < _BRIEF else 1
+        units = []
         for program in waiting[:count]:
             try:
-                texts.append((program, write(program)))
+                units.append((program, render(program)))
             except PlanRefused as refusal:
                 refusals.append(str(refusal))
-            except Exception as error:  # others do it; the record says what happened
+            except Exception as error:  # tensor operations give the result; the record has this
                 refusals.append(f"{type(error).__name__}: {error}")
         waiting = waiting[count:]
-        yield from sorted(texts, key=lambda t: t[1].source.cost)
+        yield from sorted(units, key=lambda pair: scalar_products(pair[1].source.work))
 
 
 @gc_paused()
@@ -89,69 +91,69 @@ def with_kernel(
     samples: int | None,
     limit: float = LIMIT,
 ) -> TensorProgram:
-    """A program as a kernel: of those that give the same Jacobian the one that should be fastest.
+    """One of some programs with its kernel: the program that should be fastest as native code.
 
     Args:
-        programs: The programs; what the first one gives is right.
-        inputs: What to try it on.
-        samples: How many independent samples there are, if there are such.
-        limit: Seconds that the compiler may take.
+        programs: Programs of the same Jacobian; the first one is verified.
+        inputs: Inputs to compare native code with the first program at.
+        samples: The number of independent samples; None without a batch.
+        limit: Seconds that the C compiler may take.
 
     Raises:
-        PlanRefused: There is no kernel of any, or it gives something else.
+        PlanRefused: No program has native code that gives the same.
     """
     refusals: list[str] = []
     with torch.no_grad():
         want = programs[0](inputs)
 
-    def write(program: TensorProgram) -> SourceUnit:
+    def render(program: TensorProgram) -> SourceUnit:
         return written([jacobian_of(program)], samples)
 
-    for program, text in written_in_order(programs, write, refusals):
+    for program, unit in render_in_order(programs, render, refusals):
         try:
-            made = replace(
-                program, run=program.module.forward, kernel=Executable(text, limit), note=None
+            native = replace(
+                program, run=program.module.forward, kernel=Executable(unit, limit), refusal=None
             )
             with torch.no_grad():
-                got = made([elsewhere(x) for x in inputs])
+                got = native([elsewhere(x) for x in inputs])
             if want is not None and got is not None and all(map(agree, got, want)):
-                return made
+                return native
             refusals.append("the kernel does not give what its operations give")
         except PlanRefused as refusal:
             refusals.append(str(refusal))
-        except Exception as error:  # the operations give the result; the record says what happened
+        except Exception as error:  # tensor operations give the result; the record has this
             refusals.append(f"{type(error).__name__}: {error}")
     raise PlanRefused("; ".join(dict.fromkeys(refusals)))
 
 
-def first_written(
-    programs: Sequence[TensorProgram], write: Callable[[TensorProgram], SourceUnit]
+def render_first(
+    programs: Sequence[TensorProgram], render: Callable[[TensorProgram], SourceUnit]
 ) -> tuple[TensorProgram, SourceUnit]:
-    """The program in C that should run fastest.
+    """The program that should run fastest as native code, with its source unit.
 
     Raises:
-        PlanRefused: None can be written.
+        PlanRefused: No program can be rendered.
     """
     refusals: list[str] = []
-    for found in written_in_order(programs, write, refusals):
-        return found
+    for pair in render_in_order(programs, render, refusals):
+        return pair
     raise PlanRefused("; ".join(dict.fromkeys(refusals)))
 
 
 def jacobian_of(program: TensorProgram) -> tuple[Recording, int]:
-    """The operations, without the last output: the number that says whether all is finite."""
+    """The recording, and the number of its outputs without the last one: the sum of all entries."""
     return program.recording, len(program.recording.outputs) - 1
 
 
-def timed(
-    programs: Mapping[C, TensorProgram], inputs: Sequence[Tensor], rules: Rules = _TIMED
+def compare_times(
+    programs: Mapping[C, TensorProgram], inputs: Sequence[Tensor], rules: Rules = _RULES
 ) -> Contest[C]:
     """The contest of some programs, after their runs.
 
     Args:
         programs: Programs that give the same.
         inputs: Inputs to run them at.
-        rules: How long they are run.
+        rules: Thresholds of the contest.
     """
     predicted = {name: cost_model().seconds(program.work) for name, program in programs.items()}
     with torch.no_grad():

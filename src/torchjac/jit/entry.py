@@ -134,8 +134,8 @@ class Entry:
         refusals = [
             (t.form or f"accumulate {t.mode}", t.refused) for t in tried if t.refused is not None
         ]
-        if emitted.note is not None:
-            refusals.append(("compile", emitted.note))
+        if emitted.refusal is not None:
+            refusals.append(("compile", emitted.refusal))
         return Record(
             entry=entry,
             engine="accumulate",

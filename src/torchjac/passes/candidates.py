@@ -1,7 +1,7 @@
-"""Predicted cost of a plan, and the candidates worth trying.
+"""The candidates worth trying, ranked by their predicted cost (`host/costs.py`).
 
-The constants were measured with torch 2.13.0 on a 2-core AMD EPYC (1 MiB L2 a core), float64. They
-only rank candidates: what a candidate really costs is measured when it runs (`passes.race`).
+The prediction only ranks candidates: the cost of a candidate is measured when it runs
+(`passes.race`).
 """
 
 from __future__ import annotations
@@ -9,60 +9,30 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torchjac.capture.eager_graph import EagerGraph
-from torchjac.host.costs import DEFAULT, cost_model
+from torchjac.host.costs import CHUNK_CACHED_BYTES, PassWork, cost_model
 from torchjac.passes.autograd_graph import Profile, profile, survey
 from torchjac.passes.coloring import column_groups, row_groups
 from torchjac.passes.plan import Mode, Plan
 from torchjac.passes.structure import Structure, analyze
 
-# Seconds. Kinematic chain with 30 joints, 12 rows: 0.85 ms a plain pass, 1.4 ms a batched one.
-_PASS, _NODE = 10e-6, 2.5e-6
-_BATCHED_PASS, _BATCHED_NODE = 25e-6, 6e-6
-# Bytes a second through element-wise backward operations whose tensors stay in cache.
-_BANDWIDTH = 10e9
-# A tensor of a chunk that leaves the cache costs about twice as much a byte, and one that the
-# allocator must map fresh for every operation four times (128 bodies: 112, 244 and 480 ms in
-# chunks of 5, 21 and 384 with 2, 8 and 150 MiB tensors; Brusselator 32: 22 ms in chunks of 64,
-# 94 ms in one; unstructured volumes 127 ms in chunks of 101, 163 ms in chunks of 404).
-_CACHED, _MAPPED = 2 * 2**20, 16 * 2**20
-_UNCACHED_FACTOR, _MAPPED_FACTOR = 2.0, 4.0
-# Batching with loops inside some operations: a third of them or so, a few microseconds each.
-_LOOPED_NODE = 1e-6
-# Random weights, products and comparison of a checked plan, beside its extra pass.
-_CHECK = 100e-6
-# The transposed backward graph has about the same operations, and building it costs a backward
-# pass that records itself and a second, checking, product.
-_FORWARD_FACTOR = 1.2
-
 
 def predict(plan: Plan, structure: Structure, size: Profile) -> float:
     """Predicted seconds of a plan on this machine, if its costs were measured (`cost_model`)."""
-    return _predicted(plan, structure, size) * cost_model().operation / DEFAULT.operation
+    return cost_model().pass_seconds(work_of(plan, structure, size))
 
 
-def _predicted(plan: Plan, structure: Structure, size: Profile) -> float:
-    """Predicted seconds on the machine that the constants above are from."""
-    forward = plan.mode == "forward"
-    seeds = structure.n if forward else structure.m
-    passes = -(-seeds // plan.chunk)
-    moved = seeds * size.traffic / _BANDWIDTH
-    if plan.chunk > 1:
-        largest = size.largest * plan.chunk
-        moved *= _MAPPED_FACTOR if largest > _MAPPED else 1
-        moved *= _UNCACHED_FACTOR if 2 * _CACHED < largest <= _MAPPED else 1
-    if plan.mode == "replicated":  # forward again, backward, and the check of both
-        again = passes * (_PASS + 2 * _NODE * size.nodes) + 2 * moved
-        return again + _PASS + _NODE * size.nodes + _CHECK
-    if plan.chunk == 1:
-        overhead = passes * (_PASS + _NODE * size.nodes)
-    else:
-        overhead = passes * (_BATCHED_PASS + _BATCHED_NODE * size.nodes)
-    if plan.batching != "functorch" and plan.chunk > 1:
-        overhead += seeds * _LOOPED_NODE * size.nodes
-    if not forward:
-        return overhead + moved
-    build = _PASS + 3 * _NODE * size.nodes + _CHECK
-    return build + _FORWARD_FACTOR * (overhead + moved)
+def work_of(plan: Plan, structure: Structure, size: Profile) -> PassWork:
+    """The work of all passes of a plan, in counts."""
+    seeds = structure.n if plan.mode == "forward" else structure.m
+    return PassWork(
+        plan.mode,
+        seeds,
+        plan.chunk,
+        size.nodes,
+        size.traffic,
+        size.largest,
+        looped=seeds if plan.batching != "functorch" and plan.chunk > 1 else 0,
+    )
 
 
 def candidates(
@@ -126,6 +96,6 @@ def _within(seeds: int, size: Profile, budget: int) -> int:
 
 def _chunks(seeds: int, size: Profile, budget: int) -> list[int]:
     most = _within(seeds, size, budget)
-    cached = max(1, min(most, _CACHED // max(1, size.largest)))
+    cached = max(1, min(most, CHUNK_CACHED_BYTES // max(1, size.largest)))
     sizes = {1, cached, min(most, 4 * cached), max(1, cached // 4)}
     return sorted(sizes)

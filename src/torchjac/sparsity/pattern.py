@@ -18,7 +18,7 @@ from torch import Tensor
 from torchjac.capture.linear_program import LinearProgram, Scope
 from torchjac.errors import ArgumentError, PatternError
 from torchjac.sparsity import lanes as lanes_
-from torchjac.sparsity import pattern_io as archive
+from torchjac.sparsity import pattern_io
 from torchjac.sparsity import pattern_plot as picture
 from torchjac.sparsity.dependence import Dependence, matrix
 from torchjac.sparsity.interpret import Interpretation, Spread
@@ -190,7 +190,7 @@ class Pattern:
 
     def save(self, path: str | Path) -> None:
         """Writes the pattern to a file (`.npz`: arrays only, nothing that is executed on load)."""
-        archive.save(self, path)
+        pattern_io.save(self, path)
 
     @staticmethod
     def load(path: str | Path) -> Pattern:
@@ -199,7 +199,7 @@ class Pattern:
         Raises:
             PatternError: The file holds something else, or a version this one cannot read.
         """
-        return Pattern(**archive.load(path))
+        return Pattern(**pattern_io.load(path))
 
     def __repr__(self) -> str:
         """Size, entries and scope."""

@@ -1,36 +1,34 @@
-"""Saving and loading patterns: NumPy arrays and one JSON text, no pickle."""
+"""Patterns as files, in the format of `host/archive.py`."""
 
 from __future__ import annotations
 
-import io
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchjac.errors import PatternError
+from torchjac.host.archive import pack, unpack
 from torchjac.sparsity.interpret import Spread
 from torchjac.sparsity.lanes import Lane
 
 if TYPE_CHECKING:
     from torchjac.sparsity.pattern import Pattern
 
-_VERSION = 1
+_FORMAT, _VERSION = "torchjac pattern", 1
 _ARRAYS = ("starts", "columns", "values")
 
 
 def save(pattern: Pattern, path: str | Path) -> None:
     """Writes a pattern to a file."""
-    with Path(path).open("wb") as file:
-        write(pattern, file)
+    Path(path).write_bytes(to_bytes(pattern))
 
 
-def write(pattern: Pattern, file: IO[bytes]) -> None:
-    """Writes a pattern to a file that is open."""
+def to_bytes(pattern: Pattern) -> bytes:
+    """The bytes of a pattern's file."""
     about = {
-        "format": "torchjac pattern",
+        "format": _FORMAT,
         "version": _VERSION,
         "row_shapes": pattern.row_shapes,
         "column_shapes": pattern.column_shapes,
@@ -40,39 +38,42 @@ def write(pattern: Pattern, file: IO[bytes]) -> None:
         "spreads": [asdict(spread) for spread in pattern.spreads],
         "assumed": pattern.assumed,
     }
-    np.savez_compressed(
-        file,
-        starts=pattern.starts,
-        columns=pattern.columns,
-        values=pattern.values,
-        about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-    )
+    return pack(about, {name: getattr(pattern, name) for name in _ARRAYS})
 
 
-def load(path: str | Path | IO[bytes]) -> dict[str, Any]:
+def load(path: str | Path) -> dict[str, Any]:
     """Fields of the pattern in a file.
 
     Raises:
         PatternError: The file holds something else, or a version this one cannot read, or entries
             that do not fit together.
     """
+    return from_bytes(Path(path).read_bytes(), str(path))
+
+
+def from_bytes(data: bytes, name: str) -> dict[str, Any]:
+    """Fields of the pattern in the bytes of a file.
+
+    Args:
+        data: The bytes.
+        name: The name of the file, for messages.
+
+    Raises:
+        PatternError: As of `load`.
+    """
     try:
-        file = io.BytesIO(Path(path).read_bytes()) if isinstance(path, str | Path) else path
-        with np.load(file, allow_pickle=False) as stored:
-            about = json.loads(stored["about"].tobytes())
-            arrays = {name: stored[name] for name in _ARRAYS}
-    except OSError:
-        raise
+        about, every = unpack(data)
+        arrays = {key: every[key] for key in _ARRAYS}
     except Exception as wrong:  # whatever readers of damaged archives, arrays and JSON raise
-        raise PatternError(f"torchjac: {path} is not a saved pattern ({wrong}).") from wrong
-    if about.get("format") != "torchjac pattern" or about.get("version") != _VERSION:
+        raise PatternError(f"torchjac: {name} is not a saved pattern ({wrong}).") from wrong
+    if about.get("format") != _FORMAT or about.get("version") != _VERSION:
         raise PatternError(
-            f"torchjac: {path} has format {about.get('format')!r}, version "
-            f"{about.get('version')!r}; this torchjac reads 'torchjac pattern', version {_VERSION}."
+            f"torchjac: {name} has format {about.get('format')!r}, version "
+            f"{about.get('version')!r}; this torchjac reads {_FORMAT!r}, version {_VERSION}."
         )
     shapes = [tuple(tuple(s) for s in about[k]) for k in ("row_shapes", "column_shapes")]
-    m, n = (sum(int(np.prod(s, dtype=np.int64)) for s in found) for found in shapes)
-    _check(path, m, n, **arrays)
+    m, n = (sum(int(np.prod(s, dtype=np.int64)) for s in side) for side in shapes)
+    _check(name, m, n, **arrays)
     return {
         **arrays,
         "row_shapes": shapes[0],
@@ -85,10 +86,8 @@ def load(path: str | Path | IO[bytes]) -> dict[str, Any]:
     }
 
 
-def _check(
-    path: str | Path | IO[bytes], m: int, n: int, starts: Any, columns: Any, values: Any
-) -> None:
-    """Refuses arrays that would make a later read go astray."""
+def _check(name: str, m: int, n: int, starts: Any, columns: Any, values: Any) -> None:
+    """Refuses arrays with an index out of range: a read of them would fail later."""
     nnz = len(columns)
     fits = (
         starts.shape == (m + 1,)
@@ -98,4 +97,4 @@ def _check(
         and (nnz == 0 or (columns.min() >= 0 and columns.max() < n))
     )
     if not fits:
-        raise PatternError(f"torchjac: the entries in {path} do not fit its {m} x {n} pattern.")
+        raise PatternError(f"torchjac: the entries in {name} do not fit its {m} x {n} pattern.")

@@ -15,8 +15,8 @@ from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.accumulate import output
 from torchjac.compiler.accumulate.output import Goal
 from torchjac.compiler.accumulate.sweep import Sweep
-from torchjac.compiler.program.optimize import executable, folded
-from torchjac.compiler.program.record import _Everything
+from torchjac.compiler.program.optimize import fold_constants, optimized_graph
+from torchjac.compiler.program.record import EveryOperation
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanRefused, RefusedHere
 
@@ -42,7 +42,7 @@ def emit(
     Raises:
         PlanRefused: It cannot be done this way, or would take too much.
     """
-    recorder = Recorder(_Everything(), parameters_vary=True)
+    recorder = Recorder(EveryOperation(), parameters_vary=True)
     placeholders = [n for n in derivative.module.graph.nodes if n.op == "placeholder"]
     free = [p for p in placeholders if p not in derivative.cotangents]
     inputs = [x.contiguous() for x in inputs]
@@ -68,8 +68,8 @@ def emit(
             for x in terms
             if not any(recorder.varies(factor) for factor in x.factors)
         )
-    recording = folded(recorded(recorder, [*parts, probe]))
-    module, constants = executable(recording)
+    recording = fold_constants(recorded(recorder, [*parts, probe]))
+    module, constants = optimized_graph(recording)
     whole = sum(math.prod(x.loop) for x in terms)
     about = goal.mode, (fixed, whole), sweep.waists
     return TensorProgram(recording, module, constants, module.forward, *about)

@@ -6,8 +6,9 @@ after it are multiplied out apart, and then with each other. This is the order o
 (Godbole, "On efficient computation of matrix chain products", 1973), except that a matrix that is
 the first of its part need not be multiplied with anything.
 
-It is exact where the matrices are dense. Where an adjoint turns out to be sparse its splits are not
-made.
+Orders are compared by their multiplications; `host/costs.py` predicts the seconds of the program
+that is emitted. The order is exact where the matrices are dense. Where an adjoint turns out to be
+sparse its splits are not made.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
+from torchjac.host.costs import PRODUCT_START
 from torchjac.ops import Fact, having
 
-# Multiplications that could be made in the time that the operations of one product take to start.
-_PRODUCT = 60_000
 # Points at which a chain may be split; the widest ones of a longer chain are left out.
 _POINTS = 48
 
@@ -128,7 +128,7 @@ def _splits(widths: Sequence[int], parts: Sequence[Sequence[int]]) -> list[tuple
                 continue
             pulled = best[i, j - 1] + width[i] * whole[j - 1]
             product = width[i] * width[i + 1 : j] * width[j]
-            split = best[i, i + 1 : j] + best[i + 1 : j, j] + product + _PRODUCT
+            split = best[i, i + 1 : j] + best[i + 1 : j, j] + product + PRODUCT_START
             least = int(split.argmin())
             if split[least] < pulled:
                 best[i, j], at[i, j] = split[least], i + 1 + least

@@ -12,10 +12,9 @@ from torch import Tensor
 from torchjac._torch.modes import real_values
 from torchjac.compiler.accumulate import adjoint as t
 from torchjac.compiler.accumulate.adjoint import Adjoint, Term
+from torchjac.host.costs import merge_savings, merge_seconds
 from torchjac.linear.maps import Shape
 
-# Seconds that an operation takes by itself, and that writing a number out takes.
-_OPERATION, _NUMBER = 4e-6, 4e-9
 # Merged adjoints may be this much larger than what they are made of.
 _GROWTH = 1.5
 # More entries than this are not looked at: sorting them takes longer than it saves.
@@ -53,9 +52,9 @@ def _one(terms: list[Term], shape: Shape, m: int, below: int) -> list[Term]:
         return terms
     rows, places, kept = made
     size = rows.numel()
-    saved = below * (len(terms) - 1) * _OPERATION
+    saved = merge_savings(below * (len(terms) - 1))
     grows = size > _GROWTH * sum(term.size for term in terms) or not _overlap(terms, size)
-    if grows and size * _NUMBER > saved:
+    if grows and merge_seconds(size) > saved:
         return terms
     values = [
         flat if some is None else flat.index_select(0, some)

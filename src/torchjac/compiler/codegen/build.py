@@ -122,8 +122,7 @@ def written_for_samples(
 
     given = len(made.inputs) - len(made.live)
     inputs = [(whole(s), d) for s, d in made.inputs[:given]]
-    work, seconds = made.source.work // few, made.source.seconds * many / few
-    source = replace(made.source, work=work, seconds=seconds)
+    source = replace(made.source, work=replace(made.source.work, samples=(few, many)))
     return replace(
         made,
         source=source,

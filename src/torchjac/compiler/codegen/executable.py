@@ -18,6 +18,7 @@ from torchjac._torch.storage import allocator
 from torchjac.compiler.codegen.target import LIMIT, SourceUnit
 from torchjac.host.clock import now
 from torchjac.host.contest import Contest, Rules
+from torchjac.host.costs import threads_worth
 
 # Bytes of memory to work in that are kept from call to call, but for that of one call.
 _SPARE = 1 << 26
@@ -159,8 +160,6 @@ def _suited(
     return _dense(x)
 
 
-# Seconds of work that are worth a thread: to wake one up takes about a fifth of that.
-_SHARE = 25e-6
 # Timed runs by one thread; the best one counts.
 _SERIAL = 3
 # Timed runs by several threads; the best one must be faster than that of one thread.
@@ -216,7 +215,7 @@ class Threads:
 
     def _worth(self) -> int:
         """The number of threads that the work is worth, of those that torch would use."""
-        worth = int(min(self._serial / _SHARE, self._most))
+        worth = threads_worth(self._serial, self._most)
         return min(torch.get_num_threads(), worth) if worth > 1 else 1
 
     def _decide(self) -> None:

@@ -19,7 +19,7 @@ from torchjac.compiler.codegen.ops_pointwise import POINTWISE
 from torchjac.compiler.codegen.ops_reduce import CONTRACTIONS
 from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Lanes, Places
 from torchjac.compiler.codegen.scalar_ops import DTYPES, TRUTHS
-from torchjac.compiler.program.optimize import folded
+from torchjac.compiler.program.optimize import fold_constants
 from torchjac.errors import PlanRefused
 from torchjac.ops import IN_PLACE, Fact, having
 
@@ -114,7 +114,7 @@ class Expansion:
         made = decomposed(call)
         if made is None:
             raise PlanRefused(f"{call.operation} has no scalar form")
-        made = folded(made)
+        made = fold_constants(made)
         given = values_in((*call.args, *call.kwargs.values()))
         for inner, outer in zip(made.inputs, given, strict=True):
             if outer.dtype.is_floating_point or outer.kind != "constant":

@@ -17,11 +17,10 @@ from torch import Tensor
 from torchjac.compiler.codegen.granularity import ScalarProgram
 from torchjac.compiler.codegen.scalar_ir import ArrayRef
 from torchjac.compiler.codegen.schedule import LoopProgram, ScheduleKind
+from torchjac.host.costs import ScalarWork
 
 # Seconds that compiling may take.
 LIMIT = 60.0
-# Products that it takes to look up a byte of a table: measured on meshes, pairs, and cameras.
-_LOOKED_UP = 0.6
 # Bytes of a line of a cache: memory to work in begins at one.
 _LINE = 64
 # Schedules of which several threads can run a part each.
@@ -72,20 +71,13 @@ class Source:
         tables: Arrays that it reads beside the inputs, in order.
         scratch: Bytes of memory that it needs to work in.
         statements: Scalar operations in it.
-        work: What it runs, in scalar products.
-        seconds: What that takes at best.
+        work: Its work, in counts.
     """
 
     tables: tuple[np.ndarray, ...]
     scratch: int
     statements: int
-    work: int
-    seconds: float
-
-    @property
-    def cost(self) -> float:
-        """What it runs and what it looks up, in scalar products."""
-        return self.work + _LOOKED_UP * sum(t.nbytes for t in self.tables)
+    work: ScalarWork
 
     @property
     def scratch_of_thread(self) -> int:

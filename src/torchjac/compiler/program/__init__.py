@@ -1,1 +1,1 @@
-"""The tensor program: a straight line of tensor operations, and what makes it shorter."""
+"""The tensor program: a straight line of tensor operations, optimized, counted and serialized."""

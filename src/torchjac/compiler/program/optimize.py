@@ -1,4 +1,4 @@
-"""Straight lines of operations to be run again and again: less to do, the same result."""
+"""Optimization of tensor programs: fewer operations, the same result."""
 
 from __future__ import annotations
 
@@ -13,50 +13,49 @@ from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.ir import Called, Value
 from torchjac._torch.trace.op_traits import SAME
 from torchjac._torch.trace.recording import Recording, mapped, used_constants, values_in
-from torchjac.compiler.program.cost import work_of_call
-from torchjac.compiler.program.peephole import fused
+from torchjac.compiler.program.peephole import fuse
+from torchjac.compiler.program.work import work_of_call
 from torchjac.ops import Fact, having
 
 
-def folded(recording: Recording) -> Recording:
-    """The same with what does not vary computed once, here, as constants."""
+def fold_constants(recording: Recording) -> Recording:
+    """The recording without operations that give the same at every run: constants hold these."""
     constants = list(recording.constants)
-    made: dict[int, Value] = {}
+    folded: dict[int, Value] = {}
     tensors: dict[int, Any] = {}
     calls = []
 
     def tensor(value: Value) -> Any:
         return constants[value.position] if value.kind == "constant" else tensors[id(value)]
 
-    def again(value: Value) -> Value:
+    def operand(value: Value) -> Value:
         if id(value) not in tensors:
             return value
-        if id(value) not in made:
-            about = value.shape, value.stride, value.dtype, value.device
-            made[id(value)] = Value("constant", len(constants), None, *about)
+        if id(value) not in folded:
+            layout = value.shape, value.stride, value.dtype, value.device
+            folded[id(value)] = Value("constant", len(constants), None, *layout)
             constants.append(tensors[id(value)])
-        return made[id(value)]
+        return folded[id(value)]
 
     for call in recording.calls:
-        there = all(v.kind == "constant" or id(v) in tensors for v in _arguments(call))
-        if there and _is_fixed(call):
-            given = mapped(list(call.args), tensor)
-            named = {k: mapped(a, tensor) for k, a in call.kwargs.items()}
-            found = call.operation(*given, **named)
-            parts = (found,) if call.is_single else found
+        is_known = all(v.kind == "constant" or id(v) in tensors for v in _operands(call))
+        if is_known and _is_fixed(call):
+            args = mapped(list(call.args), tensor)
+            result = call.operation(*args, **{k: mapped(a, tensor) for k, a in call.kwargs.items()})
+            parts = (result,) if call.is_single else result
             for value, part in zip(call.results, parts, strict=True):
                 if value is not None:
                     tensors[id(value)] = part
             continue
-        args = tuple(mapped(list(call.args), again))
-        kwargs = {k: mapped(a, again) for k, a in call.kwargs.items()}
+        args = tuple(mapped(list(call.args), operand))
+        kwargs = {k: mapped(a, operand) for k, a in call.kwargs.items()}
         calls.append(replace(call, args=args, kwargs=kwargs))
-    outputs = tuple(None if v is None else again(v) for v in recording.outputs)
-    made_of = Recording(recording.inputs, (), tuple(calls), outputs)
-    kept = _constants_of(made_of)
+    outputs = tuple(None if v is None else operand(v) for v in recording.outputs)
+    shorter = Recording(recording.inputs, (), tuple(calls), outputs)
+    used = _constants_of(shorter)
     empty = torch.empty(0)
-    left = tuple(c if i in kept else empty for i, c in enumerate(constants))
-    return replace(made_of, constants=left)
+    needed = tuple(c if i in used else empty for i, c in enumerate(constants))
+    return replace(shorter, constants=needed)
 
 
 def _constants_of(recording: Recording) -> list[int]:
@@ -66,8 +65,8 @@ def _constants_of(recording: Recording) -> list[int]:
 
 
 def _is_fixed(call: Called) -> bool:
-    """Whether a call gives the same whenever it runs."""
-    values = [*_arguments(call), *(v for v in call.results if v is not None)]
+    """Whether a call of constants gives the same at every run."""
+    values = [*_operands(call), *(v for v in call.results if v is not None)]
     bases = [v.base for v in values]
     return (
         not any(b.varies or b.written or b.kind == "input" for b in bases)
@@ -76,16 +75,17 @@ def _is_fixed(call: Called) -> bool:
     )
 
 
-def _arguments(call: Called) -> list[Value]:
+def _operands(call: Called) -> list[Value]:
+    """Values that a call takes."""
     return values_in((*call.args, *call.kwargs.values()))
 
 
-def beside_results(recording: Recording) -> list[str]:
-    """Operations of which a second result is used that torch may give no derivative of.
+def undifferentiable_results(recording: Recording) -> list[str]:
+    """Operations of which a second result is used, and torch may have no derivative of it.
 
-    Statistics of a norm, factors of a solve: autograd takes them for constants without saying so.
+    Statistics of a norm, factors of a solve: autograd takes these for constants, without an error.
     """
-    used = {id(v) for call in recording.calls for v in _arguments(call)}
+    used = {id(v) for call in recording.calls for v in _operands(call)}
     used |= {id(v) for v in recording.outputs if v is not None}
     return [
         str(call.operation)
@@ -96,18 +96,23 @@ def beside_results(recording: Recording) -> list[str]:
     ]
 
 
-def executable(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """The operations as a graph that takes the inputs and the constants that it needs, in order.
+def optimized_graph(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The operations as a graph to run, and its constants.
 
-    Inputs must be contiguous. What is computed twice is computed once, chains of views are one.
+    Common subexpressions are computed once, chains of views become one view, and neighboring
+    operations are fused. Placeholders are the inputs, which must be contiguous, then the constants.
     """
-    graph, constants = _graph(recording, _Views(), _FAST)
-    fused(graph)
+    graph, constants = _graph(recording, _Views(), _BINDINGS)
+    fuse(graph)
     return fx.GraphModule({}, graph), constants
 
 
-def compilable(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """As `executable`, for a compiler, which would rather see the operations as they are."""
+def plain_graph(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The operations as a graph for Inductor or autograd, and its constants.
+
+    Common subexpressions are computed once; views and operations stay as they were recorded.
+    Placeholders are those of `optimized_graph`.
+    """
     graph, constants = _graph(recording, None, {})
     return fx.GraphModule({}, graph), constants
 
@@ -115,60 +120,84 @@ def compilable(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]
 def _graph(
     recording: Recording, views: _Views | None, bindings: dict[Any, Any]
 ) -> tuple[fx.Graph, tuple[Tensor, ...]]:
+    """The operations as a graph, each common subexpression once.
+
+    Args:
+        recording: The operations.
+        views: The chains of views that become one view; None to leave them.
+        bindings: Functions that run in the place of operations.
+    """
     used = _constants_of(recording)
     graph = fx.Graph()
     nodes: dict[int, fx.Node] = {}
     for i, value in enumerate(recording.inputs):
         nodes[id(value)] = graph.placeholder(f"arg{i}")
         nodes[id(value)].meta["value"] = value
-    places = {position: graph.placeholder(f"constant{position}") for position in used}
+    constants = {position: graph.placeholder(f"constant{position}") for position in used}
 
     def node_of(value: Value) -> fx.Node:
         if value.kind != "constant":
             return nodes[id(value)]
-        places[value.position].meta["value"] = value
-        return places[value.position]
+        constants[value.position].meta["value"] = value
+        return constants[value.position]
 
-    seen: dict[str, fx.Node] = {}
+    known_nodes: dict[str, fx.Node] = {}
     for call in recording.calls:
-        if _changes_nothing(call):
+        if _is_identity(call):
             nodes[id(call.results[0])] = node_of(call.args[0])
             if views is not None:
-                views.same(call)
+                views.alias(call)
             continue
         operation, args, kwargs = call.operation, call.args, call.kwargs
         if views is not None:
-            operation, args, kwargs = views.target(call)
+            operation, args, kwargs = views.shortened(call)
         args = tuple(mapped(list(args), node_of))
         kwargs = {k: mapped(a, node_of) for k, a in kwargs.items()}
         key = f"{operation} {args} {kwargs}"
-        values = [*_arguments(call), *(v for v in call.results if v is not None)]
+        values = [*_operands(call), *(v for v in call.results if v is not None)]
         written = any(v.base.written for v in values)
-        if written or key not in seen:
+        if written or key not in known_nodes:
             node = graph.call_function(bindings.get(operation, operation), args, kwargs)
             node.meta["writes"] = bool(call.written)
             node.meta["work"] = work_of_call(call)
             if not written:
-                seen[key] = node
+                known_nodes[key] = node
         else:
-            node = seen[key]
-        _results(graph, node, call, nodes)
+            node = known_nodes[key]
+        _add_results(graph, node, call, nodes)
     outputs = [None if v is None else node_of(v) for v in recording.outputs]
-    taken: set[Any] = set()
-    for i, result in enumerate(recording.outputs):  # whoever gets a result may write to it
+    _unshare(graph, recording, outputs, nodes)
+    graph.output(tuple(outputs))
+    graph.eliminate_dead_code(lambda n: n.op != "call_function" or n.meta.get("writes", False))
+    return graph, tuple(recording.constants[position] for position in used)
+
+
+def _unshare(
+    graph: fx.Graph,
+    recording: Recording,
+    outputs: list[fx.Node | None],
+    nodes: dict[int, fx.Node],
+) -> None:
+    """Copies outputs that share memory: a caller may write to a result.
+
+    Args:
+        graph: The graph, without its outputs.
+        recording: Its operations.
+        outputs: Nodes of the outputs; a copy takes the place of a node.
+        nodes: Nodes of values, by identity.
+    """
+    owned: set[Any] = set()
+    for i, result in enumerate(recording.outputs):
         if result is None:
             continue
         memory = nodes.get(id(result.base), outputs[i])
-        if result.base.kind != "made" or memory in taken:
+        if result.base.kind != "made" or memory in owned:
             outputs[i] = graph.call_function(aten.clone.default, (outputs[i],))
-        taken.add(memory)
-    graph.output(tuple(outputs))
-    graph.eliminate_dead_code(lambda n: n.op != "call_function" or n.meta.get("writes", False))
-    constants = tuple(recording.constants[position] for position in used)
-    return graph, constants
+        owned.add(memory)
 
 
-def _results(graph: fx.Graph, node: fx.Node, call: Called, nodes: dict[int, fx.Node]) -> None:
+def _add_results(graph: fx.Graph, node: fx.Node, call: Called, nodes: dict[int, fx.Node]) -> None:
+    """Adds the nodes of the results of a call."""
     if call.is_single:
         (result,) = call.results
         assert result is not None
@@ -180,69 +209,70 @@ def _results(graph: fx.Graph, node: fx.Node, call: Called, nodes: dict[int, fx.N
             nodes[id(part)] = graph.call_function(operator.getitem, (node, item))
 
 
-def _changes_nothing(call: Called) -> bool:
+def _is_identity(call: Called) -> bool:
     """Whether the result is the first argument."""
     if call.operation in SAME:
         return True
     if call.operation not in _VIEWS or call.written:
         return False
-    (result,), given = call.results, call.args[0]
+    (result,), argument = call.results, call.args[0]
     assert result is not None
-    return bool(given.shape == result.shape and given.stride == result.stride)
+    return bool(argument.shape == result.shape and argument.stride == result.stride)
 
 
 class _Views:
-    """Which values are views of others, and where they begin."""
+    """Views by their roots: the tensor that a chain of views begins with, and the offset in it."""
 
     def __init__(self) -> None:
         self._roots: dict[int, tuple[Value, int]] = {}
 
-    def same(self, call: Called) -> None:
-        """Notes that the result of a call is its argument."""
-        given, (result,) = call.args[0], call.results
-        if id(given) in self._roots:
-            self._roots[id(result)] = self._roots[id(given)]
+    def alias(self, call: Called) -> None:
+        """Gives the result of an identity the root of its argument."""
+        argument, (result,) = call.args[0], call.results
+        if id(argument) in self._roots:
+            self._roots[id(result)] = self._roots[id(argument)]
 
-    def target(self, call: Called) -> tuple[Any, Any, Any]:
-        """What to run in the place of a call: a view of a view is a view of the first."""
+    def shortened(self, call: Called) -> tuple[Any, Any, Any]:
+        """Operation, args and kwargs of a call, of which a view of a view is a view of the root."""
         unchanged = call.operation, call.args, call.kwargs
         if call.operation not in _VIEWS or call.kwargs:
             return unchanged
-        given, (result,) = call.args[0], call.results
+        argument, (result,) = call.args[0], call.results
         assert result is not None
-        if result.base is not given.base or result.dtype != given.dtype:
+        if result.base is not argument.base or result.dtype != argument.dtype:
             return unchanged
-        root, start = self._roots.get(id(given), (given, 0))
+        root, start = self._roots.get(id(argument), (argument, 0))
         start += _offset(call)
-        made = root.kind == "made" and root.base is root  # begins where its memory does
-        if not made and start:
+        owns_memory = root.kind == "made" and root.base is root  # begins where its memory does
+        if not owns_memory and start:
             return unchanged
         self._roots[id(result)] = root, start
-        if root is given:
+        if root is argument:
             return unchanged
-        place = (start,) if made else ()  # others may begin anywhere: there they stay
-        about = list(result.shape), list(result.stride)
-        return aten.as_strided.default, (root, *about, *place), {}
+        # A root without memory of its own may begin anywhere: the view keeps its beginning.
+        offset = (start,) if owns_memory else ()
+        layout = list(result.shape), list(result.stride)
+        return aten.as_strided.default, (root, *layout, *offset), {}
 
 
 def _offset(call: Called) -> int:
-    """How many elements after those of its argument a view begins."""
-    given, rest = call.args[0], call.args[1:]
+    """Elements between the beginning of an argument and the beginning of a view of it."""
+    argument, rest = call.args[0], call.args[1:]
     if call.operation is aten.select.int:
         axis, index = rest
-        return int(given.stride[axis] * (index % given.shape[axis]))
+        return int(argument.stride[axis] * (index % argument.shape[axis]))
     if call.operation is aten.slice.Tensor:
         axis = rest[0] if rest else 0
         start = rest[1] if len(rest) > 1 and rest[1] is not None else 0
-        size = given.shape[axis]
-        return int(given.stride[axis] * min(max(start + size if start < 0 else start, 0), size))
+        size = argument.shape[axis]
+        return int(argument.stride[axis] * min(max(start + size if start < 0 else start, 0), size))
     return 0
 
 
 _VIEWS = having(Fact.VIEW)
 _ALL_DIFFERENTIABLE = having(Fact.ALL_DIFFERENTIABLE)
 # Python bindings that take the same arguments in two thirds of the time (mul: 1.7 us for 2.5 us).
-_FAST: dict[Any, Any] = known(
+_BINDINGS: dict[Any, Any] = known(
     {
         aten.add.Tensor: torch.add,
         aten.as_strided.default: torch.as_strided,

@@ -1,4 +1,4 @@
-"""Neighboring operations of a straight line as one."""
+"""Peephole optimization: neighboring operations of a tensor program as one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import fx
 
 from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.ir import Value
-from torchjac.compiler.program.buffers import Reused
-from torchjac.host.costs import LARGE
+from torchjac.compiler.program.buffers import ReusedBuffer
+from torchjac.host.costs import COPIED_BYTES, MAPPED_BYTES
 from torchjac.ops import Fact, having
 
-# What can write where its result would be copied to; it takes what it writes to last.
+# Operations that can write to the destination of a copy; it is their argument `out`.
 _WRITERS: dict[Any, Any] = known(
     {
         aten.mul.Tensor: torch.mul,
@@ -28,16 +28,14 @@ _WRITERS: dict[Any, Any] = known(
         torch.mm: torch.mm,
     }
 )
-# Bytes that no cache holds: to write them twice takes longer than anything.
-_FAR = 8 * 2**20
 _FRESH = having(Fact.FRESH)
 _ZEROS = having(Fact.ZEROS)
 # Not facts of operators: pairs of an operator and its Python binding, as this pass meets them.
 _MULTIPLY = known({aten.mul.Tensor, torch.mul})
 
 
-def fused(graph: fx.Graph) -> None:
-    """Writes results where they would be copied to, and uses memory of large results again.
+def fuse(graph: fx.Graph) -> None:
+    """Writes results to the destination of their copy, and reuses buffers of large results.
 
     Nodes carry the `value` that they compute.
     """
@@ -47,78 +45,85 @@ def fused(graph: fx.Graph) -> None:
         elif node.target is aten.add_.Tensor:
             _add_product(graph, node)
     for node in graph.nodes:
-        if node.target in _FRESH and _size(node) >= LARGE:
+        if node.target in _FRESH and _size(node) >= MAPPED_BYTES:
             value: Value = node.meta["value"]
             if value.device.type == "cpu" and _is_returned(node):
-                node.target = Reused(zeros=node.target in _ZEROS)
+                node.target = ReusedBuffer(zeros=node.target in _ZEROS)
                 node.args, node.kwargs = (node.args[0],), {"dtype": value.dtype}
 
 
-def _write_through(graph: fx.Graph, node: fx.Node) -> None:
-    """`out.copy_(op(x))` as `op(x, out=out)`."""
-    out, made = node.args[:2]
-    if not _is_only_for(made, node, _WRITERS) or len(node.args) > 2:
+def _write_through(graph: fx.Graph, copy: fx.Node) -> None:
+    """Rewrites `out.copy_(op(x))` as `op(x, out=out)`."""
+    out, source = copy.args[:2]
+    if not _is_only_for(source, copy, _WRITERS) or len(copy.args) > 2:
         return
-    assert isinstance(made, fx.Node)
-    with graph.inserting_before(node):
-        new = graph.call_function(_WRITERS[made.target], made.args, {**made.kwargs, "out": out})
-    _replace(graph, node, made, new)
+    assert isinstance(source, fx.Node)
+    with graph.inserting_before(copy):
+        kwargs = {**source.kwargs, "out": out}
+        new = graph.call_function(_WRITERS[source.target], source.args, kwargs)
+    _replace(graph, copy, source, new)
 
 
-def _add_product(graph: fx.Graph, node: fx.Node) -> None:
-    """`out.add_(x * y)` as `out.addcmul_(x, y)`."""
-    out, made = node.args[:2]
-    if not _is_only_for(made, node, _MULTIPLY) or node.kwargs:
+def _add_product(graph: fx.Graph, addition: fx.Node) -> None:
+    """Rewrites `out.add_(x * y)` as `out.addcmul_(x, y)`."""
+    out, product = addition.args[:2]
+    if not _is_only_for(product, addition, _MULTIPLY) or addition.kwargs:
         return
-    assert isinstance(made, fx.Node)
-    if not all(isinstance(a, fx.Node) for a in made.args):
+    assert isinstance(product, fx.Node)
+    if not all(isinstance(a, fx.Node) for a in product.args):
         return
-    with graph.inserting_before(node):
-        new = graph.call_function(aten.addcmul_.default, (out, *made.args))
-    _replace(graph, node, made, new)
+    with graph.inserting_before(addition):
+        new = graph.call_function(aten.addcmul_.default, (out, *product.args))
+    _replace(graph, addition, product, new)
 
 
-def _replace(graph: fx.Graph, node: fx.Node, made: fx.Node, new: fx.Node) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, source: fx.Node, new: fx.Node) -> None:
+    """Puts one node in the place of a node and of its source."""
     new.meta.update(node.meta)
-    new.meta["work"] = made.meta["work"]
+    new.meta["work"] = source.meta["work"]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-    graph.erase_node(made)
+    graph.erase_node(source)
 
 
-def _is_only_for(made: Any, node: fx.Node, kinds: Any) -> bool:
-    """Whether a node computes what another one takes, in its shape and dtype, for nobody else."""
-    if not isinstance(made, fx.Node) or made.target not in kinds or len(made.users) != 1:
+def _is_only_for(source: Any, node: fx.Node, kinds: Any) -> bool:
+    """Whether only one node takes a source, and in the shape and dtype that it writes to."""
+    if not isinstance(source, fx.Node) or source.target not in kinds or len(source.users) != 1:
         return False
     out = node.args[0]
-    mine, its = made.meta.get("value"), out.meta.get("value") if isinstance(out, fx.Node) else None
-    if mine is None or its is None or (mine.shape, mine.dtype) != (its.shape, its.dtype):
+    value = source.meta.get("value")
+    destination = out.meta.get("value") if isinstance(out, fx.Node) else None
+    if value is None or destination is None:
         return False
-    if _order(mine) != _order(its) and _size(made) < _FAR:  # two orders at once take longer
+    if (value.shape, value.dtype) != (destination.shape, destination.dtype):
         return False
-    # What it reads must not change before it is written; and not be what is written to.
-    for source in made.all_input_nodes:
-        value = source.meta.get("value")
-        if value is None or value.base.written or value.base is its.base:
+    # Two orders of axes at once take longer.
+    if _order(value) != _order(destination) and _size(source) < COPIED_BYTES:
+        return False
+    # Operands must not change before the write, and must not be the destination.
+    for argument in source.all_input_nodes:
+        operand = argument.meta.get("value")
+        if operand is None or operand.base.written or operand.base is destination.base:
             return False
-        if value.dtype != mine.dtype:
+        if operand.dtype != value.dtype:
             return False
     return True
 
 
 def _order(value: Value) -> list[int]:
-    """Axes from the one that steps farthest to the one that steps least."""
+    """Axes by their steps, the largest step first."""
     axes = [axis for axis, size in enumerate(value.shape) if size > 1]
     return sorted(axes, key=lambda axis: -value.stride[axis])
 
 
 def _size(node: fx.Node) -> int:
+    """Bytes of the value of a node."""
     value: Value = node.meta["value"]
     return value.shape.numel() * value.dtype.itemsize
 
 
 def _is_returned(node: fx.Node) -> bool:
-    """Whether a result shares its memory, so that somebody else decides how long it lives."""
+    """Whether a result of the graph shares its memory, so that the caller decides its lifetime."""
     base = node.meta["value"].base
     end = next(n for n in reversed(node.graph.nodes) if n.op == "output")
     values = [n.meta.get("value") for n in end.all_input_nodes]

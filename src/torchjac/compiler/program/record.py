@@ -1,4 +1,4 @@
-"""Record a graph as a straight line of tensor operations."""
+"""Graphs recorded as tensor programs: a straight line of tensor operations."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from torch import Tensor, fx
 
 from torchjac._torch.trace.recorder import Recorder
 from torchjac._torch.trace.recording import Recording, recorded
-from torchjac.compiler.program.optimize import folded
+from torchjac.compiler.program.optimize import fold_constants
 
 
-class _Everything:
-    """Operations that are not decomposed: all of them."""
+class EveryOperation:
+    """The set of all operations: a recorder that keeps it decomposes none."""
 
     def __contains__(self, operation: object) -> bool:
+        """Every operation is in it."""
         return True
 
     def __iter__(self) -> Any:
+        """It lists no operation by name."""
         return iter(())
 
     def __len__(self) -> int:
+        """The number of operations that it lists."""
         return 0
 
 
 def recording_of(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Recording:
-    """The operations of a graph, with what does not vary computed beforehand."""
-    recorder = Recorder(_Everything(), parameters_vary=True)
+    """The operations of a graph at some inputs, with its constants folded."""
+    recorder = Recorder(EveryOperation(), parameters_vary=True)
     for tensor in inputs:
         recorder.input(tensor)
     with torch.no_grad(), recorder:
-        made = module(*inputs)
-    return folded(recorded(recorder, list(made)))
+        results = module(*inputs)
+    return fold_constants(recorded(recorder, list(results)))

@@ -1,9 +1,13 @@
-"""Recordings as JSON, and back: nothing that is read from a file can run code of its own."""
+"""Tensor programs as JSON and arrays, and back: this module is their format on disk.
+
+Nothing that is read from a file can run code of its own: operations are looked up among those of
+torch by their names, and an operation that could write to memory of another tensor is refused.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,29 +18,118 @@ from torchjac._torch.operators import aten
 from torchjac._torch.trace.ir import Called, Value
 from torchjac._torch.trace.op_traits import OpOverload, traits_of
 from torchjac._torch.trace.recording import Recording, values_in
+from torchjac.compiler.program.optimize import optimized_graph
+from torchjac.compiler.program.tensor_program import TensorProgram
 
 
-class NotStorable(ValueError):
-    """A recording cannot be written down, or what was written down cannot be read."""
+class NotSerializable(ValueError):
+    """A program has no form on disk, or the text of a file is no program."""
 
 
-# What else operations take as text: the way to round, or to reduce.
+# Strings that operations take: modes of rounding and of reduction.
 _WORDS = frozenset(
     {*("floor", "trunc", "none", "tanh", "ij", "xy", "sum", "mean", "amax", "amin", "prod", "L")}
 )
-# Kinds of arguments, by the name that they are stored under.
+# Types of arguments, by their names on disk.
 _KINDS: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
     "format": torch.memory_format,
 }
+# Operations that trust their arguments with memory.
+_UNCHECKED = frozenset({"_reshape_alias", "_unsafe_index", "_unsafe_index_put", "_make_dual"})
+# Errors of reading JSON that is no program.
+_MALFORMED = (KeyError, TypeError, IndexError, AttributeError, ValueError)
 
 
-def stored(recording: Recording) -> dict[str, Any]:
-    """A recording as what JSON can say; its constants are not in it.
+def serialize(
+    program: TensorProgram, known: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A program as JSON, and its constants as arrays.
+
+    Args:
+        program: The program.
+        known: Tensors that the reader has, by name: of these the name is written, not the numbers.
 
     Raises:
-        NotStorable: It runs operations that are not torch's own, or draws random numbers.
+        NotSerializable: It runs operations that are not of torch, draws random numbers, or reads
+            a tensor that changes.
+    """
+    names = {id(tensor): name for name, tensor in known.items()}
+    arrays: dict[str, np.ndarray] = {}
+    constants: list[dict[str, Any]] = []
+    for position, tensor in enumerate(program.recording.constants):
+        if id(tensor) in names:
+            constants.append({"name": names[id(tensor)]})
+            continue
+        if tensor.requires_grad or tensor.device.type != "cpu":
+            raise NotSerializable("it reads a tensor that is not one of its constants")
+        sizes = _distinct_sizes(tensor.shape, tensor.stride())
+        arrays[_array_name(position)] = bytes_of(tensor[tuple(slice(size) for size in sizes)])
+        constants.append(_encode_layout(tensor))
+    about = {
+        "mode": program.mode,
+        "fixed": program.fixed,
+        "waists": program.waists,
+        "samples": program.samples,
+        "constants": constants,
+        "recording": encode(program.recording),
+    }
+    return about, arrays
+
+
+def deserialize(
+    about: Mapping[str, Any], arrays: Mapping[str, np.ndarray], known: Mapping[str, Tensor]
+) -> TensorProgram:
+    """The program that `serialize` wrote.
+
+    Args:
+        about: Its JSON.
+        arrays: Its constants.
+        known: Tensors of this process, by name.
+
+    Raises:
+        NotSerializable: It is no program.
+        Exception: Its JSON is malformed (`_MALFORMED`), or an operation fails (RuntimeError).
+    """
+    constants = [
+        known[c["name"]] if "name" in c else _decode_tensor(c, arrays[_array_name(position)])
+        for position, c in enumerate(about["constants"])
+    ]
+    recording = decode(about["recording"], constants)
+    module, used = optimized_graph(recording)
+    fixed, entries = about["fixed"]
+    return TensorProgram(
+        recording,
+        module,
+        used,
+        module.forward,
+        "forward" if about["mode"] == "forward" else "reverse",
+        (int(fixed), int(entries)),
+        tuple(map(str, about["waists"])),
+        samples=_decode_samples(about.get("samples")),
+    )
+
+
+def _array_name(position: int) -> str:
+    return f"constant{position}"
+
+
+def _decode_samples(pair: Any) -> tuple[int, int] | None:
+    """Samples of the operations and of the kernel; None if there is no kernel of more samples."""
+    if pair is None:
+        return None
+    few, many = map(int, pair)
+    if not 0 < few < many:
+        raise ValueError(f"{few} samples of {many}")
+    return few, many
+
+
+def encode(recording: Recording) -> dict[str, Any]:
+    """A recording without its constants, as JSON.
+
+    Raises:
+        NotSerializable: It runs operations that are not of torch, or draws random numbers.
     """
     table: dict[int, int] = {}
     values: list[Value] = []
@@ -50,12 +143,12 @@ def stored(recording: Recording) -> dict[str, Any]:
     calls = []
     for call in recording.calls:
         if call.drawn_from is not None:
-            raise NotStorable("it draws random numbers")
+            raise NotSerializable("it draws random numbers")
         calls.append(
             {
-                "operation": _named(call.operation),
-                "args": [_said(a, number) for a in call.args],
-                "kwargs": {k: _said(a, number) for k, a in call.kwargs.items()},
+                "operation": _encode_operation(call.operation),
+                "args": [_encode_argument(a, number) for a in call.args],
+                "kwargs": {k: _encode_argument(a, number) for k, a in call.kwargs.items()},
                 "results": [None if v is None else number(v) for v in call.results],
                 "single": call.is_single,
                 "written": [number(v) for v in call.written],
@@ -63,37 +156,36 @@ def stored(recording: Recording) -> dict[str, Any]:
         )
     inputs = [number(v) for v in recording.inputs]
     outputs = [None if v is None else number(v) for v in recording.outputs]
-    bases, done = [], 0
-    while done < len(values):  # bases are values too
-        bases.append(number(values[done].base))
-        done += 1
+    bases: list[int] = []
+    while len(bases) < len(values):  # `number` adds the base of a value to the values
+        bases.append(number(values[len(bases)].base))
     return {
         "inputs": inputs,
         "outputs": outputs,
         "calls": calls,
-        "values": [_value_said(v, base) for v, base in zip(values, bases, strict=True)],
+        "values": [_encode_value(v, base) for v, base in zip(values, bases, strict=True)],
     }
 
 
-def restored(about: dict[str, Any], constants: Sequence[Tensor]) -> Recording:
-    """The recording that `stored` wrote down.
+def decode(about: Mapping[str, Any], constants: Sequence[Tensor]) -> Recording:
+    """The recording that `encode` wrote.
 
     Args:
-        about: What it gave.
+        about: Its JSON.
         constants: Its constants.
 
     Raises:
-        NotStorable: It does not make sense.
+        NotSerializable: It is no recording.
     """
     try:
-        values = [_value_read(v) for v in about["values"]]
+        values = [_decode_value(v) for v in about["values"]]
         for value, entry in zip(values, about["values"], strict=True):
             value.base = values[entry["base"]]
         calls = tuple(
             Called(
-                _operation(c["operation"]),
-                tuple(_read(a, values) for a in c["args"]),
-                {k: _read(a, values) for k, a in c["kwargs"].items()},
+                _decode_operation(c["operation"]),
+                tuple(_decode_argument(a, values) for a in c["args"]),
+                {k: _decode_argument(a, values) for k, a in c["kwargs"].items()},
                 tuple(None if i is None else values[i] for i in c["results"]),
                 bool(c["single"]),
                 tuple(values[i] for i in c["written"]),
@@ -102,98 +194,96 @@ def restored(about: dict[str, Any], constants: Sequence[Tensor]) -> Recording:
             )
             for c in about["calls"]
         )
-        made = Recording(
+        recording = Recording(
             tuple(values[i] for i in about["inputs"]),
             tuple(constants),
             calls,
             tuple(None if i is None else values[i] for i in about["outputs"]),
         )
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as wrong:
-        raise NotStorable(f"it does not hold operations ({wrong})") from wrong
+    except _MALFORMED as wrong:
+        raise NotSerializable(f"it does not hold operations ({wrong})") from wrong
     for call in calls:
-        _check(call)
+        _check_call(call)
     for value in values_in([*(a for c in calls for a in (*c.args, *c.kwargs.values()))]):
         if value.kind == "constant" and not _fits(value, constants):
-            raise NotStorable("its constants are of another shape")
-    return made
+            raise NotSerializable("its constants are of another shape")
+    return recording
 
 
-# Operations that trust their arguments with memory.
-_UNCHECKED = frozenset({"_reshape_alias", "_unsafe_index", "_unsafe_index_put", "_make_dual"})
-
-
-def _check(call: Called) -> None:
-    """Refuses operations that could write to what is not their own, or beyond its memory."""
+def _check_call(call: Called) -> None:
+    """Refuses an operation that could write to memory of another tensor, or beyond its memory."""
     traits = traits_of(call.operation)
     name = call.operation._schema.name.split("::")[1]
     if traits.is_refused or traits.is_random or traits.decides or name in _UNCHECKED:
-        raise NotStorable(f"it runs {call.operation}")
+        raise NotSerializable(f"it runs {call.operation}")
     written = []
     for position, key in traits.written:
-        given = call.args[position] if position < len(call.args) else call.kwargs.get(key)
-        written += values_in([given])
+        argument = call.args[position] if position < len(call.args) else call.kwargs.get(key)
+        written += values_in([argument])
     if traits.silent or any(v.base.kind != "made" for v in written):
-        raise NotStorable(f"{call.operation} writes to what is not its own")
+        raise NotSerializable(f"{call.operation} writes to what is not its own")
     if {id(v.base) for v in written} != {id(v.base) for v in call.written}:
-        raise NotStorable(f"{call.operation} writes to something else")
+        raise NotSerializable(f"{call.operation} writes to something else")
 
 
 def _fits(value: Value, constants: Sequence[Tensor]) -> bool:
+    """Whether a constant has the shape and the dtype of its value."""
     if not 0 <= value.position < len(constants):
         return False
-    given = constants[value.position]
-    return given.shape == value.shape and given.dtype == value.dtype
+    constant = constants[value.position]
+    return constant.shape == value.shape and constant.dtype == value.dtype
 
 
 def signature(graph: fx.Graph, constant: Callable[[str], Tensor]) -> str:
-    """A number that two graphs share if they do the same.
+    """A hash that two graphs share if they compute the same.
 
     Args:
         graph: A graph of operations.
-        constant: Gives a constant by its name. What training changes counts by its shape only.
+        constant: Gives a constant by its name. A constant that training changes counts by its
+            shape only.
     """
-    found = hashlib.sha256(torch.__version__.encode())
+    digest = hashlib.sha256(torch.__version__.encode())
     for node in graph.nodes:
         value = node.meta.get("val")
         shown = [
             (tuple(v.shape), v.stride(), v.dtype) if isinstance(v, Tensor) else None
             for v in (value if isinstance(value, tuple) else (value,))
         ]
-        found.update(f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}".encode())
-        found.update(str(shown).encode())
+        digest.update(f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}".encode())
+        digest.update(str(shown).encode())
         if node.op == "get_attr" and not constant(str(node.target)).requires_grad:
-            found.update(bytes_of(constant(str(node.target))).tobytes())
-    return found.hexdigest()
+            digest.update(bytes_of(constant(str(node.target))).tobytes())
+    return digest.hexdigest()
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
-    """The memory of a tensor, element by element."""
+    """The bytes of a tensor's elements, in order."""
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
     flat.copy_(tensor.detach().reshape(-1))
-    found: np.ndarray = flat.view(torch.uint8).numpy()
-    return found
+    array: np.ndarray = flat.view(torch.uint8).numpy()
+    return array
 
 
-def _named(operation: OpOverload) -> str:
+def _encode_operation(operation: OpOverload) -> str:
     namespace, name = operation._schema.name.split("::")
     if namespace != "aten":
-        raise NotStorable(f"it runs {operation}, which is not torch's own")
+        raise NotSerializable(f"it runs {operation}, which is not torch's own")
     return f"{name}.{operation._overloadname}"
 
 
-def _operation(name: str) -> OpOverload:
+def _decode_operation(name: str) -> OpOverload:
     packet, overload = name.split(".")
-    found: Any = getattr(getattr(aten, packet), overload)
-    if not isinstance(found, OpOverload):
-        raise NotStorable(f"there is no operation {name}")
-    return found
+    operation: Any = getattr(getattr(aten, packet), overload)
+    if not isinstance(operation, OpOverload):
+        raise NotSerializable(f"there is no operation {name}")
+    return operation
 
 
-def _said(argument: Any, number: Callable[[Value], int]) -> Any:
+def _encode_argument(argument: Any, number: Callable[[Value], int]) -> Any:
     if isinstance(argument, Value):
         return {"value": number(argument)}
     if isinstance(argument, list | tuple):
-        return [_said(a, number) for a in argument]
+        return [_encode_argument(a, number) for a in argument]
     if argument is None or isinstance(argument, bool | int | float):
         return argument
     if isinstance(argument, str) and argument in _WORDS:
@@ -204,43 +294,48 @@ def _said(argument: Any, number: Callable[[Value], int]) -> Any:
         return {"device": str(argument)}
     for kind, type_ in _KINDS.items():
         if isinstance(argument, type_):
-            return {kind: str(argument).removeprefix("torch.")}
-    raise NotStorable(f"an operation takes {argument!r}")
+            return {kind: _encode_name(argument)}
+    raise NotSerializable(f"an operation takes {argument!r}")
 
 
-def _read(argument: Any, values: Sequence[Value]) -> Any:
+def _decode_argument(argument: Any, values: Sequence[Value]) -> Any:
     if isinstance(argument, list):
-        return [_read(a, values) for a in argument]
+        return [_decode_argument(a, values) for a in argument]
     if isinstance(argument, str) and argument not in _WORDS:
-        raise NotStorable(f"an operation takes {argument!r}")
+        raise NotSerializable(f"an operation takes {argument!r}")
     if not isinstance(argument, dict):
         return argument
-    ((kind, given),) = argument.items()
+    ((kind, content),) = argument.items()
     if kind == "value":
-        return values[given]
+        return values[content]
     if kind == "complex":
-        return complex(*given)
+        return complex(*content)
     if kind == "device":
-        return torch.device(given)
-    return _constant(kind, given)
+        return torch.device(content)
+    return _decode_name(kind, content)
 
 
-def _constant(kind: str, name: str) -> Any:
+def _encode_name(constant: Any) -> str:
+    """The name of a dtype, layout or memory format of torch."""
+    return str(constant).removeprefix("torch.")
+
+
+def _decode_name(kind: str, name: str) -> Any:
     """A dtype, layout or memory format of torch by its name."""
-    found = getattr(torch, name, None)
-    if not isinstance(found, _KINDS[kind]):
-        raise NotStorable(f"there is no {kind} {name!r}")
-    return found
+    constant = getattr(torch, name, None)
+    if not isinstance(constant, _KINDS[kind]):
+        raise NotSerializable(f"there is no {kind} {name!r}")
+    return constant
 
 
-def _value_said(value: Value, base: int) -> dict[str, Any]:
+def _encode_value(value: Value, base: int) -> dict[str, Any]:
     return {
         "kind": value.kind,
         "position": value.position,
         "item": value.item,
         "shape": list(value.shape),
         "stride": list(value.stride),
-        "dtype": str(value.dtype).removeprefix("torch."),
+        "dtype": _encode_name(value.dtype),
         "device": str(value.device),
         "varies": value.varies,
         "written": value.written,
@@ -248,16 +343,43 @@ def _value_said(value: Value, base: int) -> dict[str, Any]:
     }
 
 
-def _value_read(about: dict[str, Any]) -> Value:
+def _decode_value(about: Mapping[str, Any]) -> Value:
     return Value(
         about["kind"],
         about["position"],
         about["item"],
         torch.Size(about["shape"]),
         tuple(about["stride"]),
-        _constant("dtype", about["dtype"]),
+        _decode_name("dtype", about["dtype"]),
         torch.device(about["device"]),
         0,
         bool(about["varies"]),
         bool(about["written"]),
     )
+
+
+def _encode_layout(tensor: Tensor) -> dict[str, Any]:
+    return {
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride()),
+        "dtype": _encode_name(tensor.dtype),
+    }
+
+
+def _decode_tensor(about: Mapping[str, Any], data: np.ndarray) -> Tensor:
+    """The tensor of some bytes, with the strides that it had."""
+    shape, stride = about["shape"], about["stride"]
+    dtype: torch.dtype = getattr(torch, about["dtype"])
+    sizes = _distinct_sizes(shape, stride)
+    if 0 in sizes:
+        return torch.empty_strided(shape, stride, dtype=dtype)
+    reach = 1 + sum((size - 1) * step for size, step in zip(sizes, stride, strict=True))
+    memory = torch.zeros(reach, dtype=dtype)
+    elements = torch.from_numpy(data.copy()).view(dtype).reshape(sizes)
+    memory.as_strided(sizes, stride).copy_(elements)
+    return memory.as_strided(shape, stride)
+
+
+def _distinct_sizes(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Sizes, with 1 in the place of axes along which all elements are one."""
+    return [size if step else min(size, 1) for size, step in zip(shape, stride, strict=True)]

@@ -1,4 +1,4 @@
-"""The tensor program: a straight line of tensor operations that gives the Jacobian."""
+"""The tensor program: a straight line of tensor operations that computes the Jacobian."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from torchjac._torch.inductor import NotCompiled, compiled
 from torchjac._torch.trace.recording import Recording
-from torchjac.compiler.program.cost import work_of
-from torchjac.compiler.program.optimize import beside_results, compilable
+from torchjac.compiler.program.optimize import plain_graph, undifferentiable_results
+from torchjac.compiler.program.work import work_of
 from torchjac.errors import PlanRefused
-from torchjac.host.costs import Work
+from torchjac.host.costs import ProgramWork
 from torchjac.request import Mode
 
 
@@ -23,19 +23,19 @@ class TensorProgram:
     """A program that computes the entries of a Jacobian.
 
     Attributes:
-        recording: Its operations: they take the inputs, and give the parts of the result and a
-            number that is not finite where one of them is not.
-        module: The same, made fewer; takes the inputs and the constants.
-        constants: What it read or could compute beforehand.
-        run: The module, or what it was compiled to.
+        recording: Its operations. They take the inputs, and give the parts of the result and a sum
+            of all entries, which is not finite where an entry is not.
+        module: The optimized operations; they take the inputs and the constants.
+        constants: Tensors that the program reads, and results that were computed beforehand.
+        run: The module, or code that it was compiled to.
         mode: The order in which local Jacobians were multiplied.
-        fixed: Entries that are the same for every input, and all of them.
+        fixed: Number of entries that are the same for every input, and of all entries.
         waists: Values that took the place of rows: their size, and where they are.
-        note: Why it was not compiled, though that was asked for.
+        refusal: Why the program was not compiled, where a request asked for compiled code.
         differentiable: Whether its results keep their graph.
-        kernel: What runs in the place of the module, if there is such.
-        samples: How many samples the operations are for, and how many the kernel, where these are
-            more: it runs for each of them.
+        kernel: Native code that runs in the place of the module; None if there is none.
+        samples: Samples of the operations, and samples of the kernel, which runs for each of them;
+            None where both have the same number.
     """
 
     recording: Recording
@@ -45,22 +45,22 @@ class TensorProgram:
     mode: Mode
     fixed: tuple[int, int]
     waists: tuple[str, ...]
-    note: str | None = None
+    refusal: str | None = None
     differentiable: bool = False
     kernel: Callable[[Sequence[Tensor]], tuple[Tensor, ...] | None] | None = None
     samples: tuple[int, int] | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        """The parts of the Jacobian at other inputs; None where they are not all finite.
+        """The parts of the Jacobian at some inputs; None where an entry is not finite.
 
-        In another order of multiplication infinities meet other zeros: passes say what is right.
+        In another order of multiplication infinities meet other zeros: passes give the result.
         """
         if self.kernel is not None:
             return self.kernel(inputs)
-        *parts, probe = self.run(*(x.contiguous() for x in inputs), *self.constants)
-        if not math.isfinite(probe.item()):
+        *parts, total = self.run(*(x.contiguous() for x in inputs), *self.constants)
+        if not math.isfinite(total.item()):
             return None
-        # Whoever writes to a result must not write to what its graph has saved.
+        # A caller may write to a result, and must not write to tensors that its graph has saved.
         return tuple([p.clone() for p in parts]) if self.differentiable else tuple(parts)
 
     @property
@@ -70,37 +70,37 @@ class TensorProgram:
 
     @property
     def form(self) -> str:
-        """How it runs, in words."""
+        """Its mode, and the kind of code that runs, in words."""
         if self.kernel is not None:
             return f"{self.mode}, kernel"
         return f"{self.mode}, compiled" if self.is_compiled else self.mode
 
     @property
-    def work(self) -> Work:
-        """What its operations do."""
+    def work(self) -> ProgramWork:
+        """The work of its operations, in counts."""
         work = work_of(self.module.graph)
         return work if self.samples is None else work.times(self.samples[1] / self.samples[0])
 
     def compiled(self, inputs: Sequence[Tensor]) -> TensorProgram:
-        """The same program as compiled code; as it is, with a note, where that cannot be done."""
-        module, constants = compilable(self.recording)
+        """The same program as compiled code, or with the refusal of the compiler."""
+        module, constants = plain_graph(self.recording)
         inputs = [x.contiguous() for x in inputs]
         try:
             run = compiled(module, [*inputs, *constants])
         except NotCompiled as refusal:
-            return replace(self, note=str(refusal))
+            return replace(self, refusal=str(refusal))
         return replace(self, module=module, constants=constants, run=run)
 
     def with_graph(self) -> TensorProgram:
         """The same program, whose results can be differentiated again.
 
         Raises:
-            PlanRefused: Torch has no derivative of something that it runs.
+            PlanRefused: Torch has no derivative of one of its operations.
         """
-        beside = beside_results(self.recording)
-        if beside:
-            raise PlanRefused(f"torch has no derivative of a second result of {beside[0]}")
-        module, constants = compilable(self.recording)
+        operations = undifferentiable_results(self.recording)
+        if operations:
+            raise PlanRefused(f"torch has no derivative of a second result of {operations[0]}")
+        module, constants = plain_graph(self.recording)
         return replace(
             self, module=module, constants=constants, run=module.forward, differentiable=True
         )

@@ -27,8 +27,6 @@ from torchjac.errors import PlanRefused
 
 # Bytes of memory to work in, at most.
 _MEMORY = 1 << 20
-# Seconds that a product takes, for each byte of a number: several go through registers together.
-_BYTE = 0.0045e-9
 # What is computed in one loop: for which places in a sample, and the expressions.
 Group = tuple[Home | None, list[int]]
 _SAMPLES = f"    for (int s = 0; s < {STRIP}; s++)"
@@ -56,7 +54,7 @@ class GroupWriter(Writer):
         self._stored = self._strips.stored | {
             n for n in self._wanted if self._all[n].lanes is not ONE and not self._is_read(n)
         }
-        self.product = _BYTE * bytes_of(self.dtype)
+        self.tile_bytes = bytes_of(self.dtype)
         self._tiles = Tiles(self.dtype)
         self._places: dict[int, int] = {}
 

@@ -17,6 +17,7 @@ from torchjac.compiler.codegen.scalar_ops import COSTLY
 from torchjac.compiler.codegen.scalar_order import Group, grouped, needed
 from torchjac.compiler.codegen.schedule import Loop, LoopProgram
 from torchjac.compiler.codegen.target import Signature, Source
+from torchjac.host.costs import ScalarWork
 
 # Statements, and loops, from which on a function is not optimized as much (a straight line gains
 # less by it), and statements of a loop from which on it is not vectorized: compilers are not linear
@@ -93,8 +94,7 @@ def source_of(
         tables=tuple(writer.tables),
         scratch=writer.scratch,
         statements=writer.statements,
-        work=writer.work,
-        seconds=writer.work * writer.product,
+        work=ScalarWork(writer.work, sum(t.nbytes for t in writer.tables), writer.tile_bytes),
         text="\n".join(lines),
         names=tuple(map(str, writer.names)),
         level=_level(writer),
@@ -143,7 +143,7 @@ class Writer:
         called: Functions of the math library.
         statements: Scalar operations so far.
         work: What they come to, in scalar products.
-        product: Seconds that each takes at best.
+        tile_bytes: Bytes of a number whose products go through registers together, or 0.
         loops: Loops so far.
         joins: Whether sums over several arrays are made one.
         uses: How many expressions and stores take each expression.
@@ -151,7 +151,7 @@ class Writer:
     """
 
     parameters = ""
-    product = 0.05e-9
+    tile_bytes = 0
     joins = True
 
     def __init__(self, scalars: ScalarProgram, plan: LoopProgram):
