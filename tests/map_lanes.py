@@ -12,7 +12,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from torchjac.linear.maps.factors import known, on_support, stored
+from torchjac.linear.maps.factors import known, map_unexpanded, unexpanded
 from torchjac.linear.maps.kinds import (
     AxisSum,
     Dense,
@@ -134,7 +134,7 @@ def _moved(map_: IndexMap, axis: int) -> Tensor:
     shape = map_.shape_in
     along = torch.arange(1, shape[axis] + 1, dtype=torch.int32)
     along = along.reshape([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
-    return map_.run(along) - 1 if map_.fills else on_support(lambda t: t - 1, map_.run(along))
+    return map_.run(along) - 1 if map_.fills else map_unexpanded(lambda t: t - 1, map_.run(along))
 
 
 def _runs_along(coordinate: Tensor, axis: int) -> bool:
@@ -145,12 +145,12 @@ def _runs_along(coordinate: Tensor, axis: int) -> bool:
     def fine(c: Tensor, mine: Tensor) -> Tensor:
         return (c == mine) | (c < 0)
 
-    return bool(stored(on_support(fine, coordinate, own.expand(coordinate.shape))).all())
+    return bool(unexpanded(map_unexpanded(fine, coordinate, own.expand(coordinate.shape))).all())
 
 
 def _is_fixed(coordinate: Tensor, axis: int) -> bool:
     """Whether nothing changes along an axis."""
     if not coordinate.stride(axis) or not coordinate.numel():
         return True
-    small = stored(coordinate)
+    small = unexpanded(coordinate)
     return bool((small == small.narrow(axis, 0, 1)).all())

@@ -44,7 +44,6 @@ from torchjac.linear.maps import (
     broadcast,
     dense,
     diagonal,
-    fixed,
     gather,
     identity,
     index_map,
@@ -52,9 +51,10 @@ from torchjac.linear.maps import (
     rank_bound,
     reshape,
     scatter,
+    sparse_matrix,
     transpose,
 )
-from torchjac.linear.maps.factors import stored
+from torchjac.linear.maps.factors import unexpanded
 
 FAMILIES = pytest.mark.parametrize("family", [KNOWN, POSITIVE], ids=["known", "positive"])
 LANES = 10**6
@@ -212,9 +212,9 @@ def test_lanes_cost_no_memory() -> None:
     assert stored_elements(add(both, both).factors) == 12
     for counts, each in ((row_counts(map_), 3), (column_counts(map_), 4)):
         assert stored_elements(counts) <= 12
-        assert bool((stored(counts) == each).all())
+        assert bool((unexpanded(counts) == each).all())
     assert stored_elements(row_sums(map_)) <= 12
-    assert stored(row_sums(map_)).reshape(-1).tolist() == [6.0, 15.0, 24.0, 33.0]
+    assert unexpanded(row_sums(map_)).reshape(-1).tolist() == [6.0, 15.0, 24.0, 33.0]
     assert (
         stored_elements(
             gather((LANES, 3), 1, torch.tensor([2, 0])).run(torch.ones(3).expand(LANES, 3))
@@ -298,7 +298,7 @@ def test_rank_bound() -> None:
 def test_fixed_is_its_matrix() -> None:
     rows, columns = torch.tensor([2, 0, 2, 1]), torch.tensor([0, 1, 4, 4])
     factors = torch.tensor([1.0, UNKNOWN, 3.0, 4.0], dtype=torch.float64)
-    found = pattern(fixed((2, 3), (2, 5), rows, columns, factors)).toarray()
+    found = pattern(sparse_matrix((2, 3), (2, 5), rows, columns, factors)).toarray()
     block = np.zeros((3, 5))
     block[rows, columns] = factors
     assert same(found[:3, :5], block)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from laws import value
 from patterns import check, interpreted, numeric, pattern_of
-from torchjac.linear.known_values import Values
+from torchjac.linear.known_values import KnownValues
 from torchjac.linear.rules import NoRule, Op, local_of
 
 aten = torch.ops.aten
@@ -374,7 +374,7 @@ class TestNoRule:
     def op(target: Any, *args: Any) -> Op:
         graph = fx.Graph()
         node = graph.call_function(target, tuple(args))
-        return Op(node, set(), Values.__new__(Values))
+        return Op(node, set(), KnownValues.__new__(KnownValues))
 
     def test_no_operation(self) -> None:
         with pytest.raises(NoRule) as caught:

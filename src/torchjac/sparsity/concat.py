@@ -9,7 +9,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from torchjac.linear.maps.factors import Known, spread
+from torchjac.linear.maps.factors import Known, expand_factors
 from torchjac.sparsity.dependence import Dependence, Term, distinct, merged, nothing
 
 _TERMS = 12  # terms: merge into one if there are more
@@ -50,7 +50,7 @@ def _factors(terms: Sequence[Term], axis: int) -> Known:
     numbers = {t.factors for t in terms if isinstance(t.factors, float)}
     if len(numbers) == 1 and all(isinstance(t.factors, float) for t in terms):
         return numbers.pop()
-    return torch.cat([spread(t.factors, tuple(t.positions.shape)) for t in terms], axis)
+    return torch.cat([expand_factors(t.factors, tuple(t.positions.shape)) for t in terms], axis)
 
 
 def _stacked(parts: Sequence[Dependence], axis: int) -> Term:

@@ -17,16 +17,16 @@ from scipy import sparse
 from torch import Tensor, fx
 
 from torchjac.capture.linear_program import LinearProgram
-from torchjac.linear.known_values import Values, unknown
+from torchjac.linear.known_values import KnownValues, unknown_factors
 from torchjac.linear.maps import (
     UNKNOWN,
     LinearMap,
     Shape,
     broadcast,
     dense,
-    fixed,
     product,
     reshape,
+    sparse_matrix,
 )
 from torchjac.linear.rules import NotLinear
 from torchjac.sparsity import csr as tables
@@ -38,11 +38,15 @@ Run = Callable[[LinearProgram, dict[fx.Node, Any]], Sequence[Dependence | None]]
 Parts = list[list[tuple[fx.Node, LinearMap]]]
 
 
-class BodyValues(Values):
+class BodyValues(KnownValues):
     """Values inside a body, where placeholders stand for nodes of the graph around it."""
 
     def __init__(
-        self, body: LinearProgram, linear: set[fx.Node], outer: Values, given: dict[fx.Node, Any]
+        self,
+        body: LinearProgram,
+        linear: set[fx.Node],
+        outer: KnownValues,
+        given: dict[fx.Node, Any],
     ):
         """Binds placeholders.
 
@@ -69,13 +73,13 @@ class BodyValues(Values):
         around = self._given[node]
         if isinstance(around, fx.Node):
             return self._outer.factors(around)
-        return unknown(tuple(node.meta["val"].shape))
+        return unknown_factors(tuple(node.meta["val"].shape))
 
-    def _is_saved(self, node: fx.Node) -> bool:
+    def _depends_on_saved(self, node: fx.Node) -> bool:
         if node not in self._given:
-            return super()._is_saved(node)
+            return super()._depends_on_saved(node)
         around = self._given[node]
-        return isinstance(around, fx.Node) and self._outer._is_saved(around)
+        return isinstance(around, fx.Node) and self._outer._depends_on_saved(around)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +98,9 @@ class Body:
 class Control:
     """The control flow of one graph."""
 
-    def __init__(self, derivative: LinearProgram, linear: set[fx.Node], values: Values, run: Run):
+    def __init__(
+        self, derivative: LinearProgram, linear: set[fx.Node], values: KnownValues, run: Run
+    ):
         """Binds the graph.
 
         Args:
@@ -325,4 +331,4 @@ def _agreed(found: list[sparse.csr_array]) -> sparse.csr_array:
 def _fixed(shape_out: Shape, shape_in: Shape, table: sparse.csr_array) -> LinearMap:
     entries = table.tocoo()
     rows, columns = (torch.from_numpy(x.astype(np.int64)) for x in (entries.row, entries.col))
-    return fixed(shape_out, shape_in, rows, columns, torch.from_numpy(entries.data))
+    return sparse_matrix(shape_out, shape_in, rows, columns, torch.from_numpy(entries.data))

@@ -22,9 +22,9 @@ from torchjac.linear.maps.factors import (
     GRIDS,
     UNKNOWN,
     Known,
-    on_support,
+    expand_factors,
+    map_unexpanded,
     plus,
-    spread,
 )
 
 # From this many rows on, entries are put in the order of most rows first, so that few need sorting
@@ -66,8 +66,10 @@ def of_same_rows(one: Known, other: Known, table: sparse.csr_array | None) -> Kn
         return total
     if isinstance(total, float):
         return 0.0 if one == 0 and other == 0 else UNKNOWN
-    size = torch.maximum(spread(one, total.shape).abs(), spread(other, total.shape).abs())
-    return on_support(lambda t, s: torch.where((t == 0) & (s != 0), UNKNOWN, t), total, size)
+    size = torch.maximum(
+        expand_factors(one, total.shape).abs(), expand_factors(other, total.shape).abs()
+    )
+    return map_unexpanded(lambda t, s: torch.where((t == 0) & (s != 0), UNKNOWN, t), total, size)
 
 
 def of_rows(data: Floats, rows: Integers, table: sparse.csr_array | None) -> Floats:

@@ -35,7 +35,7 @@ from torchjac.linear.maps import (
     Zero,
     times,
 )
-from torchjac.linear.maps.factors import Known, known, spread, stored
+from torchjac.linear.maps.factors import Known, expand_factors, known, unexpanded
 from torchjac.sparsity import csr as tables
 from torchjac.sparsity.csr import first_row, numbered
 
@@ -161,7 +161,7 @@ def matrix(value: Dependence) -> sparse.csr_array:
     indirect = [t for t in value.terms if t.table is not None]
     if len(indirect) > 1:
         columns = [t.positions.reshape(-1, 1).numpy() for t in indirect]
-        scales = [spread(t.factors, value.shape).reshape(-1, 1).numpy() for t in indirect]
+        scales = [expand_factors(t.factors, value.shape).reshape(-1, 1).numpy() for t in indirect]
         left, right = tables.laid_out(columns, scales, [t.table for t in indirect], value.m)
         part = tables.times(left, right)
         return part if made is None else tables.added(made, part)
@@ -174,7 +174,7 @@ def matrix(value: Dependence) -> sparse.csr_array:
                 counts = torch.from_numpy(np.diff(part.indptr).astype(np.int64))
                 scale = scale.reshape(-1).repeat_interleave(counts)
             scaled = times(torch.from_numpy(part.data), scale)
-            part.data = spread(scaled, part.data.shape).numpy()
+            part.data = expand_factors(scaled, part.data.shape).numpy()
             tables.drop_zeros(part)
         made = part if made is None else tables.added(made, part)
     return sparse.csr_array((size, value.m)) if made is None else made
@@ -213,7 +213,7 @@ def _(map_: IndexMap, value: Dependence) -> Dependence:
     for term in value.terms:
         factors = term.factors
         if map_.fills or isinstance(factors, Tensor):
-            factors = map_.run(spread(factors, value.shape))
+            factors = map_.run(expand_factors(factors, value.shape))
         terms.append(Term(map_.run(term.positions), factors, term.table))
     return Dependence(map_.shape_out, value.m, tuple(terms))
 
@@ -271,7 +271,9 @@ def _(map_: Scatter, value: Dependence) -> Dependence:
         count = math.prod(lanes)
         order = [*others, axis]
         positions = small.positions.permute(order).reshape(count, -1).numpy()
-        factors = spread(small.factors, small.positions.shape).permute(order).reshape(count, -1)
+        factors = (
+            expand_factors(small.factors, small.positions.shape).permute(order).reshape(count, -1)
+        )
         size = shape[axis]
         rows = (np.arange(count)[:, None] * size + map_.index.numpy()[None, :]).ravel()
         data = factors.contiguous().numpy().ravel()
@@ -292,7 +294,7 @@ def _(map_: Dense, value: Dependence) -> Dependence:
         summed = apply(AxisSum(lanes, value.shape, map_.axes_in), unsigned)
     terms = []
     for term in summed.terms:
-        positions, factors = term.positions, spread(term.factors, lanes)
+        positions, factors = term.positions, expand_factors(term.factors, lanes)
         for axis in map_.axes_out:
             positions, factors = positions.unsqueeze(axis), factors.unsqueeze(axis)
         factors = factors.expand(map_.shape_out)
@@ -342,9 +344,9 @@ def _affordable(term: Term, axes: Shape) -> Term:
         for i, s in enumerate(term.positions.shape)
         if term.positions.stride(i) or factors.stride(i)
     )
-    if entries <= max(_KNOWN, 4 * stored(term.positions).numel()):
+    if entries <= max(_KNOWN, 4 * unexpanded(term.positions).numel()):
         return term
-    if entries > _ZEROS or not bool((stored(factors) == 0).any()):
+    if entries > _ZEROS or not bool((unexpanded(factors) == 0).any()):
         return Term(term.positions, UNKNOWN, term.table)
     return Term(term.positions, times(factors, UNKNOWN), term.table)
 
@@ -365,7 +367,7 @@ def _gathered(group: list[Term], kept: list[int], m: int) -> Term:
     factors: list[NDArray[Any]] = []
     for term in group:
         small = _first_along(term, free)
-        scale = spread(small.factors, small.positions.shape)
+        scale = expand_factors(small.factors, small.positions.shape)
         for found, given in ((columns, small.positions), (factors, scale)):
             found.append(given.permute(order).reshape(math.prod(lanes), -1).numpy())
     made, right = tables.laid_out(columns, factors, [t.table for t in group], m)

@@ -13,7 +13,7 @@ from torchjac._torch.trace.op_traits import HigherOrderOperator, OpOverload
 from torchjac._torch.trace.trace import sequence_of
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.linear.graph import linear_nodes, needed_nodes
-from torchjac.linear.known_values import HALF, Values
+from torchjac.linear.known_values import HALF, KnownValues
 from torchjac.linear.maps import dense, reshape
 from torchjac.linear.rules import RULES, Concat, NoRule, NotLinear, Op, Operand, local_of
 from torchjac.sparsity.concat import concat
@@ -74,12 +74,12 @@ def interpret(derivative: LinearProgram) -> Interpretation:
 
 
 class _Run:
-    def __init__(self, derivative: LinearProgram, values: Values | None = None):
+    def __init__(self, derivative: LinearProgram, values: KnownValues | None = None):
         """Binds a graph; with values of its own, it is a body of control flow."""
         self._derivative = derivative
         self._linear = linear_nodes(derivative)
         self._is_body = values is not None
-        self._values = Values(derivative, self._linear) if values is None else values
+        self._values = KnownValues(derivative, self._linear) if values is None else values
         self._control = Control(derivative, self._linear, self._values, self._body)
         self._m = derivative.m
         self._found: dict[fx.Node, Any] = {}

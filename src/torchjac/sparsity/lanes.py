@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchjac.capture.linear_program import LinearProgram
-from torchjac.linear.maps import Shape, on_support
+from torchjac.linear.maps import Shape, map_unexpanded
 from torchjac.sparsity.dependence import Dependence, Term
 from torchjac.sparsity.interpret import Interpretation
 
@@ -103,7 +103,7 @@ def _term_independent(term: Term, coordinate: NDArray[np.int64], axis: int) -> b
         other = below == _NONE
         return other | ((below == mine) & (above == mine)) | (factors == 0)
 
-    return bool(on_support(fine, term.positions, own, used).all())
+    return bool(map_unexpanded(fine, term.positions, own, used).all())
 
 
 def _ranges(term: Term, coordinate: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from scipy import sparse
 
 from torchjac.linear.maps import UNKNOWN
-from torchjac.linear.maps.factors import Known, on_support
+from torchjac.linear.maps.factors import Known, map_unexpanded
 from torchjac.sparsity.dependence import Dependence, Term
 
 
@@ -26,7 +26,7 @@ def coarse(value: Dependence) -> Dependence:
 def _factors(factors: Known) -> Known:
     if isinstance(factors, float):
         return factors if abs(factors) == 1 else UNKNOWN
-    return on_support(lambda t: torch.where((t.abs() == 1) | (t == 0), t, UNKNOWN), factors)
+    return map_unexpanded(lambda t: torch.where((t.abs() == 1) | (t == 0), t, UNKNOWN), factors)
 
 
 def _table(table: sparse.csr_array | None) -> sparse.csr_array | None:

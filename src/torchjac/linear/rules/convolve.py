@@ -31,7 +31,7 @@ from torchjac.linear.maps import (
     product,
     reshape,
 )
-from torchjac.linear.maps.factors import moved
+from torchjac.linear.maps.factors import move_factors
 from torchjac.linear.rules.places import along
 from torchjac.linear.rules.registry import Local, NotLinear, Op, Operand, rule
 
@@ -156,7 +156,7 @@ class Form:
         if math.prod(full) > _PRODUCTS:
             return [(operand, self._whole(result, role, operand.shape))]
         lift = index_map(self._lift(role, base), full, operand.shape, role not in ("kernel", base))
-        factors = moved(known.factors, self._lift(known_role, base), full)
+        factors = move_factors(known.factors, self._lift(known_role, base), full)
         ndim = len(self.taps)
         gone = {
             "coarse": [3, *range(4 + ndim, 4 + 2 * ndim)],

@@ -19,7 +19,7 @@ from torchjac.linear.maps import (
     product,
     times,
 )
-from torchjac.linear.maps.factors import moved, on_axis
+from torchjac.linear.maps.factors import map_axis, move_factors
 from torchjac.linear.rules.reduce import along_pairs
 from torchjac.linear.rules.registry import Local, NotLinear, Op, Operand, rule
 
@@ -109,10 +109,10 @@ def cross(op: Op) -> Local:
     theirs = other.factors.expand(shape)
 
     def turned(t: Tensor, step: int) -> Tensor:
-        return on_axis(lambda x: x.roll(-step, axis), t, axis)
+        return map_axis(lambda x: x.roll(-step, axis), t, axis)
 
     def placed(step: int) -> Factors:
-        return moved(theirs, lambda t: turned(t, step), shape)
+        return move_factors(theirs, lambda t: turned(t, step), shape)
 
     def rolled(step: int) -> LinearMap:
         return index_map(lambda t: turned(t, step), shape, shape, False)

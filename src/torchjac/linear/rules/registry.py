@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from torchjac._torch.operators import known
 from torchjac._torch.trace.op_traits import OpOverload
-from torchjac.linear.known_values import Values
-from torchjac.linear.maps import UNKNOWN, Factors, LinearMap, Numbers, Shape
+from torchjac.linear.known_values import KnownValues
+from torchjac.linear.maps import UNKNOWN, ComputedFactors, Factors, LinearMap, Shape
 
 
 class NotLinear(Exception):
@@ -55,10 +55,10 @@ class Operand:
     node: fx.Node
     shape: Shape
     linear: bool
-    _values: Values = field(repr=False)
+    _values: KnownValues = field(repr=False)
 
     @property
-    def factors(self) -> Tensor | Numbers:
+    def factors(self) -> Tensor | ComputedFactors:
         """Its numbers, as factors of a map. Not for linear operands."""
         return self._values.coefficients(self.node)
 
@@ -108,7 +108,7 @@ Rule = Callable[["Op"], Local | tuple[Local, ...] | Concat]
 class Op:
     """One node of the linear graph, as rules see it: arguments by their names in the schema."""
 
-    def __init__(self, node: fx.Node, linear: set[fx.Node], values: Values):
+    def __init__(self, node: fx.Node, linear: set[fx.Node], values: KnownValues):
         """Binds the arguments of a node."""
         self.node = node
         self.target = cast(Any, node.target)

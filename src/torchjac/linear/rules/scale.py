@@ -8,8 +8,16 @@ from torch import Tensor
 from torchjac._torch.modes import real_values
 from torchjac._torch.operators import aten
 from torchjac.linear.known_values import device_of
-from torchjac.linear.maps import UNKNOWN, Factors, broadcast, diagonal, on_support, product, times
-from torchjac.linear.maps.factors import is_single
+from torchjac.linear.maps import (
+    UNKNOWN,
+    Factors,
+    broadcast,
+    diagonal,
+    map_unexpanded,
+    product,
+    times,
+)
+from torchjac.linear.maps.factors import is_float32
 from torchjac.linear.rules.registry import Local, NotLinear, Op, Operand, Vanishing, rule
 
 
@@ -41,7 +49,7 @@ def div(op: Op) -> Local:
     """`a / b` with b not linear."""
     operand, other = op.only("self"), op["other"]
     if isinstance(other, Operand):
-        inverse: Factors = on_support(_inverse, other.known.expand(op.shape))
+        inverse: Factors = map_unexpanded(_inverse, other.known.expand(op.shape))
     else:
         inverse = float(_inverse(torch.tensor(float(other), dtype=torch.float64)))
     return scaled(op, operand, op.response(operand, inverse))
@@ -50,7 +58,7 @@ def div(op: Op) -> Local:
 def _inverse(factors: Tensor) -> Tensor:
     """One over each factor; only of powers of two is it an exact number."""
     made = torch.where(factors == 0, UNKNOWN, 1 / factors)
-    rounded = is_single(made) & (torch.frexp(factors).mantissa.abs() != 0.5)
+    rounded = is_float32(made) & (torch.frexp(factors).mantissa.abs() != 0.5)
     return torch.where(rounded, torch.nextafter(made, 2 * made), made)
 
 
