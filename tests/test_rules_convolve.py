@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from patterns import check, dense_pattern, interpreted, known, pattern_of
-from torchjac.linear.rules.convolve import windows
-from torchjac.linear.rules.probe import probed
+from torchjac.linear.rules.convolve import window_table
+from torchjac.linear.rules.probe import probe_matrix
 
 F = torch.nn.functional
 aten = torch.ops.aten
@@ -303,14 +303,14 @@ def test_a_probe_by_colors_finds_what_unit_vectors_find() -> None:
     def mean(t: Tensor) -> Tensor:
         return F.avg_pool1d(t[:, None], 4, 3, 1)[:, 0]
 
-    long = probed(mean, 6000)
+    long = probe_matrix(mean, 6000)
     assert long is not None
     assert long.shape == (2000, 6000)
     middle = (long.rows == 700).nonzero().flatten()
     assert sorted(long.columns[middle].tolist()) == [2099, 2100, 2101, 2102]
     assert len(long.rows) == 4 * 2000 - 1
     assert (long.factors == 0.25).all()
-    assert probed(lambda t: t.cumsum(1), 6000) is None
+    assert probe_matrix(lambda t: t.cumsum(1), 6000) is None
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -321,8 +321,8 @@ def test_both_lists_of_windows_name_the_same_pairs(
 ) -> None:
     """From windows to elements and from elements to windows."""
     coarse, fine, taps = 4, 9, 3
-    there = windows(coarse, fine, taps, stride, padding, dilation)
-    back = windows(coarse, fine, taps, stride, padding, dilation, from_fine=True)
+    there = window_table(coarse, fine, taps, stride, padding, dilation)
+    back = window_table(coarse, fine, taps, stride, padding, dilation, from_fine=True)
     pairs = {(p, k, int(q)) for p, row in enumerate(there) for k, q in enumerate(row) if q >= 0}
     assert pairs == {
         (int(p), k, q) for q, row in enumerate(back) for k, p in enumerate(row) if p >= 0

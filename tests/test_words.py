@@ -39,7 +39,6 @@ UNREAD = {
     "src/torchjac/compiler/program",
     "src/torchjac/guards",
     "src/torchjac/jit",
-    "src/torchjac/linear/rules",
     "src/torchjac/passes",
     "src/torchjac/sparsity",
     "benchmarks",

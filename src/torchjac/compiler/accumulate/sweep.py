@@ -28,7 +28,7 @@ from torchjac.linear.graph import linear_nodes, needed_nodes
 from torchjac.linear.known_values import SHAPE_ONLY, KnownValues, topological_order
 from torchjac.linear.maps import ComputedFactors, Factors, LinearMap, Shape
 from torchjac.linear.maps.factors import is_unknown
-from torchjac.linear.rules import Concat, NoRule, NotLinear, Op, Vanishing, local_of
+from torchjac.linear.rules import Concat, NoRule, NotLinear, Op, ZeroPreserving, local_of
 from torchjac.ops import Fact, having
 
 Record = Callable[[Callable[[], Any]], Any]
@@ -258,7 +258,9 @@ class Sweep:
             except (NotLinear, NoRule) as missing:
                 raise PlanRefused(f"{node.target}: no local Jacobian") from missing
         parts = local if isinstance(local, tuple) else (local,)
-        if node.target in WRONGLY_BATCHED or any(isinstance(part, Vanishing) for part in parts):
+        if node.target in WRONGLY_BATCHED or any(
+            isinstance(part, ZeroPreserving) for part in parts
+        ):
             raise NotKnownLinear(f"{node.target} in the backward pass need not be linear")
         if isinstance(local, tuple):
             value = node.meta["val"]

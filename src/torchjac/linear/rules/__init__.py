@@ -1,4 +1,4 @@
-"""Rules: what each operation's local Jacobian looks like, one file a family."""
+"""Rules: the local Jacobian of each operation, one file per family."""
 
 from torchjac.linear.rules import combine, contract, move, reduce, scale
 from torchjac.linear.rules import convolve as _convolve
@@ -15,7 +15,7 @@ from torchjac.linear.rules.registry import (
     NotLinear,
     Op,
     Operand,
-    Vanishing,
+    ZeroPreserving,
     local_of,
     rule,
 )
@@ -27,7 +27,7 @@ __all__ = [
     "NotLinear",
     "Op",
     "Operand",
-    "Vanishing",
+    "ZeroPreserving",
     "combine",
     "contract",
     "local_of",
