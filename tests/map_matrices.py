@@ -29,14 +29,14 @@ from torchjac.linear.maps.kinds import (
     Scatter,
     Zero,
 )
-from torchjac.sparsity.dependence import Dependence, Term, apply, distinct, matrix, seed
+from torchjac.sparsity.dependence import Dependence, Term, apply, distinct_rows, seed, to_csr
 
 Choice = Callable[[Tensor], Tensor]
 
 
 def pattern(map_: LinearMap) -> sparse.csr_array:
     """The matrix of a map: what is stored are its structural nonzeros, NaN where not known."""
-    return matrix(apply(map_, seed(map_.shape_in, 0, math.prod(map_.shape_in))))
+    return to_csr(apply(map_, seed(map_.shape_in, 0, math.prod(map_.shape_in))))
 
 
 def row_counts(map_: LinearMap) -> Tensor:
@@ -52,7 +52,7 @@ def column_counts(map_: LinearMap) -> Tensor:
 def row_sums(map_: LinearMap) -> Tensor:
     """What the map makes of ones; NaN where that is not known."""
     ones = Term(torch.zeros((), dtype=torch.int32).expand(map_.shape_in), 1.0, None)
-    table, positions = distinct(apply(map_, Dependence(map_.shape_in, 1, (ones,))))
+    table, positions = distinct_rows(apply(map_, Dependence(map_.shape_in, 1, (ones,))))
     sums = torch.from_numpy(table.toarray().reshape(-1))
     return map_unexpanded(lambda p: sums[p], positions)
 
@@ -153,7 +153,7 @@ def _counted(map_: LinearMap, choice: Choice) -> Tensor:
     positions = torch.arange(count, dtype=torch.int32 if count < 2**31 else torch.int64)
     term = Term(positions.reshape(sizes).expand(map_.shape_in), 1.0, None)
     value = Dependence(map_.shape_in, count, (term,))
-    table, rows = distinct(apply(map_, value))
+    table, rows = distinct_rows(apply(map_, value))
     counts = _per_row(table, choice)
     return map_unexpanded(lambda p: counts[p], rows)
 

@@ -21,7 +21,7 @@ from torchjac.capture.eager import capture_graph
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function, trace_graph
 from torchjac.linear.rules import RULES
-from torchjac.sparsity.dependence import matrix
+from torchjac.sparsity.dependence import to_csr
 from torchjac.sparsity.interpret import Interpretation, interpret
 
 Scope = Literal["global", "local"]
@@ -60,7 +60,7 @@ def dense_pattern(derivative: LinearProgram, found: Interpretation) -> np.ndarra
     blocks = [np.zeros((0, derivative.m))]
     for gradient, shape in zip(found.gradients, derivative.column_shapes, strict=True):
         empty = np.zeros((shape.numel(), derivative.m))
-        blocks.append(empty if gradient is None else matrix(gradient).toarray())
+        blocks.append(empty if gradient is None else to_csr(gradient).toarray())
     return np.concatenate(blocks).T
 
 

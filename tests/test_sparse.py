@@ -17,7 +17,7 @@ from torch import Tensor
 import torchjac
 from laws import oracle, oracle_jacobian, same, value
 from torchjac.passes.coloring import column_groups, row_groups
-from torchjac.sparsity.pattern import given_pattern
+from torchjac.sparsity.pattern import user_pattern
 from torchjac.testing import force_plan
 
 
@@ -281,7 +281,7 @@ class TestGivenPattern:
 def test_groups_are_structurally_orthogonal(m: int, n: int, density: float, seed: int) -> None:
     """No column has two entries of one group of rows; every row with an entry has a group."""
     table = np.random.default_rng(seed).random((m, n)) < density
-    pattern = given_pattern(table, [(m,)], [(n,)])
+    pattern = user_pattern(table, [(m,)], [(n,)])
     for groups, matrix in ((row_groups(pattern), table), (column_groups(pattern), table.T)):
         assert ((groups.of >= 0) == matrix.any(1)).all()
         for group in range(groups.count):
@@ -295,7 +295,7 @@ def test_more_than_a_word_of_groups() -> None:
     rng = np.random.default_rng(0)
     table = rng.random((400, 60)) < 0.25
     table[:, 0] = rng.random(400) < 0.4
-    pattern = given_pattern(table, [(400,)], [(60,)])
+    pattern = user_pattern(table, [(400,)], [(60,)])
     groups = row_groups(pattern)
     assert groups.count > 128
     for group in range(groups.count):

@@ -40,7 +40,6 @@ UNREAD = {
     "src/torchjac/guards",
     "src/torchjac/jit",
     "src/torchjac/passes",
-    "src/torchjac/sparsity",
     "benchmarks",
     "benchmarks/detection",
     "benchmarks/peers",

@@ -24,7 +24,7 @@ from torchjac.jit.cache import CaptureCache
 from torchjac.passes.candidates import plain_seconds
 from torchjac.request import PassRequest
 from torchjac.sparsity.detect import global_pattern, is_independent, pattern_of_graph
-from torchjac.sparsity.pattern import Pattern, given_pattern
+from torchjac.sparsity.pattern import Pattern, user_pattern
 
 V = TypeVar("V")
 
@@ -127,7 +127,7 @@ def with_pattern(
     """
     if given is not None:
         shapes = [[tuple(t.shape) for t in leaves] for leaves in _leaves(program)]
-        found: Pattern | None = given_pattern(given, *shapes)
+        found: Pattern | None = user_pattern(given, *shapes)
     elif modes.tracing(program.inputs) or not program.outputs or not program.inputs:
         found = None
     else:

@@ -28,7 +28,7 @@ def save(pattern: Pattern, path: str | Path) -> None:
 
 
 def write(pattern: Pattern, file: IO[bytes]) -> None:
-    """Writes a pattern to a file that is open."""
+    """Writes a pattern to an open file."""
     about = {
         "format": "torchjac pattern",
         "version": _VERSION,
@@ -53,8 +53,7 @@ def load(path: str | Path | IO[bytes]) -> dict[str, Any]:
     """Fields of the pattern in a file.
 
     Raises:
-        PatternError: The file holds something else, or a version this one cannot read, or entries
-            that do not fit together.
+        PatternError: The file holds no pattern, has an unknown version, or inconsistent entries.
     """
     try:
         file = io.BytesIO(Path(path).read_bytes()) if isinstance(path, str | Path) else path
@@ -63,7 +62,7 @@ def load(path: str | Path | IO[bytes]) -> dict[str, Any]:
             arrays = {name: stored[name] for name in _ARRAYS}
     except OSError:
         raise
-    except Exception as wrong:  # whatever readers of damaged archives, arrays and JSON raise
+    except Exception as wrong:  # damaged archives, arrays and JSON raise many kinds
         raise PatternError(f"torchjac: {path} is not a saved pattern ({wrong}).") from wrong
     if about.get("format") != "torchjac pattern" or about.get("version") != _VERSION:
         raise PatternError(
@@ -71,7 +70,7 @@ def load(path: str | Path | IO[bytes]) -> dict[str, Any]:
             f"{about.get('version')!r}; this torchjac reads 'torchjac pattern', version {_VERSION}."
         )
     shapes = [tuple(tuple(s) for s in about[k]) for k in ("row_shapes", "column_shapes")]
-    m, n = (sum(int(np.prod(s, dtype=np.int64)) for s in found) for found in shapes)
+    m, n = (sum(int(np.prod(s, dtype=np.int64)) for s in leaf_shapes) for leaf_shapes in shapes)
     _check(path, m, n, **arrays)
     return {
         **arrays,
@@ -88,7 +87,7 @@ def load(path: str | Path | IO[bytes]) -> dict[str, Any]:
 def _check(
     path: str | Path | IO[bytes], m: int, n: int, starts: Any, columns: Any, values: Any
 ) -> None:
-    """Refuses arrays that would make a later read go astray."""
+    """Refuses inconsistent arrays, which would lead to reads out of bounds."""
     nnz = len(columns)
     fits = (
         starts.shape == (m + 1,)

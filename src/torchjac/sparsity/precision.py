@@ -1,4 +1,4 @@
-"""What of known factors survives arithmetic in half precision."""
+"""Known factors after arithmetic in half precision."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torchjac.linear.maps.factors import Known, map_unexpanded
 from torchjac.sparsity.dependence import Dependence, Term
 
 
-def coarse(value: Dependence) -> Dependence:
-    """The same, computed in half precision: only factors of one are still known.
+def round_to_half(value: Dependence) -> Dependence:
+    """The dependence, computed in half precision: only factors of 1 and -1 remain known.
 
-    2049 is 2048 there, so that 2049 - 2048 - 1 need not be zero.
+    In float16, 2049 rounds to 2048, so 2049 - 2048 - 1 may be nonzero.
     """
     return Dependence(
         value.shape,
