@@ -41,7 +41,7 @@ from torchjac.linear.rules.registry import Local, NoRule, NotLinear, Op, Operand
 def index(op: Op) -> Local:
     """`t[indices]`."""
     operand = op.only("self")
-    slots = _slots(op["indices"])
+    slots = index_slots(op["indices"])
     if slots is None:
         raise NoRule(op.name, "case", "a mask depends on the input")
     return [(operand, gather_map(advanced_index(operand.shape, slots)))]
@@ -91,7 +91,7 @@ def gather(op: Op) -> Local:
     shape, index_shape = operand.shape or (1,), indices.shape or (1,)
     axis = op["dim"] % len(shape)
     source_shape = tuple(shape[i] if i == axis else index_shape[i] for i in range(len(shape)))
-    ix, order = index_along_axis(_known_index(indices), source_shape, index_shape, axis)
+    ix, order = index_along_axis(known_index(indices), source_shape, index_shape, axis)
     inverse = [order.index(i) for i in range(len(order))]
     gathered = gather_map(ix)
     restored = index_map(lambda t: t.permute(inverse), index_shape, gathered.shape_out, False)
@@ -109,7 +109,7 @@ def scatter(op: Op) -> Local:
         raise NoRule(op.name, "case", "what is not added to is lost")
     target, source, indices = op["self"], op["src"], op["index"]
     shape, index_shape = op.shape or (1,), indices.shape or (1,)
-    ix, order = index_along_axis(_known_index(indices), shape, index_shape, op["dim"] % len(shape))
+    ix, order = index_along_axis(known_index(indices), shape, index_shape, op["dim"] % len(shape))
     scattered = scatter_map(ix, tuple(index_shape[i] for i in order), replace=not adds)
     source_shape = source.shape or (1,)
     source_map = product(
@@ -119,7 +119,7 @@ def scatter(op: Op) -> Local:
         _leading_part(index_shape, source_shape),
         reshape(source_shape, source.shape),
     )
-    return _overwrite(op, target, 1.0 if adds else untouched_factors(ix), source, source_map)
+    return overwrite(op, target, 1.0 if adds else untouched_factors(ix), source, source_map)
 
 
 @rule(aten.scatter.value)
@@ -127,8 +127,8 @@ def scatter_value(op: Op) -> Local:
     """A number written at indices along an axis."""
     indices = op["index"]
     shape, index_shape = op.shape or (1,), indices.shape or (1,)
-    ix, _ = index_along_axis(_known_index(indices), shape, index_shape, op["dim"] % len(shape))
-    return _overwrite(op, op["self"], untouched_factors(ix), op["value"], None)
+    ix, _ = index_along_axis(known_index(indices), shape, index_shape, op["dim"] % len(shape))
+    return overwrite(op, op["self"], untouched_factors(ix), op["value"], None)
 
 
 @rule(aten.index_add.default, aten.index_copy.default)
@@ -147,7 +147,7 @@ def index_add(op: Op) -> Local:
         scattered,
         reshape(ix.result_shape, source.shape),
     )
-    return _overwrite(op, op["self"], 1.0 if adds else untouched_factors(ix), source, source_map)
+    return overwrite(op, op["self"], 1.0 if adds else untouched_factors(ix), source, source_map)
 
 
 @rule(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
@@ -159,7 +159,7 @@ def index_fill(op: Op) -> Local:
         size = (shape[op["dim"]],)
         (slot,) = advanced_index(size, [slot]).flat_index.bincount().nonzero().unbind(1)
     ix = advanced_index(shape, [*[None] * (op["dim"] % len(shape)), slot])
-    return _overwrite(
+    return overwrite(
         op,
         op["self"],
         untouched_factors(ix),
@@ -172,16 +172,16 @@ def index_fill(op: Op) -> Local:
 def index_put(op: Op) -> Local:
     """Values written or added to `t[indices]`."""
     target, values, adds = op["self"], op["values"], bool(op["accumulate"])
-    slots = _slots(op["indices"])
+    slots = index_slots(op["indices"])
     if slots is None:  # a mask that depends on the input
         if len(values.shape) and math.prod(values.shape) != 1:
             values_map = dense(op.shape, values.shape)
         else:
             one = broadcast(op.shape, ())
             values_map = product(diagonal(op.shape, UNKNOWN), one, reshape((), values.shape))
-        return _overwrite(op, target, 1.0 if adds else UNKNOWN, values, values_map)
+        return overwrite(op, target, 1.0 if adds else UNKNOWN, values, values_map)
     ix = advanced_index(target.shape, slots)
-    return _overwrite(
+    return overwrite(
         op,
         target,
         1.0 if adds else untouched_factors(ix),
@@ -199,9 +199,7 @@ def put_flat(op: Op) -> Local:
     untouched = 1.0 if adds else untouched_factors(ix)
     if isinstance(untouched, Tensor):
         untouched = untouched.reshape(op.shape)
-    return _overwrite(
-        op, target, untouched, source, product(reshape(op.shape, ix.shape), scattered)
-    )
+    return overwrite(op, target, untouched, source, product(reshape(op.shape, ix.shape), scattered))
 
 
 @rule(aten.embedding_dense_backward.default)
@@ -209,7 +207,7 @@ def embedding_dense_backward(op: Op) -> Local:
     """Rows of the cotangent added up by index; the gradient of the padding row is zero."""
     operand, indices = op.only("grad_output"), op["indices"]
     rows, padding = op["num_weights"], op["padding_idx"]
-    known = _known_index(indices)
+    known = known_index(indices)
     shape = operand.shape
     ix = advanced_index(op.shape, [_slot(indices)])
     if known is None:
@@ -226,76 +224,7 @@ def embedding_dense_backward(op: Op) -> Local:
     return [(operand, product(scatter_map(ix, shape), diagonal(shape, scale)))]
 
 
-@rule(aten._unsafe_masked_index.default)
-def masked_index(op: Op) -> Local:
-    """`t[indices]` where a mask holds, a number elsewhere."""
-    operand = op.only("self")
-    slots = _slots(op["indices"])
-    if slots is None or op["fill"] != 0:
-        raise NotLinear
-    gathered = gather_map(advanced_index(operand.shape, _clamped(slots, operand.shape)))
-    return [(operand, product(diagonal(op.shape, _mask_factors(op["mask"], op.shape)), gathered))]
-
-
-@rule(aten._unsafe_masked_index_put_accumulate.default)
-def masked_index_put(op: Op) -> Local:
-    """Values added to `t[indices]` where a mask holds."""
-    target, values = op["self"], op["values"]
-    slots = _slots(op["indices"])
-    if slots is None:
-        raise NoRule(op.name, "case", "a mask depends on the input")
-    ix = advanced_index(target.shape, _clamped(slots, target.shape))
-    spread = product(
-        diagonal(ix.result_shape, _mask_factors(op["mask"], ix.result_shape)),
-        broadcast(ix.result_shape, values.shape),
-    )
-    return _overwrite(op, target, 1.0, values, product(scatter_map(ix, ix.result_shape), spread))
-
-
-@rule(aten.masked_select.default)
-def masked_select(op: Op) -> Local:
-    """The elements under a mask, in order."""
-    operand, known = op.only("self"), _known_index(op["mask"])
-    if known is None:
-        return [(operand, dense(op.shape, operand.shape))]
-    run = index_map(lambda t: t.masked_select(known), op.shape, operand.shape, False)
-    return [(operand, run)]
-
-
-@rule(aten.masked_scatter.default)
-def masked_scatter(op: Op) -> Local:
-    """Elements of a tensor, in order, written under a mask."""
-    target, source, known = op["self"], op["source"], _known_index(op["mask"])
-    if known is None:
-        return _overwrite(op, target, UNKNOWN, source, dense(op.shape, source.shape))
-    mask = known.expand(op.shape)
-
-    def run(t: Tensor) -> Tensor:
-        return torch.zeros(op.shape, dtype=t.dtype).masked_scatter(mask, t)
-
-    untouched: Factors = (~mask).to(torch.float64)
-    if target.linear and target.shape != op.shape:
-        raise NoRule(op.name, "case", "a target that is broadcast")
-    return _overwrite(op, target, untouched, source, index_map(run, op.shape, source.shape, True))
-
-
-@rule(aten.masked_scatter_backward.default)
-def masked_scatter_backward(op: Op) -> Local:
-    """The elements under a mask, in order, zeros after them."""
-    operand, known = op.only("grad_output"), _known_index(op["mask"])
-    if known is None:
-        return [(operand, dense(op.shape, operand.shape))]
-    sizes = op.shape
-
-    def run(t: Tensor) -> Tensor:
-        selected = t.masked_select(known)
-        rest = selected.new_zeros(max(math.prod(sizes) - len(selected), 0))
-        return torch.cat([selected, rest])[: math.prod(sizes)].reshape(sizes)
-
-    return [(operand, index_map(run, sizes, operand.shape, True))]
-
-
-def _overwrite(
+def overwrite(
     op: Op, target: Operand, untouched: Factors, source: Any, source_map: LinearMap | None
 ) -> Local:
     """The local Jacobian of an operation that writes values into a target.
@@ -330,7 +259,7 @@ def _overwrite(
     return local
 
 
-def _known_index(indices: Operand) -> Tensor | None:
+def known_index(indices: Operand) -> Tensor | None:
     """The value of an index or a mask if it is equal for every input, else None."""
     if indices.linear:
         raise NotLinear
@@ -339,13 +268,13 @@ def _known_index(indices: Operand) -> Tensor | None:
 
 
 def _slot(indices: Operand, *, flat: bool = False) -> Slot:
-    known = _known_index(indices)
+    known = known_index(indices)
     if known is None:
         return (math.prod(indices.shape),) if flat else indices.shape
     return known.reshape(-1) if flat else known
 
 
-def _slots(indices: list[Any]) -> list[Slot] | None:
+def index_slots(indices: list[Any]) -> list[Slot] | None:
     """A slot for each index; None if a mask is unknown."""
     slots: list[Slot] = []
     for index in indices:
@@ -409,16 +338,3 @@ def _leading_part(sizes: Shape, shape: Shape) -> LinearMap:
     if sizes == shape:
         return reshape(sizes, shape)
     return index_map(lambda t: t[tuple(map(slice, sizes))], sizes, shape, False)
-
-
-def _clamped(slots: list[Slot], shape: Shape) -> list[Slot]:
-    """The slots clamped to the tensor: masked indices may be out of bounds."""
-    return [
-        s.clamp(0, max(shape[i] - 1, 0)) if isinstance(s, Tensor) else s
-        for i, s in enumerate(slots)
-    ]
-
-
-def _mask_factors(mask: Operand, shape: Shape) -> Factors:
-    known = _known_index(mask)
-    return UNKNOWN if known is None else known.to(torch.float64).expand(shape)
