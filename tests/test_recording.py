@@ -404,7 +404,7 @@ def test_operations_carry_their_numbers() -> None:
         node = y.grad_fn
         assert node is not None
         numbers.append(node._sequence_nr())
-        with tracing.numbered([node], observer):
+        with tracing.with_sequence_numbers([node], observer):
             return list(torch.autograd.grad(y.sum(), x))
 
     module, lines = tracing.trace(f, [X], parameters_vary=True, keep=())

@@ -20,8 +20,8 @@ from torch.autograd import Variable
 from laws import value
 from torchjac._torch import autograd, modes, pytree, vmap
 from torchjac._torch.autograd import is_right_twice
-from torchjac._torch.storage import copied_when_written
-from torchjac._torch.tensor_guards import look
+from torchjac._torch.storage import lazy_copy
+from torchjac._torch.tensor_guards import tensor_check
 from versions import TORCH
 
 
@@ -201,7 +201,7 @@ class TestLazyCopies:
 
     def test_shared_until_written(self) -> None:
         given = torch.arange(5)
-        one, two = copied_when_written(given), copied_when_written(given)
+        one, two = lazy_copy(given), lazy_copy(given)
         assert torch._C._data_address(one) == torch._C._data_address(two)
         one[0] = 7
         given[1] = 8
@@ -211,7 +211,7 @@ class TestLazyCopies:
 
     def test_memory_of_others_is_copied(self) -> None:
         array = np.arange(3)
-        made = copied_when_written(torch.from_numpy(array))
+        made = lazy_copy(torch.from_numpy(array))
         array[0] = 9
         assert made.tolist() == [0, 1, 2]
 
@@ -220,8 +220,8 @@ class TestLazyCopies:
         starts, columns = torch.tensor([0, 1, 2]), torch.tensor([0, 1])
         made = [
             torch.sparse_csr_tensor(
-                copied_when_written(starts),
-                copied_when_written(columns),
+                lazy_copy(starts),
+                lazy_copy(columns),
                 torch.ones(2),
                 (2, 2),
                 check_invariants=False,
@@ -270,7 +270,7 @@ class TestLook:
     )
     def test_sees_what_is_not(self, change: Any) -> None:
         tensor = torch.randn(4, 4, dtype=torch.float64)
-        like = look(tensor)
+        like = tensor_check(tensor)
         assert like is not None
         assert like(torch.zeros(4, 4, dtype=torch.float64))
         try:
@@ -280,14 +280,14 @@ class TestLook:
 
     def test_sees_what_was_done_to_it(self) -> None:
         tensor = torch.randn(4, 4)
-        like = look(tensor)
+        like = tensor_check(tensor)
         assert like is not None
         tensor.data = tensor.data.t()
         assert not like(tensor)
 
     def test_keeps_nothing_alive(self) -> None:
         tensor = torch.randn(4, 4)
-        like, gone = look(tensor), weakref.ref(tensor)
+        like, gone = tensor_check(tensor), weakref.ref(tensor)
         del tensor
         assert like is not None
         assert gone() is None

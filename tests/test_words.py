@@ -29,8 +29,6 @@ FOLDERS = ("src", "tests", "tools", "benchmarks", "examples")
 # Folders whose names have not been gone through yet. None may be added.
 UNREAD = {
     "src/torchjac",
-    "src/torchjac/_torch",
-    "src/torchjac/_torch/trace",
     "src/torchjac/capture",
     "src/torchjac/compiler",
     "src/torchjac/compiler/accumulate",

@@ -47,32 +47,32 @@ def tree_structure(tree: Any) -> TreeSpec:
 
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     """Leaves of a tree, and the structure they came from."""
-    found, spec = tree_flatten_with_path(tree)
-    return [leaf for _, leaf in found], spec
+    pairs, spec = tree_flatten_with_path(tree)
+    return [leaf for _, leaf in pairs], spec
 
 
 def tree_flatten_with_path(tree: Any) -> tuple[list[tuple[tuple[str, ...], Any]], TreeSpec]:
     """Leaves of a tree with the way to each, and the structure they came from."""
     kind = type(tree)
     if kind is dict:
-        steps: list[Any] = list(tree)
-    elif kind in (tuple, list) or _is_named(tree):
-        steps = list(range(len(tree)))
+        keys: list[Any] = list(tree)
+    elif kind in (tuple, list) or _is_namedtuple(tree):
+        keys = list(range(len(tree)))
     else:
         return [((), tree)], _LEAF
     leaves: list[tuple[tuple[str, ...], Any]] = []
     parts = []
-    for step in steps:
-        found, spec = tree_flatten_with_path(tree[step])
-        name = f".{tree._fields[step]}" if _is_named(tree) else f"[{step!r}]"
-        leaves += [((name, *path), leaf) for path, leaf in found]
+    for key in keys:
+        pairs, spec = tree_flatten_with_path(tree[key])
+        name = f".{tree._fields[key]}" if _is_namedtuple(tree) else f"[{key!r}]"
+        leaves += [((name, *path), leaf) for path, leaf in pairs]
         parts.append(spec)
-    return leaves, TreeSpec(kind, tuple(steps) if kind is dict else None, tuple(parts))
+    return leaves, TreeSpec(kind, tuple(keys) if kind is dict else None, tuple(parts))
 
 
 def tree_unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
     """The tree with these leaves."""
-    return _built(iter(leaves), spec)
+    return _unflatten(iter(leaves), spec)
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -86,14 +86,14 @@ def keystr(path: Sequence[str]) -> str:
     return "".join(path)
 
 
-def _built(leaves: Any, spec: TreeSpec) -> Any:
+def _unflatten(leaves: Any, spec: TreeSpec) -> Any:
     if spec.is_leaf():
         return next(leaves)
-    made = [_built(leaves, part) for part in spec.parts]
+    children = [_unflatten(leaves, part) for part in spec.parts]
     if spec.type is dict:
-        return dict(zip(spec.context, made, strict=True))
-    return spec.type(*made) if hasattr(spec.type, "_fields") else spec.type(made)
+        return dict(zip(spec.context, children, strict=True))
+    return spec.type(*children) if hasattr(spec.type, "_fields") else spec.type(children)
 
 
-def _is_named(tree: Any) -> bool:
+def _is_namedtuple(tree: Any) -> bool:
     return isinstance(tree, tuple) and hasattr(tree, "_fields")

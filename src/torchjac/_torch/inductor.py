@@ -14,7 +14,7 @@ class NotCompiled(Exception):
     """Inductor gave up, or there is no compiler; the message says what it said."""
 
 
-def compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def compile_graph(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """A graph of ATen operations as compiled code, for inputs of these shapes and strides.
 
     Takes seconds, and imports torch's compiler. One thread compiles: no pool of processes is left.
@@ -26,19 +26,21 @@ def compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., 
         import torch._inductor.config
         from torch._inductor.compile_fx import compile_fx
 
-        quiet = warnings.catch_warnings()
-        with quiet, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
+        no_warnings = warnings.catch_warnings()
+        with no_warnings, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
             warnings.simplefilter("ignore")  # of torch about itself
             run: Any = compile_fx(module, list(inputs))
             run(*inputs)  # some of it is compiled when it first runs
     except Exception as error:
         first = str(error).strip().split("\n", 1)[0]
         raise NotCompiled(f"{type(error).__name__}: {first}") from error
-    found: Callable[..., Any] = run
-    return found
+    typed: Callable[..., Any] = run
+    return typed
 
 
-def packaged(module: nn.Module, inputs: Sequence[Tensor], path: Path, batch: int | None) -> None:
+def write_package(
+    module: nn.Module, inputs: Sequence[Tensor], path: Path, batch: int | None
+) -> None:
     """Writes a module as an AOTInductor package: compiled code that C++ and Python load.
 
     Args:
@@ -53,11 +55,11 @@ def packaged(module: nn.Module, inputs: Sequence[Tensor], path: Path, batch: int
     try:
         import torch._inductor.config
 
-        any_number = torch.export.Dim("samples")
-        each = [{0: any_number} if x.ndim and len(x) == batch else None for x in inputs]
-        sizes = None if batch is None else (tuple(each),)
-        quiet = warnings.catch_warnings()
-        with quiet, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
+        samples = torch.export.Dim("samples")
+        dynamic_shapes = [{0: samples} if x.ndim and len(x) == batch else None for x in inputs]
+        sizes = None if batch is None else (tuple(dynamic_shapes),)
+        no_warnings = warnings.catch_warnings()
+        with no_warnings, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
             warnings.simplefilter("ignore")  # of torch about itself
             program = torch.export.export(module, tuple(inputs), dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))

@@ -26,11 +26,11 @@ def _any_autocast() -> bool:
 
 is_any_autocast_enabled = private_function("torch._C._is_any_autocast_enabled", _any_autocast)
 _dispatch_depth = private_function("torch._C._len_torch_dispatch_stack", lambda: 0)
-_dispatch_depth_before = private_function(
+_pre_dispatch_depth = private_function(
     "torch._ops._len_torch_dispatch_stack_pre_dispatch", lambda: 0
 )
-_mode_of_kind = private("torch._C._get_dispatch_mode")
-_kinds = private("torch._C._TorchDispatchModeKey")
+_mode_of_key = private("torch._C._get_dispatch_mode")
+_mode_keys = private("torch._C._TorchDispatchModeKey")
 _active_modes = private("torch.utils._python_dispatch._get_current_dispatch_mode_stack")
 _disable_current_modes = private("torch.utils._python_dispatch._disable_current_modes")
 
@@ -75,7 +75,7 @@ def tracing(tensors: Iterable[Tensor]) -> bool:
         return True
     if _dispatch_depth() == 0 or not MODES.holds():
         return False
-    if any(_mode_of_kind(key) is not None for key in (_kinds.PROXY, _kinds.FAKE)):
+    if any(_mode_of_key(key) is not None for key in (_mode_keys.PROXY, _mode_keys.FAKE)):
         return True
     return any(isinstance(mode, Recorder) for mode in _active_modes())
 
@@ -92,7 +92,7 @@ def ordinary_tensors() -> AbstractContextManager[None]:
 
 def real_values() -> AbstractContextManager[None]:
     """Operations run on values and record nothing, whatever mode the caller is in."""
-    stacks: int = _dispatch_depth() + _dispatch_depth_before()
+    stacks: int = _dispatch_depth() + _pre_dispatch_depth()
     # Nested uses are many, and leaving modes takes longer than a small operation does.
     return _without_modes() if stacks or torch.is_grad_enabled() else _NOTHING
 
@@ -103,41 +103,41 @@ def _without_modes() -> Iterator[None]:
         yield
 
 
-def random_states(tensors: Iterable[Tensor]) -> Callable[[], None]:
+def save_random_states(tensors: Iterable[Tensor]) -> Callable[[], None]:
     """Remembers torch's random states, also of the tensors' devices; calling it goes back there."""
-    before = torch.get_rng_state()
+    cpu_state = torch.get_rng_state()
     devices = {t.device for t in tensors if t.device.type == "cuda"}
-    others = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    cuda_states = [(device, torch.cuda.get_rng_state(device)) for device in devices]
 
     def restore() -> None:
-        torch.set_rng_state(before)
-        for device, state in others:
+        torch.set_rng_state(cpu_state)
+        for device, state in cuda_states:
             torch.cuda.set_rng_state(state, device)
 
     return restore
 
 
 @contextmanager
-def random_state_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+def preserved_random_state(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Random states (torch's, also of the tensors' devices, Python's, NumPy's) are put back.
 
     Those that did not change are left alone: another thread may draw from them.
     """
     python, numpy, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    restore = random_states(tensors)
+    restore = save_random_states(tensors)
     try:
         yield
     finally:
         if random.getstate() != python:
             random.setstate(python)
-        if not _same(np.random.get_state(), numpy):
+        if not _is_same_numpy_state(np.random.get_state(), numpy):
             np.random.set_state(numpy)
         on_cpu = all(t.device.type == "cpu" for t in tensors)
         if not on_cpu or not torch.equal(torch.get_rng_state(), torch_):
             restore()
 
 
-def _same(one: Any, other: Any) -> bool:
+def _is_same_numpy_state(one: Any, other: Any) -> bool:
     """Whether two states of NumPy's generator are the same."""
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -149,5 +149,5 @@ def MODES() -> bool:
         inside = _dispatch_depth(), mode in _active_modes()
         with _without_modes():
             outside = _dispatch_depth(), torch.is_grad_enabled()
-    fakes = [_mode_of_kind(key) for key in (_kinds.PROXY, _kinds.FAKE)]
+    fakes = [_mode_of_key(key) for key in (_mode_keys.PROXY, _mode_keys.FAKE)]
     return (inside, outside) == ((1, True), (0, False)) and fakes == [None, None]

@@ -36,13 +36,13 @@ class Reading(NamedTuple):
     by_reference: bool
     mask: int
 
-    def now(self) -> tuple[int, int]:
+    def read(self) -> tuple[int, int]:
         """What it returns, and what it writes."""
         if not self.function:
             return ctypes.c_int64.from_address(self.argument).value & self.mask, 0
         call = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(self.function)
-        given, written = ctypes.c_int64(self.argument), ctypes.c_int64(0)
-        where = ctypes.addressof(given) if self.by_reference else self.argument
+        argument, written = ctypes.c_int64(self.argument), ctypes.c_int64(0)
+        where = ctypes.addressof(argument) if self.by_reference else self.argument
         return call(where, ctypes.addressof(written)) & self.mask, written.value
 
 
@@ -138,10 +138,10 @@ def _library() -> Any:
 def _symbol(name: str) -> int | None:
     """The address of a function."""
     try:
-        found = getattr(_library(), name)
+        function = getattr(_library(), name)
     except (AttributeError, TypeError):
         return None
-    return ctypes.cast(found, ctypes.c_void_p).value
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 @functools.cache
@@ -159,14 +159,14 @@ def READINGS() -> bool:
     """
     for read in _SETTINGS:
         reading = None if isinstance(read, Gone) else _setting(read)
-        if reading is not None and reading.now()[0] != _number(read()):
+        if reading is not None and reading.read()[0] != _number(read()):
             return False
     tensor = torch.zeros(3, dtype=torch.float64)
     where, written = _place(tensor), _version(tensor)
     for _ in range(2):
-        if where is not None and where.now()[1] != tensor.data_ptr():
+        if where is not None and where.read()[1] != tensor.data_ptr():
             return False
-        if written is not None and written.now()[0] != tensor._version:
+        if written is not None and written.read()[0] != tensor._version:
             return False
         tensor.add_(1)
     return True

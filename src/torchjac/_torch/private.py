@@ -58,7 +58,7 @@ def private(path: str) -> Any:
     Args:
         path: Dotted names, beginning with `torch`.
     """
-    return _found(path, Gone(path))
+    return _resolve(path, Gone(path))
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def private_type(path: str, base: type = object) -> Any:
         base: What the empty class derives from.
     """
     name = path.rsplit(".", 1)[-1]
-    return _found(path, type(name, (base,), {"__doc__": f"Not in torch {torch.__version__}."}))
+    return _resolve(path, type(name, (base,), {"__doc__": f"Not in torch {torch.__version__}."}))
 
 
 def private_function(path: str, public: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,22 +80,22 @@ def private_function(path: str, public: Callable[..., Any]) -> Callable[..., Any
         path: Dotted names of the private function, which is faster.
         public: The public function, which does the same.
     """
-    found: Callable[..., Any] = _found(path, public)
-    return found
+    function: Callable[..., Any] = _resolve(path, public)
+    return function
 
 
-def _found(path: str, instead: Any) -> Any:
+def _resolve(path: str, fallback: Any) -> Any:
     names = path.split(".")
-    found: Any = torch
+    value: Any = torch
     for count, name in enumerate(names[1:], start=2):
         try:
-            found = getattr(found, name)
+            value = getattr(value, name)
         except AttributeError:
             try:
-                found = importlib.import_module(".".join(names[:count]))
+                value = importlib.import_module(".".join(names[:count]))
             except ImportError:
-                return instead
-    return found
+                return fallback
+    return value
 
 
 class Corner:
@@ -119,22 +119,25 @@ class Corner:
     def holds(self) -> bool:
         """Whether this version of torch keeps the contract."""
         if self.known is None:
-            find_out(self)
+            check_contracts(self)
         return bool(self.known)
 
-    def told(self, reason: str | None) -> None:
+    def record(self, reason: str | None) -> None:
         """Notes why the contract does not hold; None: it does."""
         if reason is not None:
             _log.warning(
-                "%s is not as torchjac expects (%s), so %s", self._here(), reason, self.instead
+                "%s is not as torchjac expects (%s), so %s",
+                self._versions(),
+                reason,
+                self.instead,
             )
         self.known = reason is None
 
     def __str__(self) -> str:
         """The corner and what runs instead, for a record."""
-        return f"{self._here()} is not as torchjac expects, so {self.instead}"
+        return f"{self._versions()} is not as torchjac expects, so {self.instead}"
 
-    def _here(self) -> str:
+    def _versions(self) -> str:
         return f"torch {torch.__version__}, Python {platform.python_version()}: {self.name}"
 
 
@@ -188,17 +191,17 @@ def checking_here() -> Iterator[None]:
         _checks.active = before
 
 
-def _in_child() -> None:
+def _reset_lock() -> None:
     """A process that was forked during a check of another thread."""
     global _lock
     _lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_reset_lock)
 
 
-def find_out(*corners: Corner) -> None:
+def check_contracts(*corners: Corner) -> None:
     """Checks contracts that were not checked yet.
 
     Where that would take a thread and none can be started (at the end of the process), nothing is
@@ -212,24 +215,24 @@ def find_out(*corners: Corner) -> None:
         def run() -> None:
             for part in unknown:
                 if part.known is None:  # not found out on the way
-                    part.told(_reason(part.check))
+                    part.record(_failure_of(part.check))
 
         with suppress(RuntimeError):
-            _apart(run)
+            _run_isolated(run)
 
 
-def reason(check: Callable[[], bool]) -> str | None:
+def contract_failure(check: Callable[[], bool]) -> str | None:
     """Why a contract does not hold; None if it does.
 
     Raises:
         RuntimeError: No thread can be started.
     """
-    found: list[str | None] = []
-    _apart(lambda: found.append(_reason(check)))
-    return found[0] if found else "its check did not end"
+    reasons: list[str | None] = []
+    _run_isolated(lambda: reasons.append(_failure_of(check)))
+    return reasons[0] if reasons else "its check did not end"
 
 
-def _reason(check: Callable[[], bool]) -> str | None:
+def _failure_of(check: Callable[[], bool]) -> str | None:
     try:
         return None if check() else "its contract does not hold"
     except Exception as error:
@@ -237,7 +240,7 @@ def _reason(check: Callable[[], bool]) -> str | None:
         return f"{type(error).__name__}: {first}"
 
 
-def _apart(run: Callable[[], None]) -> None:
+def _run_isolated(run: Callable[[], None]) -> None:
     """Runs checks where no modes, transforms and settings surround them.
 
     That is here if there are none, else a thread of its own, to which those of the caller do not
@@ -249,22 +252,22 @@ def _apart(run: Callable[[], None]) -> None:
     """
     if _checks.active:  # a check within a check
         run()
-    elif _nothing_surrounds():
+    elif _is_isolated():
         with checking_here():
             run()
     else:
-        thread = threading.Thread(target=_active, args=(run,), name="torchjac-contract")
+        thread = threading.Thread(target=_run_active, args=(run,), name="torchjac-contract")
         thread.daemon = True
         thread.start()
         thread.join()
 
 
-def _active(run: Callable[[], None]) -> None:
+def _run_active(run: Callable[[], None]) -> None:
     _checks.active = True
     run()
 
 
-def _nothing_surrounds() -> bool:
+def _is_isolated() -> bool:
     """Whether this thread is in no mode and no transform; False where torch does not tell."""
     try:
         return (

@@ -16,8 +16,8 @@ TreeSpec = private_type("torch.utils._pytree.TreeSpec")
 
 def children(spec: Any) -> list[Any]:
     """The parts of a structure (a method since torch 2.10, an attribute before)."""
-    found: list[Any] = spec.children() if hasattr(spec, "children") else spec.children_specs
-    return found
+    specs: list[Any] = spec.children() if hasattr(spec, "children") else spec.children_specs
+    return specs
 
 
 @corner("torch's pytree", "only tuples, lists and dicts are containers")

@@ -63,10 +63,10 @@ def _matmul_precision() -> Any:
     try:
         return _precision()
     except RuntimeError:
-        return tuple(getattr(backend, "fp32_precision", None) for backend in _PRECISE)
+        return tuple(getattr(backend, "fp32_precision", None) for backend in _PRECISION_BACKENDS)
 
 
-_PRECISE = (
+_PRECISION_BACKENDS = (
     torch.backends,
     torch.backends.cuda.matmul,
     torch.backends.cudnn,
@@ -95,7 +95,7 @@ _KERNELS = (
 )
 
 
-_USUAL: tuple[Any, ...] = (
+_READERS: tuple[Any, ...] = (
     is_any_autocast_enabled,
     _function_depth,
     _dispatch_depth,
@@ -109,19 +109,19 @@ _USUAL: tuple[Any, ...] = (
 )
 
 
-def usual() -> list[Any] | None:
+def plain_settings() -> list[Any] | None:
     """The same in less time; None where there is autocast, or a mode, or precisions differ."""
     try:
-        found = [f() for f in _USUAL]
+        values = [f() for f in _READERS]
     except RuntimeError:  # of `_precision`
         return None
-    return None if found[0] or found[1] else found
+    return None if values[0] or values[1] else values
 
 
-def usual_one_by_one() -> list[tuple[Any, Any]] | None:
+def plain_setting_readers() -> list[tuple[Any, Any]] | None:
     """What gives each of them, and what it gives now; None as above."""
-    found = usual()
-    return None if found is None else list(zip(_USUAL, found, strict=True))
+    values = plain_settings()
+    return None if values is None else list(zip(_READERS, values, strict=True))
 
 
 def _saved_tensor_hooks() -> Any:
@@ -217,7 +217,7 @@ def SETTINGS() -> bool:
         shown &= _function_depth() == 1 and foreign_mode() == "Mode"
     with torch.device("cpu"):
         shown &= foreign_mode() is None
-    hooks = all(isinstance(found, dict) for found in GLOBAL_HOOKS)
+    hooks = all(isinstance(hook_table, dict) for hook_table in GLOBAL_HOOKS)
     return (
         shown
         and hooks

@@ -27,15 +27,17 @@ def _plain(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype)
 @corner("Inductor's way to allocate", "torch.empty_strided allocates results")
 def ALLOCATOR() -> bool:
     """It gives tensors of the shape, strides and dtype that it is asked for."""
-    made = [_fast((2, 3), (1, 2), dtype) for dtype in (torch.float32, torch.float64, torch.int64)]
-    dtypes = [t.dtype for t in made] == [torch.float32, torch.float64, torch.int64]
-    return dtypes and all((tuple(t.shape), t.stride()) == ((2, 3), (1, 2)) for t in made)
+    tensors = [
+        _fast((2, 3), (1, 2), dtype) for dtype in (torch.float32, torch.float64, torch.int64)
+    ]
+    dtypes = [t.dtype for t in tensors] == [torch.float32, torch.float64, torch.int64]
+    return dtypes and all((tuple(t.shape), t.stride()) == ((2, 3), (1, 2)) for t in tensors)
 
 
 _lazy_clone = private("torch._lazy_clone")
 
 
-def copied_when_written(tensor: Tensor) -> Tensor:
+def lazy_copy(tensor: Tensor) -> Tensor:
     """A tensor with the same numbers, which shares memory until either is written to.
 
     Memory that torch did not allocate (NumPy's) is copied at once.

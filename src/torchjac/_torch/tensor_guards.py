@@ -14,15 +14,15 @@ from torchjac._torch.private import corner, private
 _guards = private("torch._C._dynamo.guards.TensorGuards")
 
 
-def look(*tensors: Tensor) -> Callable[..., bool] | None:
+def tensor_check(*tensors: Tensor) -> Callable[..., bool] | None:
     """A test whether others are like these, that are strided; None where there is no such test.
 
     What it does not pass may still be alike: under another mode it passes nothing.
     """
-    return _look(tensors) if TENSOR_GUARDS.known or TENSOR_GUARDS.holds() else None
+    return _tensor_check(tensors) if TENSOR_GUARDS.known or TENSOR_GUARDS.holds() else None
 
 
-def _look(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
+def _tensor_check(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     try:
         test: Callable[..., bool] = _guards(
@@ -37,8 +37,8 @@ def _look(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
 def TENSOR_GUARDS() -> bool:
     """They pass a tensor that is alike, and none that differs in anything but its numbers."""
     one = torch.zeros(2, 3, dtype=torch.float64)
-    test = _look((one,))
-    others = [
+    test = _tensor_check((one,))
+    different = [
         torch.zeros(3, 2, dtype=torch.float64),
         torch.zeros(2, 3, dtype=torch.float32),
         torch.zeros(3, 2, dtype=torch.float64).t(),
@@ -46,4 +46,4 @@ def TENSOR_GUARDS() -> bool:
         torch.zeros(2, 3, dtype=torch.float64, device="meta"),
         torch.nn.Parameter(one),
     ]
-    return test is not None and test(torch.ones_like(one)) and not any(map(test, others))
+    return test is not None and test(torch.ones_like(one)) and not any(map(test, different))

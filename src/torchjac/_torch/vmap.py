@@ -158,8 +158,8 @@ def legacy_batched_backward(
 
 def missing_rule(error: BaseException) -> str | None:
     """Name of the operation without a batching rule that an error complains of, if it does."""
-    found = re.search(r"(\w+::[\w.]+) hit the vmap fallback", str(error))
-    return found.group(1) if found else None
+    match = re.search(r"(\w+::[\w.]+) hit the vmap fallback", str(error))
+    return match.group(1) if match else None
 
 
 def public_batched_backward(
@@ -182,9 +182,9 @@ def public_batched_backward(
     if not size:  # torch.vmap takes no empty stack
         one(*(c.new_zeros(c.shape[1:]) for c in cotangents))
         none = (x.new_zeros((0, *x.shape)) for x in inputs)
-        return tuple(z if there else None for z, there in zip(none, used, strict=True))
-    found = iter(torch.vmap(one)(*cotangents))
-    return tuple(next(found) if there else None for there in used)
+        return tuple(z if is_used else None for z, is_used in zip(none, used, strict=True))
+    gradients_ = iter(torch.vmap(one)(*cotangents))
+    return tuple(next(gradients_) if is_used else None for is_used in used)
 
 
 def _load_decompositions() -> None:

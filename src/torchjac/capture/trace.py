@@ -49,7 +49,7 @@ def trace_function(call: Call, keep: Collection[Any]) -> LinearProgram:
         seeds = [observer.cotangent(o) for o in live]
         with (
             modes.passes(live),
-            tracing.numbered(_nodes(live), observer),
+            tracing.with_sequence_numbers(_nodes(live), observer),
             observer.during_backward(),
         ):
             gradients = backward(live, seeds, inputs) if live else [None] * len(inputs)
@@ -82,7 +82,7 @@ def trace_transposed(call: Call, keep: Collection[Any]) -> LinearProgram:
         seeds = [observer.cotangent(o).requires_grad_() for o in live]
         with (
             modes.passes(live),
-            tracing.numbered(_nodes(live), observer),
+            tracing.with_sequence_numbers(_nodes(live), observer),
             observer.during_backward(),
         ):
             gradients = backward(live, seeds, inputs, create_graph=True)
@@ -193,7 +193,7 @@ def trace_graph(program: EagerGraph, keep: Collection[Any]) -> LinearProgram:
         with (
             modes.passes(seeds),
             modes.recording(),
-            tracing.numbered(nodes, observer),
+            tracing.with_sequence_numbers(nodes, observer),
             observer.during_backward(),
         ):
             gradients = backward(program.outputs, seeds, program.inputs) if seeds else []
@@ -238,7 +238,7 @@ def traced(
         CaptureRefused: It cannot be traced.
     """
     try:
-        with modes.recording(), modes.random_state_kept(tensors):
+        with modes.recording(), modes.preserved_random_state(tensors):
             return tracing.trace(
                 derivative, tensors, parameters_vary=parameters_vary, keep=keep, around=around
             )

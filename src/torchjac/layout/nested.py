@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.pytree import TreeSpec, unflatten
-from torchjac._torch.storage import copied_when_written
+from torchjac._torch.storage import lazy_copy
 from torchjac.layout.sparse import csr_starts
 from torchjac.sparsity.pattern import Pattern
 
@@ -73,7 +73,7 @@ def _sparse_block(
 
         def csr(values: Tensor) -> Tensor:
             own = values if selection is None else values[selection]
-            index = copied_when_written(starts), copied_when_written(columns)
+            index = lazy_copy(starts), lazy_copy(columns)
             return torch.sparse_csr_tensor(*index, own, size, check_invariants=False)
 
         return csr
@@ -82,7 +82,7 @@ def _sparse_block(
     def coo(values: Tensor) -> Tensor:
         own = values if selection is None else values[selection]
         return torch.sparse_coo_tensor(
-            copied_when_written(index), own, size, is_coalesced=True, check_invariants=False
+            lazy_copy(index), own, size, is_coalesced=True, check_invariants=False
         )
 
     return coo

@@ -27,13 +27,13 @@ def forward(
 
     Memory is laid out as that of the fused operation: heads are next to features.
     """
-    found = _scores(query, key, is_causal, attn_mask, scale)
-    if found is None or dropout_p:
+    scores_and_masks = _scores(query, key, is_causal, attn_mask, scale)
+    if scores_and_masks is None or dropout_p:
         return NotImplemented
-    scores, _ = found
-    made = torch.softmax(scores, -1) @ value
-    laid_out = made.transpose(1, 2).contiguous().transpose(1, 2)
-    return laid_out, torch.logsumexp(scores, -1)
+    scores, _ = scores_and_masks
+    output = torch.softmax(scores, -1) @ value
+    heads_last = output.transpose(1, 2).contiguous().transpose(1, 2)
+    return heads_last, torch.logsumexp(scores, -1)
 
 
 def backward(
@@ -50,21 +50,21 @@ def backward(
     scale: float | None = None,
 ) -> Any:
     """The gradients of query, key and value."""
-    found = _scores(query, key, is_causal, attn_mask, scale)
-    if found is None or dropout_p:
+    scores_and_masks = _scores(query, key, is_causal, attn_mask, scale)
+    if scores_and_masks is None or dropout_p:
         return NotImplemented
-    scores, hidden = found
+    scores, masks = scores_and_masks
     # As the fused operation has them: the softmax itself is another one where a row of a mask holds
     # nothing but large negative numbers, of which the logarithm of their sum loses the difference.
     weights = (scores - logsumexp.unsqueeze(-1)).exp()
-    for mask in hidden:
+    for mask in masks:
         weights = torch.where(mask == -math.inf, 0.0, weights)
-    along = (grad_out * out).sum(-1, keepdim=True)
-    among = weights * (grad_out @ value.transpose(-2, -1) - along)
+    row_dot = (grad_out * out).sum(-1, keepdim=True)
+    grad_scores = weights * (grad_out @ value.transpose(-2, -1) - row_dot)
     factor = _scale(query, scale)
     return (
-        (among @ key) * factor,
-        (among.transpose(-2, -1) @ query) * factor,
+        (grad_scores @ key) * factor,
+        (grad_scores.transpose(-2, -1) @ query) * factor,
         weights.transpose(-2, -1) @ grad_out,
     )
 

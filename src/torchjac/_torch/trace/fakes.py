@@ -95,11 +95,11 @@ class FakeObserver(Observer):
         parts = index if isinstance(index, tuple) else (index,)
         if not any(map(self._is_mask, parts)):
             return index
-        found: list[Any] = []
+        indices: list[Any] = []
         with real_values():
             for part in parts:
-                found += part.nonzero().unbind(1) if self._is_mask(part) else (part,)
-        return tuple(found)
+                indices += part.nonzero().unbind(1) if self._is_mask(part) else (part,)
+        return tuple(indices)
 
     def _is_mask(self, part: Any) -> bool:
         mask = isinstance(part, Tensor) and part.dtype == torch.bool and part.ndim > 0

@@ -59,7 +59,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Called:
+class Instruction:
     """An operation that ran.
 
     Attributes:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torchjac._torch.modes import real_values
 from torchjac._torch.private import corner, private
 from torchjac._torch.trace.ir import NotRecorded
-from torchjac._torch.trace.recorder import weighted
+from torchjac._torch.trace.recorder import distinct_cotangent
 
 _sequence_number = private("torch._C._autograd._get_sequence_nr")
 _is_wrapped = private("torch._C._functorch.is_functorch_wrapped_tensor")
@@ -30,7 +30,7 @@ def next_sequence() -> int:
     return number
 
 
-class Known(Protocol):
+class TensorTracker(Protocol):
     """What the observer asks about tensors, and tells.
 
     Attributes:
@@ -59,11 +59,11 @@ class Watch(TorchFunctionMode):
         refusals: What was refused, even if a user's code went on regardless.
     """
 
-    def __init__(self, known: Known, refusals: list[NotRecorded]) -> None:
+    def __init__(self, tracker: TensorTracker, refusals: list[NotRecorded]) -> None:
         """Knows which tensors to watch."""
         super().__init__()
         self.refusals = refusals
-        self._known = known
+        self._tracker = tracker
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the call, if it may be."""
@@ -78,12 +78,12 @@ class Watch(TorchFunctionMode):
             NotRecorded: It is.
         """
         name = getattr(func, "__name__", "")
-        given = args[0] if args else None
+        first = args[0] if args else None
         if func == _SET_DATA:
             self.refuse("it assigns to .data of a tensor, which leaves no trace")
-        elif name in _HIDDEN and self.is_ours(given):
+        elif name in _HIDDEN and self.is_ours(first):
             self.refuse(f"it takes a tensor out of torch, by way of {name}")
-        elif name in _READING and self._varies(given):
+        elif name in _READING and self._varies(first):
             self.refuse(f"what it does depends on the values of its input, by way of {name}")
         elif name in _MAKING and any(
             self._varies(t) for a in args if not isinstance(a, Tensor) for t in _tensors(a)
@@ -115,14 +115,14 @@ class Watch(TorchFunctionMode):
         """Whether it is a tensor, and not one from elsewhere."""
         if not isinstance(value, Tensor):
             return False
-        return _is_wrapped(value) or self._known.knows(value)
+        return _is_wrapped(value) or self._tracker.knows(value)
 
     def _varies(self, value: Any) -> bool:
         if not isinstance(value, Tensor):
             return False
         if _is_wrapped(value):
             return True
-        return self._known.varies(value)
+        return self._tracker.varies(value)
 
 
 class Observer(Watch):
@@ -137,9 +137,9 @@ class Observer(Watch):
         aliases: What stands for a tensor, by the tensor's id; with the tensor itself.
     """
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, tracker: TensorTracker) -> None:
         """Begins with no call."""
-        super().__init__(known, [])
+        super().__init__(tracker, [])
         self.calls: list[tuple[int, int, str, int]] = []
         self.aliases: dict[int, tuple[Tensor, Tensor]] = {}
         self._writes = False
@@ -147,12 +147,12 @@ class Observer(Watch):
     def __enter__(self) -> Observer:
         """The function begins."""
         super().__enter__()  # type: ignore[no-untyped-call]
-        self._known.in_function = True
+        self._tracker.in_function = True
         return self
 
     def __exit__(self, *error: Any) -> None:
         """It has ended."""
-        self._known.in_function = False
+        self._tracker.in_function = False
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     @property
@@ -162,15 +162,15 @@ class Observer(Watch):
 
     def cotangent(self, output: Tensor) -> Tensor:
         """A tensor to begin a backward pass with."""
-        return self._known.cotangent(output)
+        return self._tracker.cotangent(output)
 
     def enter(self, number: int | None) -> None:
         """Says which autograd node runs from here on, by its sequence number."""
-        self._known.enter(number)
+        self._tracker.enter(number)
 
     def during_backward(self) -> AbstractContextManager[Any]:
         """What stands between torch and a user's code in a backward pass."""
-        return Watch(self._known, self.refusals)
+        return Watch(self._tracker, self.refusals)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the call and notes the line it came from."""
@@ -198,8 +198,12 @@ class Observer(Watch):
         if name == "__deepcopy__":  # of a tensor from elsewhere: the copy is one as well
             with real_values():
                 return func(*args, **kwargs)
-        if name == "one_hot" and len(given := [*args, *kwargs.values()]) == 2 and given[1] > 0:
-            return _one_hot(*given)
+        if (
+            name == "one_hot"
+            and len(arguments := [*args, *kwargs.values()]) == 2
+            and arguments[1] > 0
+        ):
+            return _one_hot(*arguments)
         self._writes = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
         self._writes |= name.startswith("__i") or "out" in kwargs
         args, kwargs = self._aliased(args), self._aliased(kwargs)
@@ -234,14 +238,14 @@ class Observer(Watch):
         return self.aliases[id(leaf)][0]
 
 
-class Unwatched:
+class NullObserver:
     """In the place of an `Observer` where nothing need be noted."""
 
     def __init__(self) -> None:
         """Begins with no cotangent."""
         self.cotangents: list[Tensor] = []
 
-    def __enter__(self) -> Unwatched:
+    def __enter__(self) -> NullObserver:
         """Nothing is done."""
         return self
 
@@ -250,7 +254,7 @@ class Unwatched:
 
     def cotangent(self, output: Tensor) -> Tensor:
         """A tensor to begin a backward pass with, the same as that of a recorder."""
-        self.cotangents.append(weighted(output))
+        self.cotangents.append(distinct_cotangent(output))
         return self.cotangents[-1]
 
     def enter(self, number: int | None) -> None:

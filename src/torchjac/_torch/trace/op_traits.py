@@ -26,8 +26,8 @@ _decompositions = private("torch._decomp.decomposition_table")
 
 def decompositions() -> Mapping[Any, Any]:
     """What torch says of operations in terms of others; nothing where it does not say."""
-    found: Mapping[Any, Any] = _decompositions
-    return found if DECOMPOSITIONS.known or DECOMPOSITIONS.holds() else {}
+    table: Mapping[Any, Any] = _decompositions
+    return table if DECOMPOSITIONS.known or DECOMPOSITIONS.holds() else {}
 
 
 @corner("torch's table of decompositions", "no operation is written in terms of others")
@@ -36,8 +36,8 @@ def DECOMPOSITIONS() -> bool:
 
     None of them is run: the first takes 0.3 s of imports. What they give is compared with passes.
     """
-    found = _decompositions[torch.ops.aten.tanh_backward.default]
-    return callable(found) and isinstance(_decompositions, Mapping)
+    decomposition = _decompositions[torch.ops.aten.tanh_backward.default]
+    return callable(decomposition) and isinstance(_decompositions, Mapping)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.private import private, private_type
-from torchjac._torch.trace.ir import Called, DependsOnValues, NeedsTracing, NotRecorded, Value
+from torchjac._torch.trace.ir import DependsOnValues, Instruction, NeedsTracing, NotRecorded, Value
 from torchjac._torch.trace.op_traits import (
     COPIED,
     FILLED,
@@ -59,7 +59,7 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
 
     def __init__(self, keep: Collection[Any], parameters_vary: bool):
         super().__init__()
-        self.calls: list[Called] = []
+        self.calls: list[Instruction] = []
         self.constants: list[Tensor] = []
         self.inputs: list[Value] = []
         self.cotangents: list[Tensor] = []
@@ -71,15 +71,15 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
         self._depth = 0
         self._steps: set[Value] = set()
         # By their memory, whose address is not given away while there is a reference to it.
-        self._mine: dict[int, tuple[Any, Value]] = {}
+        self._created: dict[int, tuple[Any, Value]] = {}
         self._keep = keep
         self._parameters_vary = parameters_vary
         self._values: dict[int, tuple[Any, Value]] = {}
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
-        self._elsewhere: dict[int, list[Value]] = {}
+        self._external: dict[int, list[Value]] = {}
         self._varying: set[int] = set()
-        self._kept: set[int] = set()
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._saved_memory: set[int] = set()
+        self._saved_contents: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -94,20 +94,20 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
 
     def input(self, tensor: Tensor, varies: bool = True) -> Value:
         """Makes a tensor an input."""
-        value = self._from_elsewhere(tensor, "input", len(self.inputs), varies)
+        value = self._external_value(tensor, "input", len(self.inputs), varies)
         self.inputs.append(value)
         return value
 
     def constant(self, tensor: Tensor, original: Tensor, varies: bool) -> Value:
         """Makes a tensor stand for a constant."""
-        value = self._from_elsewhere(tensor, "constant", len(self.constants), varies)
+        value = self._external_value(tensor, "constant", len(self.constants), varies)
         self.constants.append(original)
         return value
 
-    def _from_elsewhere(self, tensor: Tensor, kind: str, position: int, varies: bool) -> Value:
+    def _external_value(self, tensor: Tensor, kind: str, position: int, varies: bool) -> Value:
         memory = tensor.untyped_storage()._cdata
-        value = Value(kind, position, None, *_about(tensor), memory)
-        self._elsewhere.setdefault(memory, []).append(value)
+        value = Value(kind, position, None, *_metadata(tensor), memory)
+        self._external.setdefault(memory, []).append(value)
         value.varies = varies or memory in self._varying
         if value.varies:
             self._varying.add(memory)
@@ -128,10 +128,10 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
         No zeros: what a pass takes out of the graph must not look like one.
         """
         with _disable_current_modes():
-            made = weighted(output)
-        self.input(made)
-        self.cotangents.append(made)
-        return made
+            cotangent = distinct_cotangent(output)
+        self.input(cotangent)
+        self.cotangents.append(cotangent)
+        return cotangent
 
     def enter(self, number: int | None) -> None:
         """Says which autograd node runs from here on."""
@@ -139,19 +139,19 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
 
     def find(self, tensor: Tensor) -> Value | None:
         """The value of a tensor, if it was met."""
-        found = self._values.get(tensor._cdata)
-        return None if found is None or found[0].expired() else found[1]
+        entry = self._values.get(tensor._cdata)
+        return None if entry is None or entry[0].expired() else entry[1]
 
     def value(self, tensor: Tensor) -> Value:
         """The value of a tensor; a constant if it was not met before."""
-        found = self._values.get(tensor._cdata)
-        if found is not None and not found[0].expired():
-            return found[1]
+        entry = self._values.get(tensor._cdata)
+        if entry is not None and not entry[0].expired():
+            return entry[1]
         if tensor.layout is not torch.strided:
             raise NotRecorded("it reads a sparse tensor")
         memory = tensor.untyped_storage()._cdata
-        own = self._mine.get(memory)
-        if (own and own[1].varies) or any(memory == given.memory for given in self.inputs):
+        own = self._created.get(memory)
+        if (own and own[1].varies) or any(memory == input_.memory for input_ in self.inputs):
             raise NotRecorded("it makes a tensor out of another without an operation (a Parameter)")
         trained = tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
         return self.constant(tensor, tensor, trained and self._parameters_vary)
@@ -159,7 +159,7 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
     @property
     def wrote_elsewhere(self) -> bool:
         """Whether something wrote to a tensor from elsewhere."""
-        return bool(self._kept)
+        return bool(self._saved_memory)
 
     def restore(self) -> None:
         """Gives tensors from elsewhere that were written to their numbers back.
@@ -169,34 +169,34 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
         for generator, state in self._generators.values():
             generator.set_state(state)
         with torch.no_grad():
-            for memory, before in reversed(self._before):
+            for memory, before in reversed(self._saved_contents):
                 memory.copy_(before)
-        self._before.clear()
+        self._saved_contents.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and notes it."""
         watched = self.in_function and not self._depth
-        given = (*args, *(kwargs or {}).values())
+        arguments = (*args, *(kwargs or {}).values())
         self._depth += 1
         try:
             with _DisableTorchFunction():  # what happens inside is not the user's doing
-                made = self._ran(func, args, kwargs or {})
+                result = self._run(func, args, kwargs or {})
         except (DependsOnValues, NotRecorded, NeedsTracing) as refusal:
             self.refusals.append(refusal)
             raise
         finally:
             self._depth -= 1
         if watched:
-            self._watch(given, made)
-        return made
+            self._record_stops(arguments, result)
+        return result
 
-    def _watch(self, given: Sequence[Any], made: Any) -> None:
+    def _record_stops(self, arguments: Sequence[Any], result: Any) -> None:
         """Notes where numbers that vary go on without a gradient."""
-        carried = [t for t in _tensors(given) if self._is_carrier(t)]
+        carried = [t for t in _tensors(arguments) if self._is_carrier(t)]
         if not (torch.is_grad_enabled() and all(t.requires_grad for t in carried)):
             self.stops_gradients |= bool(carried)
         if not carried:
-            self._steps.update(self.value(t) for t in _tensors((made,)) if self.knows(t))
+            self._steps.update(self.value(t) for t in _tensors((result,)) if self.knows(t))
 
     def _is_carrier(self, tensor: Tensor) -> bool:
         """Whether a tensor has numbers that vary, and not in steps as a comparison does."""
@@ -206,7 +206,7 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
             return False
         return value.kind != "input" or tensor.requires_grad
 
-    def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(func, OpOverload):
             if str(func) not in UNROLLED:
                 raise NeedsTracing(str(func))
@@ -217,38 +217,40 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
             raise NotRecorded(f"{func} changes what a tensor is")
         if traits.is_composite:
             with self:
-                made = func.decompose(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if func in WRITTEN_OUT:
             with self:
-                made = WRITTEN_OUT[func](*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+                result = WRITTEN_OUT[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         decompose = decomposition(func)
         if decompose is not None and func not in self._keep:
             with self:
                 return decompose(*args, **kwargs)
         if traits.is_indexing:
             args = self._with_positions(func, args)
-        return self._noted(func, traits, args, kwargs)
+        return self._record(func, traits, args, kwargs)
 
-    def _noted(
+    def _record(
         self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         values: list[Value] = []
-        noted = tuple([self._note(a, values) for a in args])
-        named = {k: self._note(a, values) for k, a in kwargs.items()} if kwargs else kwargs
-        drawn = self._drawn_from(args, kwargs) if traits.is_random else None
+        recorded_args = tuple([self._values_for(a, values) for a in args])
+        recorded_kwargs = (
+            {k: self._values_for(a, values) for k, a in kwargs.items()} if kwargs else kwargs
+        )
+        generator_state = self._generator_state(args, kwargs) if traits.is_random else None
         varies = traits.is_random or any([v.base.varies for v in values])
         if func in FILLED and not traits.is_random:  # only the shape is taken
             varies = False
         if traits.decides and varies:
             raise DependsOnValues(func._schema.name.removeprefix("aten::"))
-        written = self._written(traits, args, kwargs, varies) if traits.written else ()
+        written = self._mark_written(traits, args, kwargs, varies) if traits.written else ()
         for position in traits.silent:
             if args[position] is not None:
-                self._keep_memory(args[position])
+                self._save_memory(args[position])
         try:
             out = func(*args, **kwargs)
         except Exception as error:  # a function that catches it goes on as it would not elsewhere
@@ -264,18 +266,27 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
         if results is not None:
             single = isinstance(out, Tensor)
             self.calls.append(
-                Called(func, noted, named, results, single, written, self.number, drawn)
+                Instruction(
+                    func,
+                    recorded_args,
+                    recorded_kwargs,
+                    results,
+                    single,
+                    written,
+                    self.number,
+                    generator_state,
+                )
             )
         return out
 
-    def _drawn_from(
+    def _generator_state(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[torch.Generator, Tensor]:
         """The generator that a random operation draws from, and where it stands."""
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
-        generator = given[0] if given else torch.default_generator
+        generators = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
+        generator = generators[0] if generators else torch.default_generator
         state = generator.get_state()
-        if given:
+        if generators:
             self._generators.setdefault(id(generator), (generator, state))
         return generator, state
 
@@ -294,17 +305,17 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
                 continue
             if part.layout is not torch.strided:
                 raise NotRecorded("it makes a sparse tensor")
-            value = Value("made", position, None if single else item, *_about(part))
-            before = self._values.get(part._cdata)
-            if before is not None and not before[0].expired():
-                value.base = before[1].base  # it is one of the arguments, written to
+            value = Value("made", position, None if single else item, *_metadata(part))
+            known = self._values.get(part._cdata)
+            if known is not None and not known[0].expired():
+                value.base = known[1].base  # it is one of the arguments, written to
             elif base is not None:
                 value.base = base
             else:
                 value.varies = varies
                 memory = part.untyped_storage()
-                kept = _StorageWeakRef(memory)
-                self._mine[memory._cdata] = kept, value
+                reference = _StorageWeakRef(memory)
+                self._created[memory._cdata] = reference, value
             results.append(self._enter(part, value))
         return tuple(results)
 
@@ -312,48 +323,48 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
         self._values[tensor._cdata] = (_WeakTensorRef(tensor), value)
         return value
 
-    def _note(self, argument: Any, values: list[Value]) -> Any:
+    def _values_for(self, argument: Any, values: list[Value]) -> Any:
         """An argument with values in the places of tensors."""
         if isinstance(argument, Tensor):
             value = self.value(argument)
             values.append(value)
             return value
         if isinstance(argument, (list, tuple)):
-            return [self._note(a, values) for a in argument]
+            return [self._values_for(a, values) for a in argument]
         return argument
 
-    def _written(
+    def _mark_written(
         self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], varies: bool
     ) -> tuple[Value, ...]:
         """Prepares for a write: what is written to varies as what is written does."""
-        found: list[Any] = []
+        targets: list[Any] = []
         for position, name in traits.written:
-            given = args[position] if position < len(args) else kwargs.get(name)
-            found += given if isinstance(given, (list, tuple)) else [given]
+            argument = args[position] if position < len(args) else kwargs.get(name)
+            targets += argument if isinstance(argument, (list, tuple)) else [argument]
         bases = []
-        for tensor in found:
+        for tensor in targets:
             if tensor is None:
                 continue
             base = self.value(tensor).base
             if base.kind != "made" and not base.written:
-                self._keep_memory(tensor)
+                self._save_memory(tensor)
             base.written = True
             if varies and base.kind != "made" and base.memory not in self._varying:
                 self._varying.add(base.memory)
-                for other in self._elsewhere[base.memory]:  # others that share it
+                for other in self._external[base.memory]:  # others that share it
                     other.varies = True
             base.varies |= varies
             bases.append(base)
         return tuple(bases)
 
-    def _keep_memory(self, tensor: Tensor) -> None:
+    def _save_memory(self, tensor: Tensor) -> None:
         """Notes the numbers of a tensor from elsewhere, all that share its memory included."""
         storage = tensor.untyped_storage()
-        if storage._cdata in self._kept:
+        if storage._cdata in self._saved_memory:
             return
-        self._kept.add(storage._cdata)
+        self._saved_memory.add(storage._cdata)
         memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        self._before.append((memory, memory.clone()))
+        self._saved_contents.append((memory, memory.clone()))
 
     def _with_positions(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Known masks among indices written as positions: the result's shape is then known too."""
@@ -365,12 +376,12 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
             if func is INDEX:
                 raise DependsOnValues("a boolean mask as an index")
             return args
-        found: list[Any] = []
+        positions: list[Any] = []
         with self:
             for part in indices:
                 is_mask = isinstance(part, Tensor) and part.dtype in _MASKS
-                found += part.nonzero().unbind(1) if is_mask else (part,)
-        return (args[0], found, *args[2:])
+                positions += part.nonzero().unbind(1) if is_mask else (part,)
+        return (args[0], positions, *args[2:])
 
 
 _MASKS = (torch.bool, torch.uint8)
@@ -378,16 +389,16 @@ _MASKS = (torch.bool, torch.uint8)
 
 def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
     """All tensors in arguments."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
-            found.append(argument)
+            tensors.append(argument)
         elif isinstance(argument, (list, tuple)):
-            found += _tensors(argument)
-    return found
+            tensors += _tensors(argument)
+    return tensors
 
 
-def weighted(output: Tensor) -> Tensor:
+def distinct_cotangent(output: Tensor) -> Tensor:
     """A cotangent that tells elements apart; none of it is zero."""
     with torch.no_grad():
         return torch.linspace(
@@ -395,5 +406,5 @@ def weighted(output: Tensor) -> Tensor:
         ).reshape(output.shape)
 
 
-def _about(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:
+def _metadata(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

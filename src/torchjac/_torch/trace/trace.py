@@ -15,11 +15,11 @@ from torch import Tensor, fx
 from torchjac._torch import modes
 from torchjac._torch.autograd import ENGINE, NODES
 from torchjac._torch.modes import MODES
-from torchjac._torch.private import corner, find_out, private_type
+from torchjac._torch.private import check_contracts, corner, private_type
 from torchjac._torch.state import SETTINGS
 from torchjac._torch.trace import proxies
 from torchjac._torch.trace.ir import DependsOnValues, NeedsTracing, NotRecorded
-from torchjac._torch.trace.observer import OBSERVING, Observer, Unwatched, next_sequence
+from torchjac._torch.trace.observer import OBSERVING, NullObserver, Observer, next_sequence
 from torchjac._torch.trace.op_traits import (
     DECOMPOSITIONS,
     HigherOrderOperator,
@@ -31,9 +31,9 @@ from torchjac._torch.trace.recording import (
     LAZY_GRAPHS,
     Recording,
     agree,
-    functional,
+    finish_recording,
+    functionalize,
     graph_of,
-    recorded,
     rerun,
 )
 from torchjac._torch.vmap import TRANSFORMS
@@ -81,22 +81,22 @@ def trace(
         DependsOnValues: Values decide what is done next (one of `DATA_DEPENDENT`).
         NotRecorded: Something happened that a graph cannot say (one of `UNSUPPORTED`).
     """
-    if not all(part.known for part in _NEEDED):
-        find_out(*_NEEDED, DECOMPOSITIONS, LAZY_GRAPHS)
-        for part in _NEEDED:
+    if not all(part.known for part in _CORNERS):
+        check_contracts(*_CORNERS, DECOMPOSITIONS, LAZY_GRAPHS)
+        for part in _CORNERS:
             if not part.holds():
                 raise NotRecorded(str(part))
     # One at a time: warning filters and random states belong to the whole process. (Not for ever: a
     # function may wait for a thread that traces too.)
-    locked = _ONE.acquire(timeout=_PATIENCE)
+    locked = _TRACE_LOCK.acquire(timeout=_LOCK_TIMEOUT)
     try:
-        module, observer = _recorded(function, tensors, parameters_vary, keep, around)
+        module, observer = _record(function, tensors, parameters_vary, keep, around)
     except NeedsTracing:
         with around():
-            module, observer = proxies.traced(function, tensors, parameters_vary, keep)
+            module, observer = proxies.trace_with_proxies(function, tensors, parameters_vary, keep)
     finally:
         if locked:
-            _ONE.release()
+            _TRACE_LOCK.release()
     return module, _lines(observer)
 
 
@@ -106,7 +106,7 @@ def RECORDING() -> bool:
     x = torch.linspace(1.0, 2.0, 3, dtype=torch.float64)
     outside = torch.ones(3, dtype=torch.float64)
     recorder = Recorder((), parameters_vary=False)
-    taken = recorder.input(x)
+    input_ = recorder.input(x)
     with recorder:
         y = torch.mul(x.sin(), outside)
         view = y[1:]
@@ -116,7 +116,7 @@ def RECORDING() -> bool:
     first, *_, last = recorder.calls
     return (
         names == ["aten.sin.default", "aten.mul.Tensor", "aten.slice.Tensor", "aten.add_.Tensor"]
-        and first.args == (taken,)
+        and first.args == (input_,)
         and recorder.calls[1].args[0] is first.results[0]
         and recorder.value(view).base is recorder.value(y).base
         and last.written == (recorder.value(y).base,)
@@ -126,12 +126,12 @@ def RECORDING() -> bool:
 
 
 # The corners of torch that a trace, and the guards that say whether it still holds, rely on.
-_NEEDED = (ENGINE, NODES, MODES, SETTINGS, TRANSFORMS, RECORDING, OBSERVING)
-_ONE = threading.RLock()
-_PATIENCE = 10.0
+_CORNERS = (ENGINE, NODES, MODES, SETTINGS, TRANSFORMS, RECORDING, OBSERVING)
+_TRACE_LOCK = threading.RLock()
+_LOCK_TIMEOUT = 10.0
 
 
-def _recorded(
+def _record(
     function: Callable[..., Any],
     tensors: Sequence[Tensor],
     parameters_vary: bool,
@@ -139,31 +139,31 @@ def _recorded(
     around: Callable[[], AbstractContextManager[None]],
 ) -> tuple[fx.GraphModule, Observer]:
     """By noting what runs, on the tensors themselves."""
-    rewind = modes.random_states(tensors)
+    rewind = modes.save_random_states(tensors)
     try:
         with around():
-            first = _ran(function, tensors, Recorder(keep, parameters_vary))
+            first = _run_recorded(function, tensors, Recorder(keep, parameters_vary))
     except _Failed as failed:
         raise failed.error from None
-    found = recorded(first.recorder, first.outputs)
+    recording = finish_recording(first.recorder, first.outputs)
 
-    def again(given: Sequence[Tensor]) -> _Run:
+    def rerun_at(arguments: Sequence[Tensor]) -> _Run:
         rewind()
         with around():
             if first.recorder.wrote_elsewhere:  # it has to be put back
-                return _ran(function, given, Recorder(keep, parameters_vary))
-            return _ran_plainly(function, given, first.recorder)
+                return _run_recorded(function, arguments, Recorder(keep, parameters_vary))
+            return _run_unrecorded(function, arguments, first.recorder)
 
     if not any(t.is_meta for t in tensors):
         reason = "what it does depends on its input in a way that cannot be seen"
-        _check(found, _another(again, tensors) or first, reason)
-    if found.writes:
-        found = functional(found, first.given, keep)
-        if not found.is_random:  # random numbers come in another order there
-            _check(found, first, "what it writes in place cannot be rewritten")
+        _check(recording, _run_elsewhere(rerun_at, tensors) or first, reason)
+    if recording.writes:
+        recording = functionalize(recording, first.arguments, keep)
+        if not recording.is_random:  # random numbers come in another order there
+            _check(recording, first, "what it writes in place cannot be rewritten")
     originals = first.observer.originals
-    constants = tuple(originals.get(id(c), c) for c in found.constants)
-    module = graph_of(replace(found, constants=constants))
+    constants = tuple(originals.get(id(c), c) for c in recording.constants)
+    module = graph_of(replace(recording, constants=constants))
     module.meta[WRITES] = first.recorder.wrote_elsewhere
     module.meta[STOPS] = first.recorder.stops_gradients
     module.meta[DRAWS] = any(c.drawn_from is not None for c in first.recorder.calls)
@@ -178,9 +178,11 @@ STOPS = "stops"
 DRAWS = "draws"
 
 
-def _another(run: Callable[[Sequence[Tensor]], _Run], tensors: Sequence[Tensor]) -> _Run | None:
+def _run_elsewhere(
+    run: Callable[[Sequence[Tensor]], _Run], tensors: Sequence[Tensor]
+) -> _Run | None:
     """An evaluation at another point; None if the function fails wherever it is tried."""
-    for point in (_elsewhere, _near):
+    for point in (_distant_point, _near_point):
         with suppress(_Failed):  # it need not be defined there
             return run([point(t) for t in tensors])
     return None
@@ -199,13 +201,15 @@ class _Failed(Exception):
 class _Run:
     """One evaluation: the arguments with the cotangents, and what came out."""
 
-    given: tuple[Tensor, ...]
+    arguments: tuple[Tensor, ...]
     outputs: Sequence[Tensor | None]
     recorder: Recorder
     observer: Observer
 
 
-def _ran(function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Recorder) -> _Run:
+def _run_recorded(
+    function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Recorder
+) -> _Run:
     observer = Observer(recorder)
     for tensor in tensors:
         recorder.input(tensor)
@@ -224,11 +228,11 @@ def _ran(function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Reco
     return _Run((*tensors, *recorder.cotangents), outputs, recorder, observer)
 
 
-def _ran_plainly(
+def _run_unrecorded(
     function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Recorder
 ) -> _Run:
     """As `_ran`, but nothing is noted."""
-    observer = Unwatched()
+    observer = NullObserver()
     try:
         with warnings.catch_warnings(), proxies.uncompiled():
             warnings.simplefilter("ignore")
@@ -250,13 +254,13 @@ def _check(recording: Recording, run: _Run, reason: str) -> None:
     Raises:
         NotRecorded: Something else came out than for the function.
     """
-    again = rerun(recording, run.given)
+    again = rerun(recording, run.arguments)
     run.recorder.restore()
     if not agree(run.outputs, again):
         raise NotRecorded(reason)
 
 
-def _elsewhere(tensor: Tensor) -> Tensor:
+def _distant_point(tensor: Tensor) -> Tensor:
     """Another point in the range of this one: what was frozen at the one does not hold there."""
     if not tensor.numel() or 0 in tensor.stride():
         return tensor.detach().clone()
@@ -265,27 +269,29 @@ def _elsewhere(tensor: Tensor) -> Tensor:
     weight = 0.2 + 0.6 * weight.to(tensor.dtype)
     flat = tensor.detach().reshape(-1)
     other = flat.roll(flat.numel() // 3 + 1).reshape(tensor.shape)
-    made = torch.lerp(tensor.detach(), other, weight) * (0.9 + 0.2 * weight)
-    if not made.is_complex() and bool((tensor < 0).any() & (tensor > 0).any()):
-        made = torch.where(weight.flip(0) > 0.5, made, -made) if made.ndim else -made
-    return torch.empty_like(tensor).copy_(made)
+    point = torch.lerp(tensor.detach(), other, weight) * (0.9 + 0.2 * weight)
+    if not point.is_complex() and bool((tensor < 0).any() & (tensor > 0).any()):
+        point = torch.where(weight.flip(0) > 0.5, point, -point) if point.ndim else -point
+    return torch.empty_like(tensor).copy_(point)
 
 
-def _near(tensor: Tensor) -> Tensor:
+def _near_point(tensor: Tensor) -> Tensor:
     """A point next to this one: what is defined here is defined there, most often."""
     return tensor.detach() * 0.999
 
 
 def _lines(observer: Observer) -> dict[int, str]:
-    found: dict[int, str] = {}
+    lines: dict[int, str] = {}
     for start, stop, file, line in observer.calls:
         for number in range(start, stop):
-            found.setdefault(number, f"{file}:{line}")
-    return found
+            lines.setdefault(number, f"{file}:{line}")
+    return lines
 
 
 @contextmanager
-def numbered(nodes: Iterable[Any], observer: Observer | Unwatched) -> Iterator[None]:
+def with_sequence_numbers(
+    nodes: Iterable[Any], observer: Observer | NullObserver
+) -> Iterator[None]:
     """Traced operations carry the sequence number of the autograd node that ran them."""
     handles = []
     for node in nodes if isinstance(observer, Observer) else ():
@@ -324,7 +330,7 @@ __all__ = [
     "OpOverloadPacket",
     "is_random",
     "next_sequence",
-    "numbered",
     "sequence_of",
     "trace",
+    "with_sequence_numbers",
 ]

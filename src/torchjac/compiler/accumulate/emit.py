@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.trace.recorder import Recorder
-from torchjac._torch.trace.recording import recorded
+from torchjac._torch.trace.recording import finish_recording
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.accumulate import scatter_entries as write
 from torchjac.compiler.accumulate.adjoint import Adjoint
@@ -70,7 +70,7 @@ def emit(
             for x in terms
             if not any(recorder.varies(factor) for factor in x.factors)
         )
-    recording = folded(recorded(recorder, [*parts, probe]))
+    recording = folded(finish_recording(recorder, [*parts, probe]))
     module, constants = executable(recording)
     whole = sum(math.prod(x.loop) for x in terms)
     about = target.mode, (fixed, whole), sweep.waists

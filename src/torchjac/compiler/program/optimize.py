@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.operators import aten, known
-from torchjac._torch.trace.ir import Called, Value
+from torchjac._torch.trace.ir import Instruction, Value
 from torchjac._torch.trace.op_traits import SAME
-from torchjac._torch.trace.recording import Recording, mapped, used_constants, values_in
+from torchjac._torch.trace.recording import Recording, map_values, used_constants, values_in
 from torchjac.compiler.program.cost import work_of_call
 from torchjac.compiler.program.peephole import fused
 from torchjac.ops import Fact, having
@@ -40,16 +40,16 @@ def folded(recording: Recording) -> Recording:
     for call in recording.calls:
         there = all(v.kind == "constant" or id(v) in tensors for v in _arguments(call))
         if there and _is_fixed(call):
-            given = mapped(list(call.args), tensor)
-            named = {k: mapped(a, tensor) for k, a in call.kwargs.items()}
+            given = map_values(list(call.args), tensor)
+            named = {k: map_values(a, tensor) for k, a in call.kwargs.items()}
             found = call.operation(*given, **named)
             parts = (found,) if call.is_single else found
             for value, part in zip(call.results, parts, strict=True):
                 if value is not None:
                     tensors[id(value)] = part
             continue
-        args = tuple(mapped(list(call.args), again))
-        kwargs = {k: mapped(a, again) for k, a in call.kwargs.items()}
+        args = tuple(map_values(list(call.args), again))
+        kwargs = {k: map_values(a, again) for k, a in call.kwargs.items()}
         calls.append(replace(call, args=args, kwargs=kwargs))
     outputs = tuple(None if v is None else again(v) for v in recording.outputs)
     made_of = Recording(recording.inputs, (), tuple(calls), outputs)
@@ -65,7 +65,7 @@ def _constants_of(recording: Recording) -> list[int]:
     return sorted({*used_constants(recording), *returned})
 
 
-def _is_fixed(call: Called) -> bool:
+def _is_fixed(call: Instruction) -> bool:
     """Whether a call gives the same whenever it runs."""
     values = [*_arguments(call), *(v for v in call.results if v is not None)]
     bases = [v.base for v in values]
@@ -76,7 +76,7 @@ def _is_fixed(call: Called) -> bool:
     )
 
 
-def _arguments(call: Called) -> list[Value]:
+def _arguments(call: Instruction) -> list[Value]:
     return values_in((*call.args, *call.kwargs.values()))
 
 
@@ -139,8 +139,8 @@ def _graph(
         operation, args, kwargs = call.operation, call.args, call.kwargs
         if views is not None:
             operation, args, kwargs = views.target(call)
-        args = tuple(mapped(list(args), node_of))
-        kwargs = {k: mapped(a, node_of) for k, a in kwargs.items()}
+        args = tuple(map_values(list(args), node_of))
+        kwargs = {k: map_values(a, node_of) for k, a in kwargs.items()}
         key = f"{operation} {args} {kwargs}"
         values = [*_arguments(call), *(v for v in call.results if v is not None)]
         written = any(v.base.written for v in values)
@@ -168,7 +168,7 @@ def _graph(
     return graph, constants
 
 
-def _results(graph: fx.Graph, node: fx.Node, call: Called, nodes: dict[int, fx.Node]) -> None:
+def _results(graph: fx.Graph, node: fx.Node, call: Instruction, nodes: dict[int, fx.Node]) -> None:
     if call.is_single:
         (result,) = call.results
         assert result is not None
@@ -180,7 +180,7 @@ def _results(graph: fx.Graph, node: fx.Node, call: Called, nodes: dict[int, fx.N
             nodes[id(part)] = graph.call_function(operator.getitem, (node, item))
 
 
-def _changes_nothing(call: Called) -> bool:
+def _changes_nothing(call: Instruction) -> bool:
     """Whether the result is the first argument."""
     if call.operation in SAME:
         return True
@@ -197,13 +197,13 @@ class _Views:
     def __init__(self) -> None:
         self._roots: dict[int, tuple[Value, int]] = {}
 
-    def same(self, call: Called) -> None:
+    def same(self, call: Instruction) -> None:
         """Notes that the result of a call is its argument."""
         given, (result,) = call.args[0], call.results
         if id(given) in self._roots:
             self._roots[id(result)] = self._roots[id(given)]
 
-    def target(self, call: Called) -> tuple[Any, Any, Any]:
+    def target(self, call: Instruction) -> tuple[Any, Any, Any]:
         """What to run in the place of a call: a view of a view is a view of the first."""
         unchanged = call.operation, call.args, call.kwargs
         if call.operation not in _VIEWS or call.kwargs:
@@ -225,7 +225,7 @@ class _Views:
         return aten.as_strided.default, (root, *about, *place), {}
 
 
-def _offset(call: Called) -> int:
+def _offset(call: Instruction) -> int:
     """How many elements after those of its argument a view begins."""
     given, rest = call.args[0], call.args[1:]
     if call.operation is aten.select.int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.trace.recorder import Recorder
-from torchjac._torch.trace.recording import Recording, recorded
+from torchjac._torch.trace.recording import Recording, finish_recording
 from torchjac.compiler.program.optimize import folded
 
 
@@ -33,4 +33,4 @@ def recording_of(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Recording:
         recorder.input(tensor)
     with torch.no_grad(), recorder:
         made = module(*inputs)
-    return folded(recorded(recorder, list(made)))
+    return folded(finish_recording(recorder, list(made)))

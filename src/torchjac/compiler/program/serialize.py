@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.operators import aten
-from torchjac._torch.trace.ir import Called, Value
+from torchjac._torch.trace.ir import Instruction, Value
 from torchjac._torch.trace.op_traits import OpOverload, traits_of
 from torchjac._torch.trace.recording import Recording, values_in
 
@@ -90,7 +90,7 @@ def restored(about: dict[str, Any], constants: Sequence[Tensor]) -> Recording:
         for value, entry in zip(values, about["values"], strict=True):
             value.base = values[entry["base"]]
         calls = tuple(
-            Called(
+            Instruction(
                 _operation(c["operation"]),
                 tuple(_read(a, values) for a in c["args"]),
                 {k: _read(a, values) for k, a in c["kwargs"].items()},
@@ -122,7 +122,7 @@ def restored(about: dict[str, Any], constants: Sequence[Tensor]) -> Recording:
 _UNCHECKED = frozenset({"_reshape_alias", "_unsafe_index", "_unsafe_index_put", "_make_dual"})
 
 
-def _check(call: Called) -> None:
+def _check(call: Instruction) -> None:
     """Refuses operations that could write to what is not their own, or beyond its memory."""
     traits = traits_of(call.operation)
     name = call.operation._schema.name.split("::")[1]
