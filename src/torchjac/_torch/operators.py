@@ -41,7 +41,7 @@ class Namespace:
         packet = getattr(getattr(torch.ops, self._name), operator, None)
         name = f"{self._name}.{operator}"
         value = MissingOperator(name) if packet is None else _Packet(name, packet)
-        setattr(self, operator, value)  # found at once from now on
+        setattr(self, operator, value)  # cached
         return value
 
 

@@ -1,7 +1,7 @@
-"""Attention of the CPU's fused kernel, written out in matrix products and a softmax.
+"""The CPU's fused attention kernel, decomposed into matrix products and a softmax.
 
-The fused operations have no rule that multiplies them out, and their backward has no batching rule.
-torch takes them for inputs of four axes, and since 2.14 for those of three as well.
+The fused operations have no derivative rule, and their backward has no batching rule. torch calls
+them for inputs of four axes, and since 2.14 for inputs of three.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def forward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Any:
-    """The output, and the logarithms of the sums of exponentials.
+    """The output, and the log-sum-exp of the scores.
 
-    Memory is laid out as that of the fused operation: heads are next to features.
+    Strides are those of the fused operation: heads are next to features.
     """
     scores_and_masks = _scores(query, key, is_causal, attn_mask, scale)
     if scores_and_masks is None or dropout_p:
@@ -54,8 +54,8 @@ def backward(
     if scores_and_masks is None or dropout_p:
         return NotImplemented
     scores, masks = scores_and_masks
-    # As the fused operation has them: the softmax itself is another one where a row of a mask holds
-    # nothing but large negative numbers, of which the logarithm of their sum loses the difference.
+    # As in the fused operation. A softmax would differ where a row of a mask holds large negative
+    # numbers only, as log-sum-exp rounds their differences away.
     weights = (scores - logsumexp.unsqueeze(-1)).exp()
     for mask in masks:
         weights = torch.where(mask == -math.inf, 0.0, weights)
@@ -72,10 +72,10 @@ def backward(
 def _scores(
     query: Tensor, key: Tensor, is_causal: bool, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, list[Tensor]] | None:
-    """Scores of queries and keys, and the masks that were added.
+    """Scores of queries and keys, and the masks that they contain.
 
-    None where heads share keys, the mask has another dtype, or numbers are of half precision: the
-    fused operation sums these in single precision.
+    None if heads share keys, if the mask has another dtype, or in half precision, which the fused
+    operation sums in single precision.
     """
     if query.dtype not in (torch.float32, torch.float64) or query.shape[:-2] != key.shape[:-2]:
         return None

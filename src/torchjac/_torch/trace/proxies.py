@@ -1,4 +1,4 @@
-"""Torch's own tracer: slower than noting what runs, but it knows control flow operators."""
+"""torch's own tracer: slower than the recorder, but with support of control flow operators."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _pytree = private("torch.utils._pytree")
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Within it functions that torch.compile compiled run as they are written."""
+    """A context in which functions of torch.compile run eagerly."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -44,25 +44,25 @@ def trace_with_proxies(
     """Runs a function of tensors under torch's own tracer.
 
     Args:
-        function: As for `tracing.trace`.
+        function: The function, as for `trace.trace`.
         tensors: Arguments; each becomes a placeholder.
-        fake: Whether to run on fake tensors, which have shapes but no values, so that control
-            flow that depends on values raises instead of being frozen.
+        fake: Whether to run on fake tensors, which have shapes but no values. Control flow that
+            depends on values then raises, and is not frozen.
         keep: Operations not to decompose.
 
     Returns:
-        The graph, functional, and what was observed.
+        The functional graph, and the observer.
 
     Raises:
-        NotRecorded: The graph cannot be read, or does not stand for the function.
+        NotRecorded: The graph does not represent the function, or torchjac cannot read it.
     """
     if not TRACER.holds():
         raise NotRecorded(f"{TRACER}")
     observer = FakeObserver()
     with warnings.catch_warnings(), _preserve_node_meta(), ExitStack() as stack:
-        warnings.simplefilter("ignore")  # torch's notes on its own tracing
+        warnings.simplefilter("ignore")  # torch warns about its own code
         if fake:
-            # Without symbolic shapes: what depends on values raises at once.
+            # Without symbolic shapes, a dependence on values raises at once.
             mode = _FakeTensorMode(allow_non_fake_inputs=True)
             tensors = [mode.from_tensor(t) for t in tensors]
             stack.enter_context(mode)
@@ -76,9 +76,9 @@ def trace_with_proxies(
 
 
 def _tracer(keep: Collection[Any]) -> Any:
-    """What `make_fx` makes, but for an import of Inductor to read one of its settings.
+    """The tracer of `make_fx`, without its import of Inductor for a single setting.
 
-    "real" means that it takes the tensors as they come: fake ones stay fake.
+    The mode "real" uses the tensors as they are: fake tensors stay fake.
     """
     table = decompositions(frozenset(keep))
     return _MakefxTracer(
@@ -93,7 +93,7 @@ def _tracer(keep: Collection[Any]) -> Any:
 
 
 def unreadable_reason(module: fx.GraphModule) -> str | None:
-    """Why a graph does not stand for its function, or cannot be read; None if it does and can."""
+    """The reason why a graph does not represent its function, or is unsupported; else None."""
     for node in module.graph.nodes:
         operation = node.target
         decides = torch.Tag.data_dependent_output
@@ -114,9 +114,9 @@ def unreadable_reason(module: fx.GraphModule) -> str | None:
 
 
 def _functionalize(module: fx.GraphModule) -> fx.GraphModule:
-    """The same computation without in-place operations; the module itself if it has none.
+    """The graph without in-place operations.
 
-    Constants are inputs while it is rewritten, so that writes to them are rewritten too.
+    Constants are inputs during the rewrite, so that writes to constants are rewritten too.
     """
     if not any(_mutates(node) for node in module.graph.nodes):
         return module
@@ -146,20 +146,20 @@ def _functionalize(module: fx.GraphModule) -> fx.GraphModule:
 
 
 class _Lifted(fx.Interpreter):
-    """Runs a graph with other values for its constants."""
+    """An interpreter of a graph with its constants replaced."""
 
     def __init__(self, module: fx.GraphModule, lifted: dict[str, Tensor]):
         super().__init__(module)
         self._lifted = lifted
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The other value, if there is one."""
+        """The replacement of a constant, or the constant itself."""
         value = self._lifted.get(target)
         return super().get_attr(target, args, kwargs) if value is None else value
 
 
 def _with_constants(module: fx.GraphModule, constants: Mapping[str, Tensor]) -> fx.GraphModule:
-    """Puts constants in the places of the last inputs; nothing is written back to inputs."""
+    """Replaces the last inputs of a graph by constants, and drops write-backs to inputs."""
     graph = module.graph
     for node in reversed(graph.nodes):
         if node.target is aten.copy_.default and not node.users:
@@ -182,7 +182,7 @@ def _constants(module: fx.GraphModule) -> list[str]:
 
 
 def _written_constants(module: fx.GraphModule) -> list[str]:
-    """Names of the constants that in-place operations write to, through views as well."""
+    """Names of the constants that in-place operations write to, also through views."""
     names: dict[str, None] = {}
     for node in module.graph.nodes:
         if not _mutates(node):
@@ -218,10 +218,9 @@ def _mutates(node: fx.Node) -> bool:
 
 @lru_cache(maxsize=4)
 def decompositions(keep: frozenset[Any]) -> Mapping[Any, Callable[..., Any]]:
-    """Decompositions of backward operations, but for those to keep.
+    """Decompositions of backward operations, except those to keep.
 
-    Only of backward operations: they are where derivatives live, and every operation that is
-    decomposed costs milliseconds of tracing.
+    All other operations stay whole: each decomposition costs milliseconds of tracing.
     """
     return {
         op: decompose
@@ -235,7 +234,7 @@ def decompositions(keep: frozenset[Any]) -> Mapping[Any, Callable[..., Any]]:
 
 @corner("torch's own tracer", "functions with control flow operators are not planned")
 def TRACER() -> bool:
-    """It writes operations down on fake tensors, each with a value that has a shape."""
+    """The tracer records operations on fake tensors, each with a value that has a shape."""
     mode = _FakeTensorMode(allow_non_fake_inputs=True)
     with mode, _preserve_node_meta():
         argument = mode.from_tensor(torch.ones(3))

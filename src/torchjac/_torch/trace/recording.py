@@ -1,4 +1,4 @@
-"""From operations that were written down to a functional graph of them."""
+"""Recordings: a list of operations, made functional, and turned into a graph."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from torchjac._torch.trace.recorder import Recorder
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Operations that led from inputs to outputs.
+    """The operations from inputs to outputs.
 
     Attributes:
         inputs: Values of the inputs.
-        constants: Tensors from elsewhere.
-        calls: Operations, in order; those that the outputs do not need are left out.
-        outputs: Values, or None, in the places of the outputs.
+        constants: External tensors.
+        calls: Operations in order, without those that no output needs.
+        outputs: For each output its value, or None.
     """
 
     inputs: tuple[Value, ...]
@@ -41,15 +41,15 @@ class Recording:
 
     @property
     def writes(self) -> bool:
-        """Whether an operation writes to a tensor that is needed."""
+        """Whether an operation writes to a tensor in place."""
         return any(call.written for call in self.calls)
 
 
 def finish_recording(recorder: Recorder, outputs: Sequence[Tensor | None]) -> Recording:
-    """What of the noted operations outputs need.
+    """The recording of a recorder, reduced to the operations that outputs need.
 
     Raises:
-        NotRecorded: It writes to memory that tensors share without having been made so.
+        NotRecorded: An operation writes to memory that external tensors share.
     """
     values = [None if o is None else recorder.value(o) for o in outputs]
     calls = _live_calls(recorder.calls, [v for v in values if v is not None])
@@ -58,7 +58,7 @@ def finish_recording(recorder: Recorder, outputs: Sequence[Tensor | None]) -> Re
 
 
 def _check_memory(recorder: Recorder, calls: Sequence[Instruction]) -> None:
-    """Refuses writes to memory that tensors share without having been made so by a view."""
+    """Refuses writes to memory that external tensors share other than by a recorded view."""
     written = {id(v): v for c in recorder.calls for v in c.written if v.kind != "made"}
     if not written:
         return
@@ -71,7 +71,7 @@ def _check_memory(recorder: Recorder, calls: Sequence[Instruction]) -> None:
 
 
 def _live_calls(calls: Sequence[Instruction], outputs: Sequence[Value]) -> tuple[Instruction, ...]:
-    """Calls that outputs need, and writes to memory that these look at."""
+    """Calls that outputs need, with writes to memory that the calls read."""
     values = set(map(id, outputs))
     memory = {id(v.base) for v in outputs}
     live = []
@@ -86,7 +86,7 @@ def _live_calls(calls: Sequence[Instruction], outputs: Sequence[Value]) -> tuple
 
 
 def without_last(recording: Recording) -> Recording:
-    """The same without its last output, and what only that needs."""
+    """The recording without its last output, and without the calls that only this output needs."""
     outputs = recording.outputs[:-1]
     calls = _live_calls(recording.calls, [v for v in outputs if v is not None])
     return replace(recording, calls=calls, outputs=outputs)
@@ -95,15 +95,15 @@ def without_last(recording: Recording) -> Recording:
 def functionalize(
     recording: Recording, inputs: Sequence[Tensor], keep: Collection[Any]
 ) -> Recording:
-    """The same computation without in-place operations.
+    """The recording without in-place operations.
 
     Args:
-        recording: Operations.
-        inputs: Tensors like those that it was recorded with.
+        recording: The recording.
+        inputs: Tensors of the shapes and dtypes of the inputs.
         keep: Backward operations not to decompose.
 
     Raises:
-        NotRecorded: It writes in a way that cannot be rewritten.
+        NotRecorded: An in-place operation cannot be rewritten.
     """
     recorder = Recorder(keep, parameters_vary=False)
     writable, constants = _copy_written(recording, inputs)
@@ -121,7 +121,7 @@ def functionalize(
             outputs = torch.func.functionalize(replay, remove="mutations")(*writable, *constants)
     finally:
         recorder.restore()
-    # In the end it copies what was written to inputs and constants: nobody reads these.
+    # functionalize ends with copies back into inputs and constants, which no output reads.
     recorder.calls = [c for c in recorder.calls if c.operation is not aten.copy_.default]
     result = finish_recording(recorder, outputs)
     if result.writes:
@@ -132,7 +132,7 @@ def functionalize(
 def _copy_written(
     recording: Recording, inputs: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The inputs and the constants, with copies of those that are written to."""
+    """The inputs and the constants, with a copy of each tensor that an operation writes to."""
     written = {id(base) for call in recording.calls for base in call.written}
     used = used_constants(recording)
     bases = [*recording.inputs, *(used.get(i) for i in range(len(recording.constants)))]
@@ -144,21 +144,21 @@ def _copy_written(
 
 
 def used_constants(recording: Recording) -> dict[int, Value]:
-    """The constants that calls take, by position."""
+    """The constants that calls read, by position."""
     arguments = [a for call in recording.calls for a in (*call.args, *call.kwargs.values())]
     return {v.position: v for v in values_in(arguments) if v.kind == "constant"}
 
 
 def rerun(recording: Recording, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Runs the operations again (gradients enabled: some of them save more then)."""
+    """Runs the operations again, with gradients enabled: some operations then save more."""
     with torch.enable_grad():
         return _run(recording, *_copy_written(recording, inputs), None)
 
 
 def agree(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
-    """Whether two evaluations gave the same, but for rounding."""
+    """Whether the results of two evaluations are equal up to rounding."""
     sizes = [_magnitude(t) for t in first]
-    least = 0.1 * max(sizes, default=0.0)  # gradients that vanish but for rounding
+    least = 0.1 * max(sizes, default=0.0)  # floor for gradients that are zero up to rounding
     for one, other, size in zip(first, second, sizes, strict=True):
         if one is None or other is None:
             if one is not other:
@@ -180,7 +180,7 @@ def _magnitude(tensor: Tensor | None) -> float:
     return float(torch.where(numbers.isfinite(), numbers, 0).abs().amax())
 
 
-# Two evaluations of one computation may round differently.
+# Relative tolerance by bytes of the dtype, as two evaluations may round differently.
 _FINE = {8: 1e-6, 4: 1e-3}
 _COARSE = 0.1
 
@@ -215,7 +215,7 @@ def _run(
 
 
 def _last_uses(recording: Recording) -> dict[int, list[int]]:
-    """For each call the values that are not used after it."""
+    """For each call, the ids of values whose last use is the call."""
     last: dict[int, int] = {}
     for position, call in enumerate(recording.calls):
         for value in (*values_in((*call.args, *call.kwargs.values())), *call.results):
@@ -230,7 +230,7 @@ def _last_uses(recording: Recording) -> dict[int, list[int]]:
 
 
 def graph_of(recording: Recording) -> fx.GraphModule:
-    """The operations as a graph; its nodes carry a `val` like that of torch's own tracer."""
+    """The recording as a graph; each node has a `val` in its meta, as in torch's own tracer."""
     graph = fx.Graph()
     nodes: dict[int, fx.Node] = {}
     attributes: dict[str, Tensor] = {}
@@ -279,7 +279,7 @@ def _module(attributes: dict[str, Tensor], graph: fx.Graph) -> fx.GraphModule:
 
 
 def _lazy_module(attributes: dict[str, Tensor], graph: fx.Graph) -> fx.GraphModule:
-    with _lazy._use_lazy_graph_module(True):  # its code is seldom run
+    with _lazy._use_lazy_graph_module(True):  # its code seldom runs
         module: fx.GraphModule = _lazy._make_graph_module(attributes, graph)
     return module
 
@@ -289,7 +289,7 @@ _lazy = private("torch.fx._lazy_graph_module")
 
 @corner("torch's lazy graph module", "the code of every graph is written at once")
 def LAZY_GRAPHS() -> bool:
-    """It holds attributes and a graph, and runs."""
+    """The module holds attributes and a graph, and runs."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output(graph.call_function(torch.mul, (x, graph.create_node("get_attr", "two"))))
@@ -298,9 +298,9 @@ def LAZY_GRAPHS() -> bool:
 
 
 def decomposition_of(call: Instruction) -> Recording | None:
-    """What torch says that an operation does, in terms of others; None if it does not say.
+    """The decomposition of a call as a recording, or None if none exists.
 
-    Its inputs are the tensors that the call takes, in order.
+    Inputs of the recording are the tensor arguments of the call, in order.
     """
     decompose = _DECOMPOSITIONS.get(call.operation) or traits.decompositions().get(call.operation)
     if decompose is None or call.written or call.drawn_from is not None:
@@ -320,7 +320,7 @@ def decomposition_of(call: Instruction) -> Recording | None:
     try:
         with torch.no_grad(), recorder:
             result = decompose(*args, **kwargs)
-    except Exception:  # it looks at numbers, or is for others: the call has no such form
+    except Exception:  # the decomposition reads values, or does not cover these arguments
         return None
     if result is NotImplemented:
         return None
@@ -333,7 +333,7 @@ def _addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: 
     return product if beta == 0 else torch.add(product, added if beta == 1 else added * beta)
 
 
-# What is met often is said here: the first decomposition of torch's takes 0.3 s of imports.
+# Frequent operations, as the first decomposition of torch costs 0.3 s of imports.
 _DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = known({aten.addmm.default: _addmm})
 
 
@@ -342,13 +342,13 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _with_value(node: fx.Node, value: Value) -> fx.Node:
-    """The node, which now carries a tensor without memory that is like the value."""
+    """The node, with a meta tensor of the value and its device in the node's meta."""
     node.meta["val"], node.meta["device"] = _like(value), value.device
     return node
 
 
 def _like(value: Value) -> Tensor:
-    """A tensor without memory that has its shape, strides and dtype."""
+    """A meta tensor with the shape, strides and dtype of a value."""
     return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
 
 
@@ -364,7 +364,7 @@ def values_in(arguments: Any) -> list[Value]:
 
 
 def map_values(argument: Any, to: Callable[[Value], Any]) -> Any:
-    """An argument with something else in the place of each value."""
+    """An argument with a function applied to each value."""
     if isinstance(argument, Value):
         return to(argument)
     return [map_values(a, to) for a in argument] if isinstance(argument, list) else argument
