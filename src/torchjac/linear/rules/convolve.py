@@ -215,18 +215,15 @@ class TrilinearForm:
 
     def _window_table(self, i: int, base: str) -> Tensor:
         """Along one axis: position in the other tensor for each position and each tap."""
-        stride, padding, dilation = self.steps[i]
-        coarse, fine, taps = self.coarse[i], self.fine[i], self.taps[i]
-        return window_table(coarse, fine, taps, stride, padding, dilation, from_fine=base == "fine")
+        sizes = self.coarse[i], self.fine[i], self.taps[i]
+        return window_table(*sizes, self.steps[i], from_fine=base == "fine")
 
 
 def window_table(
     coarse: int,
     fine: int,
     taps: int,
-    stride: int,
-    padding: int,
-    dilation: int,
+    step: tuple[int, int, int],
     *,
     from_fine: bool = False,
 ) -> Tensor:
@@ -236,14 +233,13 @@ def window_table(
         coarse: Number of windows.
         fine: Number of elements that the windows slide over.
         taps: Size of a window.
-        stride: Distance of windows.
-        padding: Number of padded elements in front.
-        dilation: Distance of taps.
+        step: Distance of windows, number of padded elements in front, distance of taps.
         from_fine: Whether positions are elements and partners are windows, not the reverse.
 
     Returns:
         Shape (positions, taps).
     """
+    stride, padding, dilation = step
     tap = torch.arange(taps) * dilation
     if from_fine:
         ahead = torch.arange(fine)[:, None] + padding - tap

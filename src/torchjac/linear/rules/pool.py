@@ -284,16 +284,14 @@ def _dense_in_windows(op: Op, operand: Operand, ndim: int) -> LinearMap:
     stride = op["stride"] or op["kernel_size"]
     names = ("kernel_size", "padding", "dilation")
     taps, padding, dilation = (per_axis(op[n], ndim) for n in names)
-    steps = per_axis(stride, ndim)
+    strides = per_axis(stride, ndim)
     first = len(op.shape) - ndim
     tables = [
         window_table(
             operand.shape[first + i],
             op.shape[first + i],
             taps[i],
-            steps[i],
-            padding[i],
-            dilation[i],
+            (strides[i], padding[i], dilation[i]),
             from_fine=True,
         )
         for i in range(ndim)
