@@ -47,7 +47,7 @@ class Pattern:
         reason: Why the scope is not global, where a function was given.
         lanes: Pairs of axes along which the program is independent, each proved.
         spreads: Operations after which elements depend on more rows than before.
-        assumed: Operations of which more was assumed than a rule says, and what.
+        assumed: Operations with a denser pattern than their rule gives, each with the reason.
     """
 
     starts: NDArray[Any]
