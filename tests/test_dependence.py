@@ -85,17 +85,17 @@ def test_a_map_loses_nothing(pair: list[Case]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("_KNOWN", 0), ("_ZEROS", 0), ("_ENTRIES", 0), ("_TERMS", 1)]
+    ("name", "value"), [("_MAX_KNOWN", 0), ("_MAX_ZEROS", 0), ("_MAX_ENTRIES", 0), ("_MAX_TERMS", 1)]
 )
 @given(st.data())
 def test_limits_cost_precision_only(name: str, value: int, data: st.DataObject) -> None:
     """Whatever is forgotten to save time, no nonzero is."""
     outer, inner = data.draw(chains(MIXED, 2, depth=2))
-    before = {n: getattr(dependence, n) for n in (name, "_KNOWN")}
+    before = {n: getattr(dependence, n) for n in (name, "_MAX_KNOWN")}
     try:
         setattr(dependence, name, value)
-        if name == "_ZEROS":
-            dependence._KNOWN = 0
+        if name == "_MAX_ZEROS":
+            dependence._MAX_KNOWN = 0
         image = apply(outer.map, seeded(inner, inner.map.shape_in))
     finally:
         for n, old in before.items():
