@@ -70,25 +70,25 @@ def hide_operator(name: str) -> None:
 def hide_private(path: str) -> None:
     """Hides a private path of torch, and everything in it, from torchjac."""
     private: Any = preloaded("torchjac._torch.private")
-    found = private._found
+    resolve = private._resolve
 
     def without(asked: str, instead: Any) -> Any:
-        gone = asked == path or asked.startswith(f"{path}.")
-        return instead if gone else found(asked, instead)
+        is_hidden = asked == path or asked.startswith(f"{path}.")
+        return instead if is_hidden else resolve(asked, instead)
 
-    private._found = without
+    private._resolve = without
 
 
 def private_paths() -> list[str]:
     """All private paths that torchjac asks for while it is imported."""
     private: Any = preloaded("torchjac._torch.private")
-    found, paths = private._found, dict.fromkeys([""])
+    resolve, paths = private._resolve, dict.fromkeys([""])
 
-    def noted(path: str, instead: Any) -> Any:
+    def recording_resolve(path: str, instead: Any) -> Any:
         paths[path] = None
-        return found(path, instead)
+        return resolve(path, instead)
 
-    private._found = noted
+    private._resolve = recording_resolve
     importlib.import_module("torchjac")
     return sorted(filter(None, paths))
 

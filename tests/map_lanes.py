@@ -12,7 +12,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from torchjac.linear.maps.factors import known, on_support, stored
+from torchjac.linear.maps.factors import known, map_unexpanded, unexpanded
 from torchjac.linear.maps.kinds import (
     AxisSum,
     Dense,
@@ -74,14 +74,14 @@ def _(map_: Diagonal) -> list[Along]:
 def _(map_: IndexMap) -> list[Along]:
     shape = map_.shape_in
     coordinates = [_moved(map_, axis) for axis in range(len(shape))]
-    found = []
+    lanes = []
     for j, coordinate in enumerate(coordinates):
         for i, size in enumerate(map_.shape_out):
             if size == shape[j] and _runs_along(coordinate, i):
-                others = [c for k, c in enumerate(coordinates) if k != j]
+                remaining = [c for k, c in enumerate(coordinates) if k != j]
                 filled = [(coordinate < 0)] if map_.fills else []
-                found.append(Along(i, j, all(_is_fixed(c, i) for c in [*others, *filled])))
-    return found
+                lanes.append(Along(i, j, all(_is_fixed(c, i) for c in [*remaining, *filled])))
+    return lanes
 
 
 @_lanes.register
@@ -91,8 +91,8 @@ def _(map_: Scatter) -> list[Along]:
 
 @_lanes.register
 def _(map_: AxisSum) -> list[Along]:
-    kept = [i for i in range(len(map_.shape_in)) if i not in map_.axes]
-    return [Along(i, axis, True) for i, axis in enumerate(kept)]
+    axes = [i for i in range(len(map_.shape_in)) if i not in map_.axes]
+    return [Along(i, axis, True) for i, axis in enumerate(axes)]
 
 
 @_lanes.register
@@ -104,25 +104,25 @@ def _(map_: Dense) -> list[Along]:
 
 @_lanes.register
 def _(map_: Sum) -> list[Along]:
-    found = _same_of(_lanes(map_.parts[0]))
+    lanes = _same_of(_lanes(map_.parts[0]))
     for part in map_.parts[1:]:
         other = _same_of(_lanes(part))
-        found = {pair: same and other[pair] for pair, same in found.items() if pair in other}
-    return [Along(*pair, same) for pair, same in found.items()]
+        lanes = {pair: same and other[pair] for pair, same in lanes.items() if pair in other}
+    return [Along(*pair, same) for pair, same in lanes.items()]
 
 
 @_lanes.register
 def _(map_: Product) -> list[Along]:
-    found = _same_of(_lanes(map_.factors[0]))
+    lanes = _same_of(_lanes(map_.factors[0]))
     for factor in map_.factors[1:]:
         longer: dict[tuple[int, int], bool] = {}
         for along in _lanes(factor):
-            for (out, middle), same in found.items():
+            for (out, middle), same in lanes.items():
                 if middle == along.axis_out:
                     pair = out, along.axis_in
                     longer[pair] = (same and along.same) or longer.get(pair, False)
-        found = longer
-    return [Along(*pair, same) for pair, same in found.items()]
+        lanes = longer
+    return [Along(*pair, same) for pair, same in lanes.items()]
 
 
 def _same_of(pairs: list[Along]) -> dict[tuple[int, int], bool]:
@@ -134,7 +134,7 @@ def _moved(map_: IndexMap, axis: int) -> Tensor:
     shape = map_.shape_in
     along = torch.arange(1, shape[axis] + 1, dtype=torch.int32)
     along = along.reshape([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
-    return map_.run(along) - 1 if map_.fills else on_support(lambda t: t - 1, map_.run(along))
+    return map_.run(along) - 1 if map_.fills else map_unexpanded(lambda t: t - 1, map_.run(along))
 
 
 def _runs_along(coordinate: Tensor, axis: int) -> bool:
@@ -145,12 +145,12 @@ def _runs_along(coordinate: Tensor, axis: int) -> bool:
     def fine(c: Tensor, mine: Tensor) -> Tensor:
         return (c == mine) | (c < 0)
 
-    return bool(stored(on_support(fine, coordinate, own.expand(coordinate.shape))).all())
+    return bool(unexpanded(map_unexpanded(fine, coordinate, own.expand(coordinate.shape))).all())
 
 
 def _is_fixed(coordinate: Tensor, axis: int) -> bool:
     """Whether nothing changes along an axis."""
     if not coordinate.stride(axis) or not coordinate.numel():
         return True
-    small = stored(coordinate)
+    small = unexpanded(coordinate)
     return bool((small == small.narrow(axis, 0, 1)).all())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from map_lanes import lanes
 from torchjac.linear.maps.algebra import transpose
-from torchjac.linear.maps.factors import UNKNOWN, Factors, Shape, known, on_support, stored
+from torchjac.linear.maps.factors import UNKNOWN, Factors, Shape, known, map_unexpanded, unexpanded
 from torchjac.linear.maps.kinds import (
     AxisSum,
     Dense,
@@ -29,14 +29,14 @@ from torchjac.linear.maps.kinds import (
     Scatter,
     Zero,
 )
-from torchjac.sparsity.dependence import Dependence, Term, apply, distinct, matrix, seed
+from torchjac.sparsity.dependence import Dependence, Term, apply, distinct_rows, seed, to_csr
 
 Choice = Callable[[Tensor], Tensor]
 
 
 def pattern(map_: LinearMap) -> sparse.csr_array:
     """The matrix of a map: what is stored are its structural nonzeros, NaN where not known."""
-    return matrix(apply(map_, seed(map_.shape_in, 0, math.prod(map_.shape_in))))
+    return to_csr(apply(map_, seed(map_.shape_in, 0, math.prod(map_.shape_in))))
 
 
 def row_counts(map_: LinearMap) -> Tensor:
@@ -52,9 +52,9 @@ def column_counts(map_: LinearMap) -> Tensor:
 def row_sums(map_: LinearMap) -> Tensor:
     """What the map makes of ones; NaN where that is not known."""
     ones = Term(torch.zeros((), dtype=torch.int32).expand(map_.shape_in), 1.0, None)
-    table, positions = distinct(apply(map_, Dependence(map_.shape_in, 1, (ones,))))
+    table, positions = distinct_rows(apply(map_, Dependence(map_.shape_in, 1, (ones,))))
     sums = torch.from_numpy(table.toarray().reshape(-1))
-    return on_support(lambda p: sums[p], positions)
+    return map_unexpanded(lambda p: sums[p], positions)
 
 
 def column_sums(map_: LinearMap) -> Tensor:
@@ -75,8 +75,8 @@ def multiplications(left: LinearMap, right: LinearMap) -> int:
     assert left.shape_in == right.shape_out, f"{left.shape_in} meets {right.shape_out}"
     a = _counts(transpose(left), _is_work)
     b = _counts(right, _is_work)
-    each = on_support(torch.mul, a, b)
-    small = stored(each)
+    each = map_unexpanded(torch.mul, a, b)
+    small = unexpanded(each)
     return int(small.sum()) * (each.numel() // max(small.numel(), 1))
 
 
@@ -92,7 +92,7 @@ def _counts(map_: LinearMap, choice: Choice) -> Tensor:
     """Entries of each row for whose factors the choice is true."""
     shape = map_.shape_out
     if isinstance(map_, (Scaled, Diagonal)):
-        return on_support(lambda f: choice(f).to(torch.int64), _factors(map_))
+        return map_unexpanded(lambda f: choice(f).to(torch.int64), _factors(map_))
     if isinstance(map_, Product):
         return _counts_of_product(map_, choice)
     one = int(choice(torch.ones((), dtype=torch.float64)))
@@ -118,21 +118,21 @@ def _counts_of_product(map_: Product, choice: Choice) -> Tensor:
     head, last = map_.factors[0], map_.factors[-1]
     if isinstance(head, IndexMap):
         return head.run(_counts(_rest(map_.factors[1:]), choice))
-    if isinstance(head, (Scaled, Diagonal)) and _is_choice_kept(head, choice):
+    if isinstance(head, (Scaled, Diagonal)) and _preserves_choice(head, choice):
         rest = _counts(_rest(map_.factors[1:]), choice)
-        return on_support(lambda f, n: torch.where(f == 0, 0, n), _factors(head), rest)
+        return map_unexpanded(lambda f, n: torch.where(f == 0, 0, n), _factors(head), rest)
     if isinstance(last, (Scaled, Diagonal)):
-        every = bool((stored(_factors(last)) != 0).all())
-        if every and _is_choice_kept(last, choice):
+        every = bool((unexpanded(_factors(last)) != 0).all())
+        if every and _preserves_choice(last, choice):
             return _counts(_rest(map_.factors[:-1]), choice)
     return _counted(map_, choice)
 
 
-def _is_choice_kept(map_: Scaled | Diagonal, choice: Choice) -> bool:
+def _preserves_choice(map_: Scaled | Diagonal, choice: Choice) -> bool:
     """Whether an entry is chosen after scaling if and only if it was before, or is zero."""
     if choice is _is_entry:
         return True
-    factors = stored(_factors(map_))
+    factors = unexpanded(_factors(map_))
     return bool(((factors == 0) | (factors.abs() == 1)).all())
 
 
@@ -153,9 +153,9 @@ def _counted(map_: LinearMap, choice: Choice) -> Tensor:
     positions = torch.arange(count, dtype=torch.int32 if count < 2**31 else torch.int64)
     term = Term(positions.reshape(sizes).expand(map_.shape_in), 1.0, None)
     value = Dependence(map_.shape_in, count, (term,))
-    table, rows = distinct(apply(map_, value))
+    table, rows = distinct_rows(apply(map_, value))
     counts = _per_row(table, choice)
-    return on_support(lambda p: counts[p], rows)
+    return map_unexpanded(lambda p: counts[p], rows)
 
 
 def _per_row(table: sparse.csr_array, choice: Choice) -> Tensor:

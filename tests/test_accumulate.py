@@ -31,7 +31,7 @@ from programs import PROGRAMS, Program
 from test_opinfo import cases
 from test_pattern_cases import CASES
 from test_patterns_opinfo import OPS, elsewhere, realized
-from torchjac._torch.inductor import NotCompiled, compiled
+from torchjac._torch.inductor import NotCompiled, compile_graph
 from torchjac.compiler import compile as elimination
 from torchjac.errors import CaptureRefused, Disagrees, PlanRefused
 from torchjac.request import Mode
@@ -700,7 +700,7 @@ class TestCompiled:
     def test_what_went_wrong_is_told(self) -> None:
         module = straight_line()
         with pytest.raises(NotCompiled):
-            compiled(module, [torch.zeros(3)])  # it takes two
+            compile_graph(module, [torch.zeros(3)])  # it takes two
 
 
 def straight_line() -> torch.fx.GraphModule:

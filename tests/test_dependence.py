@@ -45,13 +45,13 @@ from torchjac.sparsity.dependence import (
     Dependence,
     Term,
     apply,
-    distinct,
-    everything,
-    joined,
-    matrix,
-    merged,
-    nothing,
+    distinct_rows,
+    full_dependence,
+    merge_terms,
+    no_dependence,
     seed,
+    sum_dependences,
+    to_csr,
 )
 
 FAMILIES = pytest.mark.parametrize("family", [KNOWN, POSITIVE], ids=["known", "positive"])
@@ -72,35 +72,35 @@ def test_a_map_acts_as_its_matrix(family: Family, data: st.DataObject) -> None:
     """On values that other maps made: terms with tables, factors, and strides of 0."""
     outer, inner = data.draw(chains(family, 2, depth=2))
     value = seeded(inner, inner.map.shape_in)
-    found = apply(outer.map, value)
-    assert found.shape == outer.map.shape_out
-    assert is_structure_of(dense_of(matrix(found)), outer.matrix @ inner.matrix)
+    image = apply(outer.map, value)
+    assert image.shape == outer.map.shape_out
+    assert is_structure_of(dense_of(to_csr(image)), outer.matrix @ inner.matrix)
 
 
 @given(chains(MIXED, 2, depth=2))
 def test_a_map_loses_nothing(pair: list[Case]) -> None:
     outer, inner = pair
-    found = apply(outer.map, seeded(inner, inner.map.shape_in))
-    assert contains(dense_of(matrix(found)), outer.matrix @ inner.matrix)
+    image = apply(outer.map, seeded(inner, inner.map.shape_in))
+    assert contains(dense_of(to_csr(image)), outer.matrix @ inner.matrix)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("_KNOWN", 0), ("_ZEROS", 0), ("_ENTRIES", 0), ("_TERMS", 1)]
+    ("name", "value"), [("_MAX_KNOWN", 0), ("_MAX_ZEROS", 0), ("_MAX_ENTRIES", 0), ("_MAX_TERMS", 1)]
 )
 @given(st.data())
 def test_limits_cost_precision_only(name: str, value: int, data: st.DataObject) -> None:
     """Whatever is forgotten to save time, no nonzero is."""
     outer, inner = data.draw(chains(MIXED, 2, depth=2))
-    before = {n: getattr(dependence, n) for n in (name, "_KNOWN")}
+    before = {n: getattr(dependence, n) for n in (name, "_MAX_KNOWN")}
     try:
         setattr(dependence, name, value)
-        if name == "_ZEROS":
-            dependence._KNOWN = 0
-        found = apply(outer.map, seeded(inner, inner.map.shape_in))
+        if name == "_MAX_ZEROS":
+            dependence._MAX_KNOWN = 0
+        image = apply(outer.map, seeded(inner, inner.map.shape_in))
     finally:
         for n, old in before.items():
             setattr(dependence, n, old)
-    assert contains(dense_of(matrix(found)), outer.matrix @ inner.matrix)
+    assert contains(dense_of(to_csr(image)), outer.matrix @ inner.matrix)
 
 
 @FAMILIES
@@ -109,14 +109,14 @@ def test_sums_of_dependences(family: Family, data: st.DataObject) -> None:
     """One term or several, merged or not, the matrix is the same."""
     a, b = data.draw(parallel(family, depth=2))
     values = [seeded(c, c.map.shape_in) for c in (a, b, a)]
-    both = joined(values)
-    assert is_structure_of(dense_of(matrix(both)), 2 * a.matrix + b.matrix)
-    single = merged(both)
+    both = sum_dependences(values)
+    assert is_structure_of(dense_of(to_csr(both)), 2 * a.matrix + b.matrix)
+    single = merge_terms(both)
     assert len(single.terms) <= 1
-    assert np.array_equal(dense_of(matrix(single)), dense_of(matrix(both)), equal_nan=True)
-    table, rows = distinct(both)
+    assert np.array_equal(dense_of(to_csr(single)), dense_of(to_csr(both)), equal_nan=True)
+    table, rows = distinct_rows(both)
     again = dense_of(table)[rows.reshape(-1).numpy()]
-    assert np.array_equal(again, dense_of(matrix(both)), equal_nan=True)
+    assert np.array_equal(again, dense_of(to_csr(both)), equal_nan=True)
 
 
 @given(st.lists(st.integers(-9, 9), min_size=25, max_size=40))
@@ -129,9 +129,9 @@ def test_many_terms_are_merged(shifts: list[int]) -> None:
         roll = index_map(lambda t, s=shift: t.roll(s, 0), (n,), (n,), False)
         parts.append(apply(product(diagonal((n,), sign), roll), seed((n,), 0, n)))
         expected += sign * np.roll(np.eye(n), shift, 0)
-    found = joined(parts)
-    assert len(found.terms) == 1
-    assert np.array_equal(dense_of(matrix(found)), expected)
+    total = sum_dependences(parts)
+    assert len(total.terms) == 1
+    assert np.array_equal(dense_of(to_csr(total)), expected)
 
 
 # Corners.
@@ -140,25 +140,25 @@ def test_many_terms_are_merged(shifts: list[int]) -> None:
 def test_shapes_without_elements() -> None:
     """Sums over nothing, results without elements, no rows at all."""
     value = seed((0, 3), 0, 0)
-    assert matrix(value).shape == (0, 0)
+    assert to_csr(value).shape == (0, 0)
     total = apply(axis_sum((0, 3), [0]), value)
     assert total.shape == (3,)
-    assert matrix(total).shape == (3, 0)
+    assert to_csr(total).shape == (3, 0)
     one = seed((3,), 0, 3)
-    assert matrix(apply(broadcast((0, 3), (3,)), one)).shape == (0, 3)
+    assert to_csr(apply(broadcast((0, 3), (3,)), one)).shape == (0, 3)
     padded = index_map(lambda t: torch.constant_pad_nd(t, [1, 1]), (2,), (0,), True)
-    assert matrix(apply(padded, seed((0,), 0, 5))).nnz == 0
-    assert matrix(apply(dense((2,), (0,)), seed((0,), 0, 5))).nnz == 0
-    assert matrix(everything((2, 0), 3)).shape == (0, 3)
-    assert matrix(everything((2,), 0)).shape == (2, 0)
-    assert matrix(everything((), 3)).nnz == 3
-    assert matrix(nothing((2,), 3)).nnz == 0
+    assert to_csr(apply(padded, seed((0,), 0, 5))).nnz == 0
+    assert to_csr(apply(dense((2,), (0,)), seed((0,), 0, 5))).nnz == 0
+    assert to_csr(full_dependence((2, 0), 3)).shape == (0, 3)
+    assert to_csr(full_dependence((2,), 0)).shape == (2, 0)
+    assert to_csr(full_dependence((), 3)).nnz == 3
+    assert to_csr(no_dependence((2,), 3)).nnz == 0
 
 
 def test_one_leaf_of_several() -> None:
     """Rows of a leaf begin where those of the leaves before it end."""
-    found = matrix(seed((2, 2), 3, 9)).toarray()
-    assert np.array_equal(found, np.eye(9)[3:7])
+    matrix = to_csr(seed((2, 2), 3, 9)).toarray()
+    assert np.array_equal(matrix, np.eye(9)[3:7])
 
 
 def test_lanes_are_never_written_out() -> None:
@@ -174,13 +174,13 @@ def test_lanes_are_never_written_out() -> None:
         index_map(lambda t: t.unsqueeze(1), (LANES, 1, 4), (LANES, 4), False),
     )
     minus = diagonal((LANES, 2), torch.tensor([1.0, -2.0], dtype=torch.float64).expand(LANES, 2))
-    found = apply(add(product(minus, map_), map_), value)
-    for term in found.terms:
+    image = apply(add(product(minus, map_), map_), value)
+    for term in image.terms:
         for tensor in (term.positions, term.factors):
             if isinstance(tensor, Tensor):
                 assert tensor.untyped_storage().nbytes() <= 12 * 8
         assert term.table is None or term.table.nnz <= 24
-    table, rows = distinct(found)
+    table, rows = distinct_rows(image)
     assert table.nnz <= 8
     assert rows.stride(0) == 0
     expected = np.zeros((2, 4))
@@ -191,18 +191,18 @@ def test_lanes_are_never_written_out() -> None:
 def test_positions_are_small() -> None:
     assert seed((5,), 0, 5).terms[0].positions.dtype == torch.int32
     assert seed((5,), 2**31, 2**31 + 5).terms[0].positions.dtype == torch.int64
-    far = matrix(seed((5,), 2**31, 2**31 + 5))
+    far = to_csr(seed((5,), 2**31, 2**31 + 5))
     assert far.indices.tolist() == list(range(2**31, 2**31 + 5))
 
 
 def test_what_was_read_is_not_changed() -> None:
     """Tables and positions are shared by values, so making a matrix may not touch them."""
     value = apply(axis_sum((3, 2), [1]), seed((3, 2), 0, 6))
-    both = joined([value, apply(gather((3,), 0, torch.tensor([2, 1, 0])), value)])
-    first = dense_of(matrix(both))
+    both = sum_dependences([value, apply(gather((3,), 0, torch.tensor([2, 1, 0])), value)])
+    first = dense_of(to_csr(both))
     for map_ in (axis_sum((3,), [0]), diagonal((3,), 0.1), dense((3,), (3,))):
-        matrix(apply(map_, both))
-    assert np.array_equal(dense_of(matrix(both)), first)
+        to_csr(apply(map_, both))
+    assert np.array_equal(dense_of(to_csr(both)), first)
 
 
 # Rounding.
@@ -214,18 +214,18 @@ def test_rounded_sums_are_no_zeros() -> None:
         total = axis_sum((n,), [0])
         mean = product(diagonal((), float(n)), diagonal((), 1 / n), total)
         map_ = add(mean, product(diagonal((), -1.0), total))
-        assert (matrix(apply(map_, seed((n,), 0, n))).nnz == 0) is zero
+        assert (to_csr(apply(map_, seed((n,), 0, n))).nnz == 0) is zero
 
 
-def test_what_cancels_exactly_is_gone_beside_what_is_rounded() -> None:
+def test_exact_entries_cancel_next_to_rounded_ones() -> None:
     """One rounded number in a table does not make everything in it inexact."""
     factors = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)
     scaled = diagonal((3,), factors)
     value = apply(axis_sum((2, 3), [0]), apply(broadcast((2, 3), (3,)), seed((3,), 0, 3)))
     minus = apply(product(diagonal((3,), -2.0), scaled), seed((3,), 0, 3))
-    found = dense_of(matrix(joined([apply(scaled, value), minus])))
-    assert np.isnan(found[0, 0])
-    assert not found[1:].any()
+    entries = dense_of(to_csr(sum_dependences([apply(scaled, value), minus])))
+    assert np.isnan(entries[0, 0])
+    assert not entries[1:].any()
 
 
 ENTRIES = st.sampled_from([1.0, -1.0, 2.0, 0.5, 0.1, -0.1, 1 / 3, UNKNOWN, 41.0, 1 / 41, -3.0])
@@ -245,26 +245,26 @@ def exactly(paths: list[tuple[float, ...]]) -> tuple[bool, Fraction, bool]:
     return known, total, rounded
 
 
-def agrees(found: float, paths: list[tuple[float, ...]]) -> bool:
+def agrees(entry: float, paths: list[tuple[float, ...]]) -> bool:
     """An entry of a sum: zero only where that is proved, known only where it is right."""
     known, total, rounded = exactly(paths)
     if not paths:
-        return found == 0
+        return entry == 0
     if not known:
-        return math.isnan(found)
+        return math.isnan(entry)
     if not rounded:
-        return found == total
+        return entry == total
     single = np.float32(sum(np.prod([np.float32(x) for x in p]) for p in paths))
-    close = math.isnan(found) or math.isclose(found, total, rel_tol=1e-12, abs_tol=1e-12)
+    close = math.isnan(entry) or math.isclose(entry, total, rel_tol=1e-12, abs_tol=1e-12)
     if len(paths) == 1 and len(paths[0]) == 1:
-        return found == total
-    return close and found != 0 and not (single != 1 and found == 1)
+        return entry == total
+    return close and entry != 0 and not (single != 1 and entry == 1)
 
 
 @given(grids(3, 3), grids(3, 3))
 def test_products_and_sums_of_tables(a: np.ndarray, b: np.ndarray) -> None:
     left, right = sparse.csr_array(a), sparse.csr_array(b)
-    times, plus = dense_of(tables.times(left, right)), dense_of(tables.added(left, right))
+    times, plus = dense_of(tables.multiply(left, right)), dense_of(tables.add(left, right))
     for i in range(3):
         for j in range(3):
             paths = [(a[i, k], b[k, j]) for k in range(3) if a[i, k] and b[k, j]]
@@ -281,10 +281,10 @@ POINTS = st.tuples(st.integers(0, 3), st.integers(0, 2), ENTRIES | st.just(0.0))
 def test_tables_from_entries_in_any_order(points: list[tuple[int, int, float]]) -> None:
     rows, columns, data = (np.array([p[i] for p in points]) for i in range(3))
     kinds = rows.astype(np.int64), columns.astype(np.int64), data.astype(np.float64)
-    found = dense_of(tables.by_rows(*kinds, (4, 3)))
+    entries = dense_of(tables.from_entries(*kinds, (4, 3)))
     for i in range(4):
         for j in range(3):
-            assert agrees(found[i, j], [(x,) for r, c, x in points if (r, c) == (i, j) and x])
+            assert agrees(entries[i, j], [(x,) for r, c, x in points if (r, c) == (i, j) and x])
 
 
 @pytest.mark.parametrize("large", [1, 2**14])
@@ -303,17 +303,17 @@ def test_tables_side_by_side(large: int, data: st.DataObject) -> None:
     before = tables._LARGE
     try:
         tables._LARGE = large
-        found = dense_of(tables.stacked(columns, factors, width))
+        entries = dense_of(tables.from_columns(columns, factors, width))
     finally:
         tables._LARGE = before
     for i, at in enumerate(np.ndindex(2, 3)):
         for j in range(width):
-            given_ = [
+            summands = [
                 float(np.broadcast_to(f, (2, 3))[at])
                 for c, f in zip(columns, factors, strict=True)
                 if c[at] == j
             ]
-            assert agrees(found[i, j], [(x,) for x in given_ if x])
+            assert agrees(entries[i, j], [(x,) for x in summands if x])
 
 
 def test_a_long_sum_is_not_exact_for_its_length_alone() -> None:
@@ -329,24 +329,24 @@ def test_a_long_sum_is_not_exact_for_its_length_alone() -> None:
     after = index_map(lambda t: t[1:], (n - 1,), (n,), False)
     before = index_map(lambda t: t[:-1], (n - 1,), (n,), False)
     difference = add(after, product(diagonal((n - 1,), -1.0), before))
-    found = matrix(apply(product(difference, full), seed((n,), 0, n)))
-    assert found.nnz == n - 1
-    assert (found.data == 1).all()
+    table = to_csr(apply(product(difference, full), seed((n,), 0, n)))
+    assert table.nnz == n - 1
+    assert (table.data == 1).all()
 
 
 def test_terms_on_one_table_are_one_term() -> None:
     value = apply(axis_sum((3, 2), [1]), seed((3, 2), 0, 6))
-    assert len(joined([value, value, apply(identity((3,)), value)]).terms) == 1
-    assert not joined([value, apply(diagonal((3,), -1.0), value)]).terms
-    unknown = joined([value, apply(diagonal((3,), UNKNOWN), value)])
+    assert len(sum_dependences([value, value, apply(identity((3,)), value)]).terms) == 1
+    assert not sum_dependences([value, apply(diagonal((3,), -1.0), value)]).terms
+    unknown = sum_dependences([value, apply(diagonal((3,), UNKNOWN), value)])
     assert isinstance(unknown.terms[0], Term)
-    assert np.isnan(matrix(unknown).data).all()
+    assert np.isnan(to_csr(unknown).data).all()
 
 
 @given(cases(KNOWN, 2))
 def test_an_unknown_dependence_stays_unknown(case: Case) -> None:
     """Of a value that may depend on everything, a map keeps that wherever it has an entry."""
     shape = case.map.shape_in
-    found = dense_of(matrix(apply(case.map, everything(shape, 2))))
+    entries = dense_of(to_csr(apply(case.map, full_dependence(shape, 2))))
     touched = (case.matrix != 0).any(axis=1)
-    assert np.isnan(found[touched]).all()
+    assert np.isnan(entries[touched]).all()

@@ -27,7 +27,7 @@ from laws import oracle_jacobian, quiet, same, value
 from programs import PROGRAMS, Program
 from test_accumulate import BATCHED, PROBLEMS, agrees, inside
 from torchjac._torch.trace.recorder import Recorder
-from torchjac._torch.trace.recording import Recording, recorded
+from torchjac._torch.trace.recording import Recording, finish_recording
 from torchjac.call import Call, arguments
 from torchjac.compiler import native as compilation
 from torchjac.compiler.codegen.build import written
@@ -154,7 +154,7 @@ def of_operation(
         recorder.input(x)
     with torch.no_grad(), recorder:
         made = operation(*inputs, *rest).to(inputs[0].dtype)
-    return Executable(written([(recorded(recorder, [made]), 1)], samples)), made
+    return Executable(written([(finish_recording(recorder, [made]), 1)], samples)), made
 
 
 def special(dtype: torch.dtype) -> Tensor:
@@ -253,7 +253,7 @@ def test_polygamma(order: int, dtype: torch.dtype) -> None:
     recorder.input(x)
     with torch.no_grad(), recorder:
         made = aten.polygamma.default(order, x)
-    kernel = Executable(written([(recorded(recorder, [made]), 1)], None))
+    kernel = Executable(written([(finish_recording(recorder, [made]), 1)], None))
     (got,), _ = kernel.run([x])
     want = torch.from_numpy(scipy.special.polygamma(order, x.double().numpy()))
     eps = torch.finfo(dtype).eps

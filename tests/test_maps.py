@@ -44,7 +44,6 @@ from torchjac.linear.maps import (
     broadcast,
     dense,
     diagonal,
-    fixed,
     gather,
     identity,
     index_map,
@@ -52,9 +51,10 @@ from torchjac.linear.maps import (
     rank_bound,
     reshape,
     scatter,
+    sparse_matrix,
     transpose,
 )
-from torchjac.linear.maps.factors import stored
+from torchjac.linear.maps.factors import unexpanded
 
 FAMILIES = pytest.mark.parametrize("family", [KNOWN, POSITIVE], ids=["known", "positive"])
 LANES = 10**6
@@ -109,11 +109,11 @@ def test_sum(family: Family, data: st.DataObject) -> None:
 def test_product(family: Family, data: st.DataObject) -> None:
     """The structure of a product is the product of the structures."""
     a, b = data.draw(chains(family, 2))
-    found = dense_of(pattern(product(a.map, b.map)))
-    assert is_structure_of(found, a.matrix @ b.matrix)
+    matrix = dense_of(pattern(product(a.map, b.map)))
+    assert is_structure_of(matrix, a.matrix @ b.matrix)
     if family is POSITIVE:
         left, right = (dense_of(pattern(m.map)) != 0 for m in (a, b))
-        assert np.array_equal(found != 0, left.astype(int) @ right.astype(int) > 0)
+        assert np.array_equal(matrix != 0, left.astype(int) @ right.astype(int) > 0)
 
 
 @FAMILIES
@@ -136,8 +136,8 @@ def test_product_distributes_over_a_sum(family: Family, data: st.DataObject) -> 
     if shape:
         total = axis_sum(shape, [0])
         head = Case(total, by_basis(lambda t: t.sum(0), total.shape_out, shape))
-    found = pattern(product(head.map, add(a.map, b.map)))
-    assert is_structure_of(dense_of(found), head.matrix @ (a.matrix + b.matrix))
+    structure = pattern(product(head.map, add(a.map, b.map)))
+    assert is_structure_of(dense_of(structure), head.matrix @ (a.matrix + b.matrix))
 
 
 # Counts.
@@ -191,14 +191,14 @@ def contraction() -> Product:
     """A known (4, 3) matrix applied to each of a million vectors."""
     weights = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
     full = (LANES, 4, 3)
-    made = product(
+    map_ = product(
         axis_sum(full, [2]),
         diagonal(full, weights.expand(full)),
         broadcast(full, (LANES, 1, 3)),
         reshape((LANES, 1, 3), (LANES, 3)),
     )
-    assert isinstance(made, Product)
-    return made
+    assert isinstance(map_, Product)
+    return map_
 
 
 def test_lanes_cost_no_memory() -> None:
@@ -212,9 +212,9 @@ def test_lanes_cost_no_memory() -> None:
     assert stored_elements(add(both, both).factors) == 12
     for counts, each in ((row_counts(map_), 3), (column_counts(map_), 4)):
         assert stored_elements(counts) <= 12
-        assert bool((stored(counts) == each).all())
+        assert bool((unexpanded(counts) == each).all())
     assert stored_elements(row_sums(map_)) <= 12
-    assert stored(row_sums(map_)).reshape(-1).tolist() == [6.0, 15.0, 24.0, 33.0]
+    assert unexpanded(row_sums(map_)).reshape(-1).tolist() == [6.0, 15.0, 24.0, 33.0]
     assert (
         stored_elements(
             gather((LANES, 3), 1, torch.tensor([2, 0])).run(torch.ones(3).expand(LANES, 3))
@@ -239,8 +239,8 @@ def test_neighbors_are_joined() -> None:
     assert product(axis_sum((2, 4), [1]), axis_sum(shape, [1])).axes == (1, 2)
     assert isinstance(product(reshape((24,), (6, 4)), reshape((6, 4), shape)), IndexMap)
     every = dense(shape, shape, [2], [2])
-    for found in (product(every, two), product(two, every), product(every, diagonal(shape, ones))):
-        assert isinstance(found, Dense)
+    for map_ in (product(every, two), product(two, every), product(every, diagonal(shape, ones))):
+        assert isinstance(map_, Dense)
     assert isinstance(product(every, every), Dense)
     assert isinstance(product(every, diagonal(shape, ones.tril())), Product)
     assert isinstance(product(dense((2,), (0,), [0], [0]), dense((0,), (2,), [0], [0])), Zero)
@@ -266,9 +266,9 @@ def test_diagonals_are_added_up() -> None:
     assert isinstance(add(identity(shape), diagonal(shape, -1.0)), Zero)
     assert isinstance(add(identity(shape), diagonal(shape, factors)), Diagonal)
     flip = index_map(lambda t: t.flip(0), shape, shape, False)
-    made = add(flip, identity(shape), flip, diagonal(shape, factors))
-    assert isinstance(made, Sum)
-    assert len(made.parts) == 3
+    total = add(flip, identity(shape), flip, diagonal(shape, factors))
+    assert isinstance(total, Sum)
+    assert len(total.parts) == 3
     assert isinstance(add(add(flip, Zero(shape, shape)), Zero(shape, shape)), IndexMap)
     with pytest.raises(AssertionError, match=r"other shapes"):
         add(identity((2,)), identity((3,)))
@@ -295,16 +295,16 @@ def test_rank_bound() -> None:
     assert rank_bound(axis_sum((5, 3), [0])) == 3
 
 
-def test_fixed_is_its_matrix() -> None:
+def test_sparse_matrix_is_its_matrix() -> None:
     rows, columns = torch.tensor([2, 0, 2, 1]), torch.tensor([0, 1, 4, 4])
     factors = torch.tensor([1.0, UNKNOWN, 3.0, 4.0], dtype=torch.float64)
-    found = pattern(fixed((2, 3), (2, 5), rows, columns, factors)).toarray()
+    matrix = pattern(sparse_matrix((2, 3), (2, 5), rows, columns, factors)).toarray()
     block = np.zeros((3, 5))
     block[rows, columns] = factors
-    assert same(found[:3, :5], block)
-    assert same(found[3:, 5:], block)
-    assert not found[:3, 5:].any()
-    assert not found[3:, :5].any()
+    assert same(matrix[:3, :5], block)
+    assert same(matrix[3:, 5:], block)
+    assert not matrix[:3, 5:].any()
+    assert not matrix[3:, :5].any()
 
 
 # Lanes.
@@ -330,7 +330,7 @@ def test_lanes_are_block_diagonal(case: Case) -> None:
                 assert same(kinds[i, i], kinds[0, 0])
 
 
-def test_lanes_that_must_be_found() -> None:
+def test_lanes_that_must_be_detected() -> None:
     """What a batch, a Kronecker product and an all-to-all within it look like."""
     assert lanes(contraction()) == (Along(0, 0, True),)
     shape = (2, 3, 4)

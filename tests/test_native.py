@@ -81,9 +81,9 @@ def test_a_setting_is_seen_to_change(read: Callable[[], Any]) -> None:
 
 
 def test_most_of_what_guards_read_is_read_there() -> None:
-    found = state.usual_one_by_one()
-    assert found is not None
-    left = [read for read, _ in found if native.setting(read) is None]
+    readers = state.plain_setting_readers()
+    assert readers is not None
+    left = [read for read, _ in readers if native.setting(read) is None]
     # Autocast, precision (which may throw), hooks of saved tensors, attention's fast path.
     assert len(left) == 4
 
@@ -93,7 +93,7 @@ class TestTensors:
         x = torch.ones(3)
         reading = native.version(x)
         assert reading is not None
-        assert reading.now() == (x._version, 0)
+        assert reading.read() == (x._version, 0)
         same = unchanged([reading])
         assert same is not None
         assert same() is True
@@ -107,7 +107,7 @@ class TestTensors:
     def test_the_place_is_that_of_the_first_element(self, x: torch.Tensor) -> None:
         reading = native.place(x)
         assert reading is not None
-        assert reading.now() == (0, x.data_ptr())
+        assert reading.read() == (0, x.data_ptr())
 
     def test_other_memory_is_seen(self) -> None:
         x, other = torch.ones(3), torch.ones(3)
@@ -122,8 +122,8 @@ class TestTensors:
 
 def test_the_first_that_differs_decides() -> None:
     x = torch.ones(3)
-    found = [native.setting(torch._C.is_grad_enabled), native.version(x), native.place(x)]
-    same = unchanged([r for r in found if r is not None])
+    readings = [native.setting(torch._C.is_grad_enabled), native.version(x), native.place(x)]
+    same = unchanged([r for r in readings if r is not None])
     assert same is not None
     assert same() is True
     with torch.no_grad():

@@ -50,7 +50,7 @@ NOT_CHAINED = known(
 # values of that are functions.
 ELSEWHERE = {
     "compiler/program/peephole.py: _MULTIPLY",
-    "linear/known_values.py: PARTIAL",
+    "linear/known_values.py: FACTOR_RULES",
 }
 
 # Facts of operators whose results hold one number.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from patterns import check, dense_pattern, interpreted, known, pattern_of
-from torchjac.linear.rules.convolve import windows
-from torchjac.linear.rules.probe import probed
+from torchjac.linear.rules.convolve import window_table
+from torchjac.linear.rules.probe import probe_matrix
 
 F = torch.nn.functional
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ CONVOLUTIONS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], dict[str, A
 }
 
 
-def made(name: str) -> tuple[Callable[..., Tensor], Tensor, Tensor, Tensor]:
+def case(name: str) -> tuple[Callable[..., Tensor], Tensor, Tensor, Tensor]:
     f, image, kernel, parameters = CONVOLUTIONS[name]
     width = kernel[1] * parameters.get("groups", 1) if "t" in name.split("-")[0] else kernel[0]
     bias = floats(width)
@@ -67,13 +67,13 @@ def made(name: str) -> tuple[Callable[..., Tensor], Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution_by_its_argument(name: str) -> None:
     """The kernel is captured: every weight is known."""
-    f, x, w, b = made(name)
+    f, x, w, b = case(name)
     assert known(check(lambda t: f(t, w, b), x))
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution_by_everything(name: str) -> None:
-    f, x, w, b = made(name)
+    f, x, w, b = case(name)
     pattern = check(f, x, w, b, argnums=(0, 1, 2))
     bias = pattern[:, x.numel() + w.numel() :]
     assert known(bias)
@@ -82,13 +82,13 @@ def test_convolution_by_everything(name: str) -> None:
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution_by_its_kernel(name: str) -> None:
     """The argument is captured: the image is the weight."""
-    f, x, w, _ = made(name)
+    f, x, w, _ = case(name)
     assert known(check(lambda k: f(x, k, None), w))
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_zero_taps_are_no_entries(name: str) -> None:
-    f, x, w, _ = made(name)
+    f, x, w, _ = case(name)
     w = w.clone()
     w.view(-1)[::2] = 0
     check(lambda t: f(t, w, None), x)
@@ -97,7 +97,7 @@ def test_zero_taps_are_no_entries(name: str) -> None:
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_second_derivatives(name: str) -> None:
     """Argument and kernel are linear operands of the backward pass's backward pass."""
-    f, x, w, _ = made(name)
+    f, x, w, _ = case(name)
 
     def gradients(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         x, w = (t if t.requires_grad else t.detach().requires_grad_() for t in (x, w))
@@ -134,8 +134,8 @@ def test_large_convolutions_are_bounded() -> None:
     """Where the products do not fit, samples still stay apart."""
     w = floats(64, 64, 3, 3).float()
     x = torch.zeros(2, 64, 48, 48)
-    _, found = interpreted(lambda t: F.conv2d(t, w, padding=1), x)
-    (gradient,) = found.gradients
+    _, interpretation = interpreted(lambda t: F.conv2d(t, w, padding=1), x)
+    (gradient,) = interpretation.gradients
     assert gradient is not None
     assert sum(0 if t.table is None else t.table.nnz for t in gradient.terms) < 2**27
 
@@ -285,12 +285,12 @@ def test_an_average_of_long_lines_is_quick() -> None:
     """Nothing is written out that is as large as line times line."""
     x = torch.zeros(1, 1, 200_000, dtype=torch.float64)
     start = time.perf_counter()
-    derivative, found = interpreted(lambda t: F.avg_pool1d(t, 5, 1, 2), x)
+    derivative, interpretation = interpreted(lambda t: F.avg_pool1d(t, 5, 1, 2), x)
     assert time.perf_counter() - start < 20
-    assert not found.assumed
+    assert not interpretation.assumed
     short = torch.zeros(1, 1, 30, dtype=torch.float64)
     pattern = dense_pattern(*interpreted(lambda t: F.avg_pool1d(t, 5, 1, 2), short))
-    (gradient,) = found.gradients
+    (gradient,) = interpretation.gradients
     assert gradient is not None
     assert derivative.m == 200_000
     assert sum(t.table.nnz for t in gradient.terms if t.table is not None) == 5 * 200_000 - 6
@@ -303,14 +303,14 @@ def test_a_probe_by_colors_finds_what_unit_vectors_find() -> None:
     def mean(t: Tensor) -> Tensor:
         return F.avg_pool1d(t[:, None], 4, 3, 1)[:, 0]
 
-    long = probed(mean, 6000)
+    long = probe_matrix(mean, 6000)
     assert long is not None
     assert long.shape == (2000, 6000)
     middle = (long.rows == 700).nonzero().flatten()
     assert sorted(long.columns[middle].tolist()) == [2099, 2100, 2101, 2102]
     assert len(long.rows) == 4 * 2000 - 1
     assert (long.factors == 0.25).all()
-    assert probed(lambda t: t.cumsum(1), 6000) is None
+    assert probe_matrix(lambda t: t.cumsum(1), 6000) is None
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -321,8 +321,9 @@ def test_both_lists_of_windows_name_the_same_pairs(
 ) -> None:
     """From windows to elements and from elements to windows."""
     coarse, fine, taps = 4, 9, 3
-    there = windows(coarse, fine, taps, stride, padding, dilation)
-    back = windows(coarse, fine, taps, stride, padding, dilation, from_fine=True)
+    step = stride, padding, dilation
+    there = window_table(coarse, fine, taps, step)
+    back = window_table(coarse, fine, taps, step, from_fine=True)
     pairs = {(p, k, int(q)) for p, row in enumerate(there) for k, q in enumerate(row) if q >= 0}
     assert pairs == {
         (int(p), k, q) for q, row in enumerate(back) for k, p in enumerate(row) if p >= 0

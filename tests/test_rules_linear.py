@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from laws import value
 from patterns import check, interpreted, numeric, pattern_of
-from torchjac.linear.known_values import Values
+from torchjac.linear.known_values import KnownValues
 from torchjac.linear.rules import NoRule, Op, local_of
 
 aten = torch.ops.aten
@@ -30,24 +30,24 @@ def backward_is(operation: Callable[..., Tensor], *shape: int) -> Callable[..., 
 
     class Applied(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
-            ctx.save_for_backward(*others)
+        def forward(ctx: Any, x: Tensor, *constants: Tensor) -> Tensor:
+            ctx.save_for_backward(*constants)
             return x.new_zeros(shape)
 
         @staticmethod
         def backward(ctx: Any, cotangent: Tensor) -> Any:
-            others = ctx.saved_tensors
-            return operation(cotangent, *others), *(None for _ in others)
+            constants = ctx.saved_tensors
+            return operation(cotangent, *constants), *(None for _ in constants)
 
     return Applied.apply
 
 
 def check_operation(
-    operation: Callable[..., Tensor], shape: tuple[int, ...], *others: Tensor
+    operation: Callable[..., Tensor], shape: tuple[int, ...], *constants: Tensor
 ) -> np.ndarray:
     """Checks the rule of an operation that is linear in its first argument: sound and exact."""
-    out = operation(value(*shape), *others)
-    return check(backward_is(operation, *shape), value(*out.shape), *others, points=24)
+    out = operation(value(*shape), *constants)
+    return check(backward_is(operation, *shape), value(*out.shape), *constants, points=24)
 
 
 def lanes(pattern: np.ndarray, out: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
@@ -159,20 +159,20 @@ CONTRACT: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[Tensor, 
 
 @pytest.mark.parametrize("name", SCALE)
 def test_scale_is_exact(name: str) -> None:
-    operation, shape, others = SCALE[name]
-    check_operation(operation, shape, *others)
+    operation, shape, constants = SCALE[name]
+    check_operation(operation, shape, *constants)
 
 
 @pytest.mark.parametrize("name", REDUCE)
 def test_reduce_is_exact(name: str) -> None:
-    operation, shape, others = REDUCE[name]
-    check_operation(operation, shape, *others)
+    operation, shape, constants = REDUCE[name]
+    check_operation(operation, shape, *constants)
 
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_contract_is_exact(name: str) -> None:
-    operation, shape, others = CONTRACT[name]
-    check_operation(operation, shape, *others)
+    operation, shape, constants = CONTRACT[name]
+    check_operation(operation, shape, *constants)
 
 
 def test_constants_keep_their_numbers() -> None:
@@ -239,8 +239,8 @@ SOLVES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[Tensor, ..
 @pytest.mark.parametrize("name", SOLVES)
 def test_solves_are_dense_within_a_matrix(name: str) -> None:
     """Exact: batches and right-hand sides are lanes."""
-    operation, shape, others = SOLVES[name]
-    check_operation(operation, shape, *others)
+    operation, shape, constants = SOLVES[name]
+    check_operation(operation, shape, *constants)
 
 
 FACTORIZATIONS: dict[str, Callable[[Tensor], Any]] = {
@@ -262,8 +262,8 @@ FACTORIZATIONS: dict[str, Callable[[Tensor], Any]] = {
 def test_factorizations_keep_batches_apart(name: str) -> None:
     """Sound, and exact across the batch."""
     pattern = check(FACTORIZATIONS[name], SQUARES, exact=False)
-    found = interpreted(FACTORIZATIONS[name], SQUARES)[1]
-    assert not found.assumed
+    interpretation = interpreted(FACTORIZATIONS[name], SQUARES)[1]
+    assert not interpretation.assumed
     outputs = FACTORIZATIONS[name](SQUARES)
     outputs = outputs if isinstance(outputs, list) else [outputs]
     sample_of_row = np.concatenate([np.repeat(np.arange(2), out.numel() // 2) for out in outputs])
@@ -276,8 +276,8 @@ def test_transforms_are_dense_along_their_axes(axes: tuple[int, ...]) -> None:
     """All to all along the axes of a transform, nothing across the others."""
     shape = (2, 3, 4)
     pattern = check(lambda x: torch.fft.fftn(x, dim=axes).real, value(*shape), exact=False)
-    others = tuple(a for a in range(3) if a not in {b % 3 for b in axes})
-    table = lanes(pattern, shape, others)
+    lane_axes = tuple(a for a in range(3) if a not in {b % 3 for b in axes})
+    table = lanes(pattern, shape, lane_axes)
     for i in range(table.shape[0]):
         for j in range(table.shape[1]):
             assert table[i, j].all() == (i == j)
@@ -374,7 +374,7 @@ class TestNoRule:
     def op(target: Any, *args: Any) -> Op:
         graph = fx.Graph()
         node = graph.call_function(target, tuple(args))
-        return Op(node, set(), Values.__new__(Values))
+        return Op(node, set(), KnownValues.__new__(KnownValues))
 
     def test_no_operation(self) -> None:
         with pytest.raises(NoRule) as caught:
@@ -386,7 +386,7 @@ class TestNoRule:
             local_of(self.op(aten.scatter.reduce, None, 0, None, None, "multiply"))
         assert (caught.value.lack, caught.value.operation) == ("case", "aten::scatter")
 
-    def test_no_such_argument_in_this_version(self) -> None:
+    def test_an_argument_that_this_version_lacks(self) -> None:
         with pytest.raises(NoRule, match="which this torch has not") as caught:
             self.op(aten.sin.default, None)["exponent"]
         assert (caught.value.lack, caught.value.operation) == ("version", "aten::sin")

@@ -30,8 +30,8 @@ def written(make: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor], Tensor]
 
     def f(x: Tensor) -> Tensor:
         y = x.clone()
-        made = make(y, x)
-        return y if made is None else made
+        result = make(y, x)
+        return y if result is None else result
 
     return f
 
@@ -274,8 +274,8 @@ def test_indices_that_depend_on_the_input(name: str) -> None:
     f, shape = BY_DATA[name]
     x = floats(*shape)
     check(f, x, exact=False, points=5)
-    _, found = interpreted(f, x)
-    assert not found.assumed
+    _, interpretation = interpreted(f, x)
+    assert not interpretation.assumed
     local = pattern_of(f, x, scope="local")
     numbers = torch.autograd.functional.jacobian(f, x).reshape(local.shape).numpy()
     assert ((local != 0) == (numbers != 0)).all()
@@ -293,7 +293,7 @@ def test_indices_that_depend_on_the_input(name: str) -> None:
         (lambda x: F.embedding(x[:, 0].argsort(), x), lambda i, j: i % 3 == j % 3),
     ],
 )
-def test_lanes_beside_indices_of_data(
+def test_lanes_next_to_indices_of_data(
     f: Callable[[Tensor], Tensor], lanes: Callable[[Any, Any], Any]
 ) -> None:
     """All-to-all along the axis, and nothing else."""
@@ -378,8 +378,8 @@ def test_movements_of_the_cotangent(name: str) -> None:
         "value" in name or name == "index_fill"
     ):
         f, x = backwards(lambda u: first(g(u)), shape)
-        _, found = interpreted(f, x)
-        assert "cotangent" in found.assumed[0]
+        _, interpretation = interpreted(f, x)
+        assert "cotangent" in interpretation.assumed[0]
         return
     f, x = backwards(lambda u: first(g(u)), shape)
     with warnings.catch_warnings():
@@ -387,8 +387,8 @@ def test_movements_of_the_cotangent(name: str) -> None:
         assert known(check(f, x))
 
 
-def first(made: Any) -> Tensor:
-    return made[0] if isinstance(made, (list, tuple)) else made
+def first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, (list, tuple)) else result
 
 
 @pytest.mark.parametrize(
@@ -457,6 +457,6 @@ def test_a_batch_that_only_repeats_costs_no_memory() -> None:
         rows = x.sum(0, keepdim=True).expand(100_000, 6)
         return (rows[:, ROWS] * weight[:, :3]).sum(0)
 
-    _, found = interpreted(f, floats(2, 6))
-    assert not found.assumed
+    _, interpretation = interpreted(f, floats(2, 6))
+    assert not interpretation.assumed
     check(lambda x: x.sum(0).expand(50, 6)[:, ROWS].sum(0), floats(2, 6))

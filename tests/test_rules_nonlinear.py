@@ -71,16 +71,22 @@ def test_nonlinear_backward_that_does_not_vanish_is_everything(name: str) -> Non
     """Where a zero cotangent gives something, every row of J has it: reported, never a zero."""
     function = backward_is(SPREAD[name], 4)
     for scope in ("global", "local"):
-        found = interpreted(function, value(4), scope=scope)[1]
-        assert found.assumed
+        interpretation = interpreted(function, value(4), scope=scope)[1]
+        assert interpretation.assumed
         assert np.isnan(pattern_of(function, value(4), scope=scope)).all()
     assert (numeric(function, value(4)) != 0).sum() > 4
 
 
 VANISHING = [
     operation
-    for operation, found in RULES.items()
-    if found in (nonlinear.odd, nonlinear.of_zeros, nonlinear.both, nonlinear.of_many)
+    for operation, rule in RULES.items()
+    if rule
+    in (
+        nonlinear.zero_at_zero,
+        nonlinear.zero_at_zeros,
+        nonlinear.logical_and,
+        nonlinear.zero_reduction,
+    )
 ]
 
 
@@ -89,18 +95,18 @@ def test_functions_that_are_said_to_vanish_do(operation: Any) -> None:
     """f(0) = 0 for every operation that a table says it of."""
     kind = torch.bool if "bitwise" in str(operation) else torch.float64
     zeros = torch.zeros(2, 3, dtype=kind)
-    given: dict[str, Any] = {"decimals": 2, "p": 2, "dim": [1]}
-    given["other"] = 0 if operation._overloadname == "Scalar" else zeros
+    arguments: dict[str, Any] = {"decimals": 2, "p": 2, "dim": [1]}
+    arguments["other"] = 0 if operation._overloadname == "Scalar" else zeros
     if operation._overloadname in ("dim", "dim_int", "default"):
-        given["dim"] = 1
+        arguments["dim"] = 1
     required = [a.name for a in operation._schema.arguments[1:] if not a.has_default_value()]
-    assert not operation(zeros, **{name: given[name] for name in required}).any()
+    assert not operation(zeros, **{name: arguments[name] for name in required}).any()
 
 
 def test_a_product_of_nothing_is_one() -> None:
     """The one element that vanishes with its cotangent only as long as there is one."""
-    found = interpreted(backward_is(lambda g: g[:, :0].prod(1), 3, 2), value(3))[1]
-    assert found.assumed
+    interpretation = interpreted(backward_is(lambda g: g[:, :0].prod(1), 3, 2), value(3))[1]
+    assert interpretation.assumed
 
 
 def test_both_branches_of_a_condition_count() -> None:
@@ -127,7 +133,7 @@ def test_branches_that_agree_are_known() -> None:
     np.testing.assert_array_equal(pattern_of(function, value(3)), 2 * np.eye(3))
 
 
-def test_the_taken_branch_of_a_graph() -> None:
+def test_the_branch_of_a_graph() -> None:
     """A graph that exists went one way."""
 
     def function(x: Tensor) -> Tensor:
@@ -167,9 +173,9 @@ def test_a_branch_that_does_not_vanish_is_everything() -> None:
     def operation(g: Tensor, w: Tensor) -> Tensor:
         return torch.cond(w.sum() > 0, lambda g: g + 1, lambda g: 2 * g, (g,))
 
-    derivative, found = interpreted(backward_is(operation, 3), value(3), value(3))
-    assert found.assumed
-    assert np.isnan(dense_pattern(derivative, found)).all()
+    derivative, interpretation = interpreted(backward_is(operation, 3), value(3), value(3))
+    assert interpretation.assumed
+    assert np.isnan(dense_pattern(derivative, interpretation)).all()
 
 
 def test_slices_of_a_map_are_lanes() -> None:

@@ -17,7 +17,7 @@ from test_accumulate import BATCHED, PROBLEMS, inside
 from test_export import CC
 from test_kernel import cache  # noqa: F401
 from torchjac._torch.trace.recorder import Recorder
-from torchjac._torch.trace.recording import Recording, recorded
+from torchjac._torch.trace.recording import Recording, finish_recording
 from torchjac.compiler.codegen import schedule
 from torchjac.compiler.codegen.build import written, written_for_samples
 from torchjac.compiler.codegen.executable import Executable
@@ -72,7 +72,7 @@ def of(f: Function, *inputs: Tensor) -> Recording:
         recorder.input(x)
     with torch.no_grad(), recorder:
         made = f(*inputs)
-    return recorded(recorder, [made])
+    return finish_recording(recorder, [made])
 
 
 @BOTH

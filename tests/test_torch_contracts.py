@@ -20,8 +20,8 @@ from torch.autograd import Variable
 from laws import value
 from torchjac._torch import autograd, modes, pytree, vmap
 from torchjac._torch.autograd import is_right_twice
-from torchjac._torch.storage import copied_when_written
-from torchjac._torch.tensor_guards import look
+from torchjac._torch.storage import lazy_copy
+from torchjac._torch.tensor_guards import tensor_check
 from versions import TORCH
 
 
@@ -156,9 +156,9 @@ class TestModes:
     def test_inference_mode_is_seen_and_left(self) -> None:
         with torch.inference_mode():
             assert modes.needs_passes_context()
-            made = torch.ones(2)
+            tensor = torch.ones(2)
             with modes.recording():
-                x = modes.usable_in_graph(made).requires_grad_()
+                x = modes.usable_in_graph(tensor).requires_grad_()
                 assert (x * x).requires_grad
 
     def test_passes_run_outside_autocast(self) -> None:
@@ -191,7 +191,7 @@ class TestPytree:
         assert spec == pytree.flatten(3)[1]
 
 
-def test_autograd_grad_still_has_the_arguments_jac_stands_beside() -> None:
+def test_autograd_grad_still_has_the_arguments_of_jac() -> None:
     names = set(inspect.signature(torch.autograd.grad).parameters)
     assert {"retain_graph", "create_graph", "allow_unused", "is_grads_batched"} <= names
 
@@ -200,57 +200,57 @@ class TestLazyCopies:
     """`torch._lazy_clone`: memory is shared until one of the two is written to."""
 
     def test_shared_until_written(self) -> None:
-        given = torch.arange(5)
-        one, two = copied_when_written(given), copied_when_written(given)
+        source = torch.arange(5)
+        one, two = lazy_copy(source), lazy_copy(source)
         assert torch._C._data_address(one) == torch._C._data_address(two)
         one[0] = 7
-        given[1] = 8
+        source[1] = 8
         assert one.tolist() == [7, 1, 2, 3, 4]
         assert two.tolist() == [0, 1, 2, 3, 4]
-        assert given.tolist() == [0, 8, 2, 3, 4]
+        assert source.tolist() == [0, 8, 2, 3, 4]
 
-    def test_memory_of_others_is_copied(self) -> None:
+    def test_foreign_memory_is_copied(self) -> None:
         array = np.arange(3)
-        made = copied_when_written(torch.from_numpy(array))
+        copy = lazy_copy(torch.from_numpy(array))
         array[0] = 9
-        assert made.tolist() == [0, 1, 2]
+        assert copy.tolist() == [0, 1, 2]
 
     def test_inside_a_sparse_tensor(self) -> None:
         """By way of its parts, NumPy and SciPy."""
         starts, columns = torch.tensor([0, 1, 2]), torch.tensor([0, 1])
-        made = [
+        matrices = [
             torch.sparse_csr_tensor(
-                copied_when_written(starts),
-                copied_when_written(columns),
+                lazy_copy(starts),
+                lazy_copy(columns),
                 torch.ones(2),
                 (2, 2),
                 check_invariants=False,
             )
             for _ in range(3)
         ]
-        made[0].col_indices().numpy()[:] = 0
-        made[1].col_indices().fill_(1)
-        assert made[2].col_indices().tolist() == columns.tolist() == [0, 1]
-        assert (made[2] @ torch.ones(2, 1)).flatten().tolist() == [1, 1]
+        matrices[0].col_indices().numpy()[:] = 0
+        matrices[1].col_indices().fill_(1)
+        assert matrices[2].col_indices().tolist() == columns.tolist() == [0, 1]
+        assert (matrices[2] @ torch.ones(2, 1)).flatten().tolist() == [1, 1]
 
 
 def test_use_count_of_memory() -> None:
     """Every tensor and array on the same memory counts."""
-    given = torch.zeros(4)
+    source = torch.zeros(4)
 
     def uses() -> int:
-        return int(torch._C._storage_Use_Count(given.untyped_storage()._cdata))
+        return int(torch._C._storage_Use_Count(source.untyped_storage()._cdata))
 
     alone = uses()
-    view = given[1:]
+    view = source[1:]
     assert uses() == alone + 1
-    array = given.numpy()
+    array = source.numpy()
     assert uses() == alone + 2
     del view, array
     assert uses() == alone
 
 
-class TestLook:
+class TestTensorCheck:
     """Whether a tensor is like another one, in one call."""
 
     @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ class TestLook:
     )
     def test_sees_what_is_not(self, change: Any) -> None:
         tensor = torch.randn(4, 4, dtype=torch.float64)
-        like = look(tensor)
+        like = tensor_check(tensor)
         assert like is not None
         assert like(torch.zeros(4, 4, dtype=torch.float64))
         try:
@@ -280,14 +280,14 @@ class TestLook:
 
     def test_sees_what_was_done_to_it(self) -> None:
         tensor = torch.randn(4, 4)
-        like = look(tensor)
+        like = tensor_check(tensor)
         assert like is not None
         tensor.data = tensor.data.t()
         assert not like(tensor)
 
     def test_keeps_nothing_alive(self) -> None:
         tensor = torch.randn(4, 4)
-        like, gone = look(tensor), weakref.ref(tensor)
+        like, gone = tensor_check(tensor), weakref.ref(tensor)
         del tensor
         assert like is not None
         assert gone() is None

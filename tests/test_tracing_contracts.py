@@ -69,7 +69,7 @@ class TestMakeFx:
     )
     def test_values_that_decide_raise_or_are_seen(self, f: Callable[[Tensor], Tensor]) -> None:
         try:
-            proxies.traced(lambda _, x: [f(x)], [X], True, ())
+            proxies.trace_with_proxies(lambda _, x: [f(x)], [X], True, ())
         except tracing.DATA_DEPENDENT + tracing.UNSUPPORTED:
             return
         raise AssertionError("frozen")
@@ -81,10 +81,10 @@ class TestMakeFx:
             x = x.detach().requires_grad_()
             y = x.sin()
             numbers.append(autograd.sequence_number(y.grad_fn))
-            with tracing.numbered([y.grad_fn], observer):
+            with tracing.with_sequence_numbers([y.grad_fn], observer):
                 return list(torch.autograd.grad(y.sum(), x))
 
-        module, _ = proxies.traced(f, [X], True, ())
+        module, _ = proxies.trace_with_proxies(f, [X], True, ())
         (cos,) = [n for n in module.graph.nodes if n.target is torch.ops.aten.cos.default]
         assert [tracing.sequence_of(cos)] == numbers
 
@@ -102,13 +102,13 @@ class TestMakeFx:
             "UnsupportedOperatorException",
         }
 
-    def test_only_backwards_are_decomposed_and_not_those_kept(self) -> None:
+    def test_only_backwards_are_decomposed_and_not_those_to_keep(self) -> None:
         aten = torch.ops.aten
         some = proxies.decompositions(frozenset())
         assert aten.threshold_backward.default in some
         assert aten.addmm.default not in some
-        kept = proxies.decompositions(frozenset({aten.threshold_backward.default}))
-        assert aten.threshold_backward.default not in kept
+        table = proxies.decompositions(frozenset({aten.threshold_backward.default}))
+        assert aten.threshold_backward.default not in table
 
 
 class TestState:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchjac._torch import modes
-from torchjac._torch.inductor import NotCompiled, packaged
+from torchjac._torch.inductor import NotCompiled, write_package
 from torchjac._torch.pytree import flatten
 from torchjac._torch.trace.recording import Recording, without_last
 from torchjac.call import Call, variables
@@ -77,7 +77,7 @@ def _package(path: Path, call: Call, plan: Compiled) -> Path:
             if made is None:
                 fixed = plain_graph(without_last(plan.emitted.recording))
                 made, batch = _Both((trace_value(call, KEEP), ()), fixed), None
-            packaged(made, inputs, path, batch)
+            write_package(made, inputs, path, batch)
     except (NotCompiled, TorchjacError) as refusal:
         raise PlanError(f"torchjac: it cannot be packaged: {refusal}") from refusal
     return path

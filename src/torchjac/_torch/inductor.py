@@ -1,4 +1,4 @@
-"""Inductor on a graph that is there already, without the front door of `torch.compile`."""
+"""Inductor on an existing graph, without Dynamo."""
 
 from __future__ import annotations
 
@@ -11,54 +11,57 @@ from torch import Tensor, fx, nn
 
 
 class NotCompiled(Exception):
-    """Inductor gave up, or there is no compiler; the message says what it said."""
+    """Inductor failed, or no compiler exists; the message is the first line of the error."""
 
 
-def compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """A graph of ATen operations as compiled code, for inputs of these shapes and strides.
+def compile_graph(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Compiles a graph of ATen operations for inputs of these shapes and strides.
 
-    Takes seconds, and imports torch's compiler. One thread compiles: no pool of processes is left.
+    Compilation takes seconds, and imports torch's compiler. A single thread compiles, so that no
+    pool of processes remains.
 
     Raises:
-        NotCompiled: It cannot be compiled.
+        NotCompiled: The graph cannot be compiled.
     """
     try:
         import torch._inductor.config
         from torch._inductor.compile_fx import compile_fx
 
-        quiet = warnings.catch_warnings()
-        with quiet, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
-            warnings.simplefilter("ignore")  # of torch about itself
+        no_warnings = warnings.catch_warnings()
+        with no_warnings, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
+            warnings.simplefilter("ignore")  # torch warns about its own code
             run: Any = compile_fx(module, list(inputs))
-            run(*inputs)  # some of it is compiled when it first runs
+            run(*inputs)  # part of the compilation happens in the first run
     except Exception as error:
         first = str(error).strip().split("\n", 1)[0]
         raise NotCompiled(f"{type(error).__name__}: {first}") from error
-    found: Callable[..., Any] = run
-    return found
+    typed: Callable[..., Any] = run
+    return typed
 
 
-def packaged(module: nn.Module, inputs: Sequence[Tensor], path: Path, batch: int | None) -> None:
+def write_package(
+    module: nn.Module, inputs: Sequence[Tensor], path: Path, batch: int | None
+) -> None:
     """Writes a module as an AOTInductor package: compiled code that C++ and Python load.
 
     Args:
-        module: Takes the inputs.
-        inputs: What it is compiled for.
-        path: The file.
-        batch: The leading size of inputs that may be another one, if it may.
+        module: The module.
+        inputs: Example inputs of the module.
+        path: File of the package.
+        batch: Leading size that is dynamic in the package; None if all sizes are fixed.
 
     Raises:
-        NotCompiled: It cannot be compiled.
+        NotCompiled: The module cannot be compiled.
     """
     try:
         import torch._inductor.config
 
-        any_number = torch.export.Dim("samples")
-        each = [{0: any_number} if x.ndim and len(x) == batch else None for x in inputs]
-        sizes = None if batch is None else (tuple(each),)
-        quiet = warnings.catch_warnings()
-        with quiet, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
-            warnings.simplefilter("ignore")  # of torch about itself
+        samples = torch.export.Dim("samples")
+        dynamic_shapes = [{0: samples} if x.ndim and len(x) == batch else None for x in inputs]
+        sizes = None if batch is None else (tuple(dynamic_shapes),)
+        no_warnings = warnings.catch_warnings()
+        with no_warnings, torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
+            warnings.simplefilter("ignore")  # torch warns about its own code
             program = torch.export.export(module, tuple(inputs), dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:

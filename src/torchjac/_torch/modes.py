@@ -1,4 +1,4 @@
-"""The thread's modes: gradients on, inference off, autocast off while passes run."""
+"""Modes of the thread: gradients on, inference off, autocast off while passes run."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def _any_autocast() -> bool:
 
 is_any_autocast_enabled = private_function("torch._C._is_any_autocast_enabled", _any_autocast)
 _dispatch_depth = private_function("torch._C._len_torch_dispatch_stack", lambda: 0)
-_dispatch_depth_before = private_function(
+_pre_dispatch_depth = private_function(
     "torch._ops._len_torch_dispatch_stack_pre_dispatch", lambda: 0
 )
-_mode_of_kind = private("torch._C._get_dispatch_mode")
-_kinds = private("torch._C._TorchDispatchModeKey")
+_mode_of_key = private("torch._C._get_dispatch_mode")
+_mode_keys = private("torch._C._TorchDispatchModeKey")
 _active_modes = private("torch.utils._python_dispatch._get_current_dispatch_mode_stack")
 _disable_current_modes = private("torch.utils._python_dispatch._disable_current_modes")
 
 
 def recording() -> AbstractContextManager[None]:
-    """Gradients are recorded within it, whatever mode the caller is in."""
+    """A context in which autograd records, whatever the mode of the caller."""
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return _NOTHING
     return _recording()
@@ -50,10 +50,10 @@ def _recording() -> Iterator[None]:
 
 @contextmanager
 def passes(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """What a backward pass needs around it: no inference mode, no autocast.
+    """A context for backward passes: without inference mode and without autocast.
 
-    torch's own advice is to run backward outside autocast: each backward operation then takes the
-    dtype that its forward operation was given. Inside autocast it would be cast once more.
+    torch advises to run backward passes outside autocast. Each backward operation then has the
+    dtype of its forward operation; inside autocast it would be cast again.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -65,35 +65,35 @@ def passes(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def needs_passes_context() -> bool:
-    """Whether `passes` would change anything (asking is cheaper than entering it)."""
+    """Whether `passes` would change a mode (cheaper than entering the context)."""
     return torch.is_inference_mode_enabled() or is_any_autocast_enabled()
 
 
 def tracing(tensors: Iterable[Tensor]) -> bool:
-    """Whether tensors stand for values that cannot be looked at: fake, on meta, or being traced."""
+    """Whether any tensor has no readable values: a fake, meta or traced tensor."""
     if any(t.is_meta or isinstance(t, FakeTensor) or is_transformed(t) for t in tensors):
         return True
     if _dispatch_depth() == 0 or not MODES.holds():
         return False
-    if any(_mode_of_kind(key) is not None for key in (_kinds.PROXY, _kinds.FAKE)):
+    if any(_mode_of_key(key) is not None for key in (_mode_keys.PROXY, _mode_keys.FAKE)):
         return True
     return any(isinstance(mode, Recorder) for mode in _active_modes())
 
 
 def usable_in_graph(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy that autograd can save if it was made in inference mode."""
+    """The tensor itself, or a copy that autograd can save if it is an inference tensor."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def ordinary_tensors() -> AbstractContextManager[None]:
-    """What is made is no inference tensor, whatever mode the caller is in."""
+    """A context in which new tensors are no inference tensors, whatever the mode of the caller."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
 
 
 def real_values() -> AbstractContextManager[None]:
-    """Operations run on values and record nothing, whatever mode the caller is in."""
-    stacks: int = _dispatch_depth() + _dispatch_depth_before()
-    # Nested uses are many, and leaving modes takes longer than a small operation does.
+    """A context without modes and without autograd, whatever the mode of the caller."""
+    stacks: int = _dispatch_depth() + _pre_dispatch_depth()
+    # Uses are often nested, and leaving modes takes longer than a small operation.
     return _without_modes() if stacks or torch.is_grad_enabled() else _NOTHING
 
 
@@ -103,51 +103,55 @@ def _without_modes() -> Iterator[None]:
         yield
 
 
-def random_states(tensors: Iterable[Tensor]) -> Callable[[], None]:
-    """Remembers torch's random states, also of the tensors' devices; calling it goes back there."""
-    before = torch.get_rng_state()
+def save_random_states(tensors: Iterable[Tensor]) -> Callable[[], None]:
+    """Saves torch's random states, also of the tensors' devices.
+
+    Returns:
+        A function that restores the states.
+    """
+    cpu_state = torch.get_rng_state()
     devices = {t.device for t in tensors if t.device.type == "cuda"}
-    others = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    cuda_states = [(device, torch.cuda.get_rng_state(device)) for device in devices]
 
     def restore() -> None:
-        torch.set_rng_state(before)
-        for device, state in others:
+        torch.set_rng_state(cpu_state)
+        for device, state in cuda_states:
             torch.cuda.set_rng_state(state, device)
 
     return restore
 
 
 @contextmanager
-def random_state_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Random states (torch's, also of the tensors' devices, Python's, NumPy's) are put back.
+def preserved_random_state(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """A context that restores the random states of torch (all devices), Python and NumPy.
 
-    Those that did not change are left alone: another thread may draw from them.
+    States that did not change are left alone, as another thread may draw from them.
     """
     python, numpy, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    restore = random_states(tensors)
+    restore = save_random_states(tensors)
     try:
         yield
     finally:
         if random.getstate() != python:
             random.setstate(python)
-        if not _same(np.random.get_state(), numpy):
+        if not _is_same_numpy_state(np.random.get_state(), numpy):
             np.random.set_state(numpy)
         on_cpu = all(t.device.type == "cpu" for t in tensors)
         if not on_cpu or not torch.equal(torch.get_rng_state(), torch_):
             restore()
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two states of NumPy's generator are the same."""
+def _is_same_numpy_state(one: Any, other: Any) -> bool:
+    """Whether two states of NumPy's generator are equal."""
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @corner("the stack of dispatch modes", "nothing is planned")
 def MODES() -> bool:
-    """The active modes can be counted, told apart, and left."""
+    """Active modes can be counted, identified, and left."""
     with Recorder((), parameters_vary=False) as mode:
         inside = _dispatch_depth(), mode in _active_modes()
         with _without_modes():
             outside = _dispatch_depth(), torch.is_grad_enabled()
-    fakes = [_mode_of_kind(key) for key in (_kinds.PROXY, _kinds.FAKE)]
+    fakes = [_mode_of_key(key) for key in (_mode_keys.PROXY, _mode_keys.FAKE)]
     return (inside, outside) == ((1, True), (0, False)) and fakes == [None, None]

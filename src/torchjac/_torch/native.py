@@ -1,9 +1,9 @@
-"""Settings of torch and facts of tensors, read where torch's own library has them.
+"""Native readings: settings of torch and metadata of tensors, read in torch's C++ library.
 
-A guard reads some twenty of them on every call. Each takes 50 ns from Python, nearly all of it to
-get there and back; a compiled function that reads them one after another takes 2 ns each. What is
-said here is where that function finds them: functions of the library, by the names that C++ gave
-them. One that is not there (another version, another system) is read from Python instead.
+A guard reads some twenty values on every call. A read from Python takes 50 ns, nearly all of it
+call overhead; a compiled function that reads all values in turn takes 2 ns each. This module gives
+the compiled function the addresses: functions of the library, by their mangled names. A missing
+function (another version, another system) is replaced by a read from Python.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torchjac.host.system import torch_library
 
 
 class Reading(NamedTuple):
-    """A function of torch's library, called with one argument and a place for a number to write.
+    """A function of torch's library, called with an argument and the address of a result.
 
     Attributes:
-        function: Its address; 0: the argument is that of a number, which is read.
-        argument: What it is given; functions that take nothing pass over it.
-        by_reference: Whether it is given the address of the argument instead.
-        mask: The bits that count of what it returns.
+        function: Address of the function; 0 to read the number at the address `argument`.
+        argument: The argument; functions without parameters ignore it.
+        by_reference: Whether the function takes the address of the argument.
+        mask: Significant bits of the return value.
     """
 
     function: int
@@ -36,21 +36,21 @@ class Reading(NamedTuple):
     by_reference: bool
     mask: int
 
-    def now(self) -> tuple[int, int]:
-        """What it returns, and what it writes."""
+    def read(self) -> tuple[int, int]:
+        """The masked return value and the written result."""
         if not self.function:
             return ctypes.c_int64.from_address(self.argument).value & self.mask, 0
         call = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(self.function)
-        given, written = ctypes.c_int64(self.argument), ctypes.c_int64(0)
-        where = ctypes.addressof(given) if self.by_reference else self.argument
+        argument, written = ctypes.c_int64(self.argument), ctypes.c_int64(0)
+        where = ctypes.addressof(argument) if self.by_reference else self.argument
         return call(where, ctypes.addressof(written)) & self.mask, written.value
 
 
 _BOOL, _BYTE, _INT, _LONG = 0xFF, 0xFF, 0xFFFFFFFF, -1
 _CONTEXT = "_ZNK2at7Context"  # const methods of at::Context, of which there is one
 
-# Functions of `torch._C`, where the library has them, and the bits that count. None may throw: that
-# would end the process (`float32MatmulPrecision` does, where backends differ in precision).
+# Functions of `torch._C`: mangled name and significant bits. None may throw, as that would end the
+# process (`float32MatmulPrecision` throws where backends differ in precision).
 _NAMES = {
     "is_grad_enabled": ("_ZN3c108GradMode10is_enabledEv", _BOOL),
     "is_inference_mode_enabled": ("_ZN3c1013InferenceMode10is_enabledEv", _BOOL),
@@ -71,7 +71,7 @@ _SETTINGS: dict[Callable[[], Any], tuple[str, int]] = {
 
 
 def setting(read: Callable[[], Any]) -> Reading | None:
-    """Where a setting is that a function of Python reads; None where that is not known."""
+    """The native reading of a setting, by the Python function that reads it, or None."""
     if not (READINGS.known or READINGS.holds()):
         return None
     return _setting(read)
@@ -88,7 +88,7 @@ def _setting(read: Callable[[], Any]) -> Reading | None:
 
 
 def place(tensor: Tensor) -> Reading | None:
-    """Where a tensor's numbers begin. It must be alive when this is read."""
+    """The native reading of a tensor's data pointer, or None. The tensor must outlive it."""
     if not (READINGS.known or READINGS.holds()):
         return None
     return _place(tensor)
@@ -102,9 +102,10 @@ def _place(tensor: Tensor) -> Reading | None:
 
 
 def implementation(tensor: Tensor) -> Reading | None:
-    """What of C++ stands behind a tensor of Python, to be read before anything of that is.
+    """The native reading of a tensor's C++ pointer, to be read before all other readings.
 
-    It is a field of the object, behind what all objects have; nobody but `swap_tensors` changes it.
+    The pointer is the first field of the Python object after its header; only `swap_tensors`
+    changes it.
     """
     address = id(tensor) + object.__basicsize__
     same = ctypes.c_void_p.from_address(address).value == tensor._cdata
@@ -112,7 +113,7 @@ def implementation(tensor: Tensor) -> Reading | None:
 
 
 def version(tensor: Tensor) -> Reading | None:
-    """How often it was written to; None for inference tensors. It must be alive."""
+    """The native reading of a tensor's version, or None. The tensor must outlive it."""
     if not (READINGS.known or READINGS.holds()):
         return None
     return _version(tensor)
@@ -127,7 +128,7 @@ def _version(tensor: Tensor) -> Reading | None:
 
 @functools.cache
 def _library() -> Any:
-    """The library of torch, which is loaded; None where it is another kind of file."""
+    """The loaded C++ library of torch, or None if it cannot be opened."""
     try:
         return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / torch_library()))
     except OSError:
@@ -136,44 +137,44 @@ def _library() -> Any:
 
 @functools.cache
 def _symbol(name: str) -> int | None:
-    """The address of a function."""
+    """The address of a function of the library, or None."""
     try:
-        found = getattr(_library(), name)
+        function = getattr(_library(), name)
     except (AttributeError, TypeError):
         return None
-    return ctypes.cast(found, ctypes.c_void_p).value
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 @functools.cache
 def _context() -> int | None:
-    """The address of what holds settings of the process."""
+    """The address of the global context, which holds the settings of the process."""
     address = _symbol("_ZN2at13globalContextEv")
     return None if address is None else ctypes.CFUNCTYPE(ctypes.c_void_p)(address)()
 
 
 @corner("torch's C++ library", "guards read settings and tensors in Python")
 def READINGS() -> bool:
-    """What is read there is what Python reads, before and after a tensor is written to.
+    """Native readings equal those of Python, before and after a write to a tensor.
 
-    A library that lacks a function has no contract to keep: that one is read in Python.
+    A function that the library lacks has no contract.
     """
     for read in _SETTINGS:
         reading = None if isinstance(read, Gone) else _setting(read)
-        if reading is not None and reading.now()[0] != _number(read()):
+        if reading is not None and reading.read()[0] != _number(read()):
             return False
     tensor = torch.zeros(3, dtype=torch.float64)
     where, written = _place(tensor), _version(tensor)
     for _ in range(2):
-        if where is not None and where.now()[1] != tensor.data_ptr():
+        if where is not None and where.read()[1] != tensor.data_ptr():
             return False
-        if written is not None and written.now()[0] != tensor._version:
+        if written is not None and written.read()[0] != tensor._version:
             return False
         tensor.add_(1)
     return True
 
 
 def _number(value: Any) -> int:
-    """A setting as the number that the library has for it."""
+    """The number of a setting in the library."""
     return _SCALAR_TYPES[value] if isinstance(value, torch.dtype) else int(value)
 
 

@@ -40,9 +40,9 @@ class Namespace:
             raise AttributeError(operator)
         packet = getattr(getattr(torch.ops, self._name), operator, None)
         name = f"{self._name}.{operator}"
-        found = MissingOperator(name) if packet is None else _Packet(name, packet)
-        setattr(self, operator, found)  # found at once from now on
-        return found
+        value = MissingOperator(name) if packet is None else _Packet(name, packet)
+        setattr(self, operator, value)  # cached
+        return value
 
 
 class _Packet:
@@ -56,11 +56,11 @@ class _Packet:
     def __getattr__(self, overload: str) -> Any:
         if overload.startswith("__"):
             raise AttributeError(overload)
-        found = getattr(self._packet, overload, None)
-        if found is None:
-            found = MissingOperator(f"{self._name}.{overload}")
-        setattr(self, overload, found)
-        return found
+        value = getattr(self._packet, overload, None)
+        if value is None:
+            value = MissingOperator(f"{self._name}.{overload}")
+        setattr(self, overload, value)
+        return value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._packet(*args, **kwargs)
@@ -80,7 +80,8 @@ def known(table: Any) -> Any:
         A frozen table of the same kind: frozenset, tuple or read-only mapping.
     """
     if isinstance(table, Mapping):
-        there = {k: v for k, v in table.items() if not isinstance(k, MissingOperator)}
-        return MappingProxyType(there)
-    found = [entry for entry in table if not isinstance(entry, MissingOperator)]
-    return tuple(found) if isinstance(table, tuple) else frozenset(found)
+        return MappingProxyType(
+            {k: v for k, v in table.items() if not isinstance(k, MissingOperator)}
+        )
+    entries = [entry for entry in table if not isinstance(entry, MissingOperator)]
+    return tuple(entries) if isinstance(table, tuple) else frozenset(entries)

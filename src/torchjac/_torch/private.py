@@ -1,10 +1,10 @@
-"""Private parts of torch (and of Python), and whether the version that runs has them.
+"""Private parts of torch (and of Python), and whether the running version has them.
 
-torch renames and changes private parts between versions. `private` finds one by its path and gives
-a placeholder where it is gone, so that importing this package never fails. A `Corner` is a private
-part together with its contract: a check at the first use tells whether that part still does what
-torchjac relies on. Where the check fails, the caller takes a slower public way, one log line says
-so, and every `Record` of this process names the corner.
+torch renames and changes private parts between versions. `private` resolves a path, and returns a
+placeholder where the part is gone, so that an import of this package never fails. A `Corner` is a
+private part with a contract, the behavior on which torchjac relies. A check at the first use tests
+the contract. If the check fails, the caller takes a slower public way, one log line says so, and
+every `Record` of the process names the corner.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Gone:
         self._path = path
 
     def __getattr__(self, name: str) -> Gone:
-        """Everything in it is gone as well."""
+        """A part of a missing part is missing too."""
         if name.startswith("__"):  # protocols of Python, such as copy and pickle
             raise AttributeError(name)
         return type(self)(f"{self._path}.{name}")
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises an error, as there is nothing to run.
+        """Raises an error, as the function is missing.
 
         Raises:
             NotImplementedError: Always.
@@ -51,51 +51,51 @@ class Gone:
         return f"<gone: {self._path}>"
 
 
-@functools.cache  # one object a path: tables may have it as a key
+@functools.cache  # one object per path, as tables use it as a key
 def private(path: str) -> Any:
-    """What torch has at a private path; a `Gone` where it has nothing there.
+    """The object at a private path of torch, or a `Gone`.
 
     Args:
         path: Dotted names, beginning with `torch`.
     """
-    return _found(path, Gone(path))
+    return _resolve(path, Gone(path))
 
 
 @functools.cache
 def private_type(path: str, base: type = object) -> Any:
-    """As `private`, for a class: an empty class, of which there are no objects, where it is gone.
+    """As `private`, for a class; a missing class is replaced by an empty class without instances.
 
     Args:
-        path: As for `private`.
-        base: What the empty class derives from.
+        path: Dotted names, beginning with `torch`.
+        base: Base class of the empty class.
     """
     name = path.rsplit(".", 1)[-1]
-    return _found(path, type(name, (base,), {"__doc__": f"Not in torch {torch.__version__}."}))
+    return _resolve(path, type(name, (base,), {"__doc__": f"Not in torch {torch.__version__}."}))
 
 
 def private_function(path: str, public: Callable[..., Any]) -> Callable[..., Any]:
-    """As `private`, for a function that has a public equivalent.
+    """As `private`, for a fast private function with a public equivalent.
 
     Args:
-        path: Dotted names of the private function, which is faster.
-        public: The public function, which does the same.
+        path: Dotted names of the private function, beginning with `torch`.
+        public: The public equivalent, which replaces a missing function.
     """
-    found: Callable[..., Any] = _found(path, public)
-    return found
+    function: Callable[..., Any] = _resolve(path, public)
+    return function
 
 
-def _found(path: str, instead: Any) -> Any:
+def _resolve(path: str, fallback: Any) -> Any:
     names = path.split(".")
-    found: Any = torch
+    value: Any = torch
     for count, name in enumerate(names[1:], start=2):
         try:
-            found = getattr(found, name)
+            value = getattr(value, name)
         except AttributeError:
             try:
-                found = importlib.import_module(".".join(names[:count]))
+                value = importlib.import_module(".".join(names[:count]))
             except ImportError:
-                return instead
-    return found
+                return fallback
+    return value
 
 
 class Corner:
@@ -103,13 +103,13 @@ class Corner:
 
     Attributes:
         name: The part, in words.
-        instead: What runs where the contract does not hold, in words.
-        known: Whether the contract holds; None before it was checked. Callers on a hot path read
-            this first: `if corner.known or corner.holds():`.
+        instead: Consequence of a broken contract, in words.
+        known: Whether the contract holds; None before the check. Callers on a hot path read this
+            attribute first: `if corner.known or corner.holds():`.
     """
 
     def __init__(self, name: str, instead: str, check: Callable[[], bool]):
-        """Enters the corner into `CORNERS`."""
+        """Registers the corner in `CORNERS`."""
         self.name = name
         self.instead = instead
         self.known: bool | None = None
@@ -117,24 +117,27 @@ class Corner:
         CORNERS.append(self)
 
     def holds(self) -> bool:
-        """Whether this version of torch keeps the contract."""
+        """Whether the contract holds for this version of torch."""
         if self.known is None:
-            find_out(self)
+            check_contracts(self)
         return bool(self.known)
 
-    def told(self, reason: str | None) -> None:
-        """Notes why the contract does not hold; None: it does."""
+    def record(self, reason: str | None) -> None:
+        """Records the result of the check: the reason of a broken contract, or None."""
         if reason is not None:
             _log.warning(
-                "%s is not as torchjac expects (%s), so %s", self._here(), reason, self.instead
+                "%s is not as torchjac expects (%s), so %s",
+                self._versions(),
+                reason,
+                self.instead,
             )
         self.known = reason is None
 
     def __str__(self) -> str:
-        """The corner and what runs instead, for a record."""
-        return f"{self._here()} is not as torchjac expects, so {self.instead}"
+        """The corner and the consequence of its broken contract, for a record."""
+        return f"{self._versions()} is not as torchjac expects, so {self.instead}"
 
-    def _here(self) -> str:
+    def _versions(self) -> str:
         return f"torch {torch.__version__}, Python {platform.python_version()}: {self.name}"
 
 
@@ -142,24 +145,24 @@ CORNERS: list[Corner] = []
 
 
 def corner(name: str, instead: str) -> Callable[[Callable[[], bool]], Corner]:
-    """Makes a corner of a function that checks its contract.
+    """Decorates the check of a contract, and returns the corner.
 
-    The function returns whether the contract holds. An error says that it does not.
+    The check returns whether the contract holds. An error means that the contract is broken.
 
     Args:
         name: The part of torch, in words.
-        instead: What runs where the contract does not hold, in words: "Jacobians are ...".
+        instead: Consequence of a broken contract, in words: "Jacobians are ...".
     """
     return lambda check: Corner(name, instead, check)
 
 
 def failures() -> tuple[str, ...]:
-    """The corners whose contract was found not to hold, in words."""
+    """The corners with a broken contract, in words."""
     return tuple(str(c) for c in CORNERS if c.known is False)
 
 
 class _Checks(threading.local):
-    """Whether this thread checks a contract, whose check may ask for another one."""
+    """Whether this thread is in a check, which may run another check."""
 
     active = False
 
@@ -170,7 +173,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """One check at a time; a check within a check goes on."""
+    """A lock around checks, reentrant for a check within a check."""
     if _checks.active:
         yield
         return
@@ -180,7 +183,7 @@ def _one_at_a_time() -> Iterator[None]:
 
 @contextmanager
 def checking_here() -> Iterator[None]:
-    """Within it contracts are checked in this thread: those that no mode of a caller matters to."""
+    """A context in which this thread checks contracts, for those independent of any mode."""
     before, _checks.active = _checks.active, True
     try:
         yield
@@ -188,21 +191,21 @@ def checking_here() -> Iterator[None]:
         _checks.active = before
 
 
-def _in_child() -> None:
-    """A process that was forked during a check of another thread."""
+def _reset_lock() -> None:
+    """Replaces the lock in a forked process, as another thread may have held the lock."""
     global _lock
     _lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_reset_lock)
 
 
-def find_out(*corners: Corner) -> None:
-    """Checks contracts that were not checked yet.
+def check_contracts(*corners: Corner) -> None:
+    """Checks all contracts that were not checked before.
 
-    Where that would take a thread and none can be started (at the end of the process), nothing is
-    found out, and nothing is said.
+    If a check needs a thread and none can be started (at the end of the process), the contract
+    stays unknown, without a log line.
     """
     with _one_at_a_time():
         unknown = [c for c in corners if c.known is None]
@@ -211,25 +214,25 @@ def find_out(*corners: Corner) -> None:
 
         def run() -> None:
             for part in unknown:
-                if part.known is None:  # not found out on the way
-                    part.told(_reason(part.check))
+                if part.known is None:  # an earlier check may have run this one
+                    part.record(_failure_of(part.check))
 
         with suppress(RuntimeError):
-            _apart(run)
+            _run_isolated(run)
 
 
-def reason(check: Callable[[], bool]) -> str | None:
-    """Why a contract does not hold; None if it does.
+def contract_failure(check: Callable[[], bool]) -> str | None:
+    """The reason of a broken contract; None if the contract holds.
 
     Raises:
         RuntimeError: No thread can be started.
     """
-    found: list[str | None] = []
-    _apart(lambda: found.append(_reason(check)))
-    return found[0] if found else "its check did not end"
+    reasons: list[str | None] = []
+    _run_isolated(lambda: reasons.append(_failure_of(check)))
+    return reasons[0] if reasons else "its check did not end"
 
 
-def _reason(check: Callable[[], bool]) -> str | None:
+def _failure_of(check: Callable[[], bool]) -> str | None:
     try:
         return None if check() else "its contract does not hold"
     except Exception as error:
@@ -237,35 +240,35 @@ def _reason(check: Callable[[], bool]) -> str | None:
         return f"{type(error).__name__}: {first}"
 
 
-def _apart(run: Callable[[], None]) -> None:
-    """Runs checks where no modes, transforms and settings surround them.
+def _run_isolated(run: Callable[[], None]) -> None:
+    """Runs checks outside of all modes and transforms of the caller.
 
-    That is here if there are none, else a thread of its own, to which those of the caller do not
-    belong: to start one takes 0.1 ms, and several on a busy machine. Settings of the process are
-    everywhere: a check names dtypes and devices.
+    Checks run in this thread if no mode or transform is active, else in a new thread (0.1 ms, and
+    more on a busy machine). Settings of the process hold in every thread, so a check names dtypes
+    and devices.
 
     Raises:
         RuntimeError: No thread can be started.
     """
     if _checks.active:  # a check within a check
         run()
-    elif _nothing_surrounds():
+    elif _is_isolated():
         with checking_here():
             run()
     else:
-        thread = threading.Thread(target=_active, args=(run,), name="torchjac-contract")
+        thread = threading.Thread(target=_run_active, args=(run,), name="torchjac-contract")
         thread.daemon = True
         thread.start()
         thread.join()
 
 
-def _active(run: Callable[[], None]) -> None:
+def _run_active(run: Callable[[], None]) -> None:
     _checks.active = True
     run()
 
 
-def _nothing_surrounds() -> bool:
-    """Whether this thread is in no mode and no transform; False where torch does not tell."""
+def _is_isolated() -> bool:
+    """Whether no mode and no transform is active in this thread; False if torch does not tell."""
     try:
         return (
             torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""Nested containers of tensors, as torch.func takes and gives them."""
+"""Pytrees: nested containers of tensors, as in torch.func."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TreeSpec = private_type("torch.utils._pytree.TreeSpec")
 
 
 def children(spec: Any) -> list[Any]:
-    """The parts of a structure (a method since torch 2.10, an attribute before)."""
-    found: list[Any] = spec.children() if hasattr(spec, "children") else spec.children_specs
-    return found
+    """The specs of the elements (a method since torch 2.10, an attribute before)."""
+    specs: list[Any] = spec.children() if hasattr(spec, "children") else spec.children_specs
+    return specs
 
 
 @corner("torch's pytree", "only tuples, lists and dicts are containers")
 def TREES() -> bool:
-    """Leaves of containers, what they came from, and where they stood."""
+    """Leaves, specs and paths of containers."""
     tree = {"b": [1, (2, None)], "a": 3}
     leaves, spec = _torch.tree_flatten(tree)
     paths, _ = _torch.tree_flatten_with_path(tree)
@@ -37,13 +37,13 @@ def TREES() -> bool:
     )
 
 
-with checking_here():  # while this is imported no thread may be waited for
+with checking_here():  # an import must not wait for a thread
     _pytree: Any = _torch if TREES.holds() else containers
 LEAF: Any = _pytree.tree_structure(0)
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves of a tree and the structure they came from."""
+    """The leaves and the spec of a tree."""
     if isinstance(tree, Tensor):
         return [tree], LEAF
     leaves, spec = _pytree.tree_flatten(tree)
@@ -51,7 +51,7 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 
 def unflatten(leaves: Sequence[Any], spec: Any) -> Any:
-    """The tree with these leaves: inverse of `flatten`."""
+    """The tree of a spec with these leaves: inverse of `flatten`."""
     if spec is LEAF:
         return leaves[0]
     return _pytree.tree_unflatten(list(leaves), spec)
@@ -63,12 +63,12 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def leaf_names(root: str, tree: Any) -> list[str]:
-    """Where each leaf stands, as one would write it in Python: `inputs['w'][0]`."""
+    """The path to each leaf as Python text, such as `inputs['w'][0]`."""
     paths, _ = _pytree.tree_flatten_with_path(tree)
     return [root + _pytree.keystr(path) for path, _ in paths]
 
 
 def functions(cls: type) -> tuple[Any, ...]:
-    """How objects of a class are taken apart and put together where they stand in a tree."""
+    """The flatten and unflatten functions of a container class; empty for any other class."""
     node = _pytree.SUPPORTED_NODES.get(cls)
     return () if node is None else (node.flatten_fn, node.unflatten_fn)

@@ -1,4 +1,4 @@
-"""What a function can read of torch itself: modes and settings of the thread and the process."""
+"""Ambient state of torch: modes and settings of the thread and of the process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchjac._torch import pytree
 from torchjac._torch.modes import is_any_autocast_enabled
 from torchjac._torch.private import Gone, corner, private, private_function, private_type
 
-# Settings that decide what operations do.
+# Settings that change the meaning of operations.
 AMBIENT = (
     "default dtype",
     "grad mode",
@@ -29,7 +29,7 @@ AMBIENT = (
 
 
 def ambient() -> tuple[Any, ...]:
-    """Their values, in that order. It runs on every call: no function of Python's in between."""
+    """The values of the `AMBIENT` settings, in order. A hot path, so no Python function calls."""
     return (
         _default_dtype(),
         _grad_enabled(),
@@ -59,14 +59,14 @@ _precision = private_function(
 
 
 def _matmul_precision() -> Any:
-    """The precision of matrix products; of each backend where these differ: torch raises there."""
+    """The precision of matrix products; that of each backend if they differ, where torch raises."""
     try:
         return _precision()
     except RuntimeError:
-        return tuple(getattr(backend, "fp32_precision", None) for backend in _PRECISE)
+        return tuple(getattr(backend, "fp32_precision", None) for backend in _PRECISION_BACKENDS)
 
 
-_PRECISE = (
+_PRECISION_BACKENDS = (
     torch.backends,
     torch.backends.cuda.matmul,
     torch.backends.cudnn,
@@ -81,7 +81,7 @@ _hooks = private_function(
 _function_depth = private_function("torch._C._len_torch_function_stack", lambda: 0)
 _function_mode_at = private("torch._C._get_function_stack_at")
 _dispatch_depth = private_function("torch._C._len_torch_dispatch_stack", lambda: 0)
-# Whether kernels may be chosen that compute in another way.
+# Switches of kernels, which may round in another way.
 _KERNELS = (
     private_function("torch._C._get_mkldnn_enabled", lambda: torch.backends.mkldnn.enabled),
     private_function("torch._C._get_nnpack_enabled", lambda: None),
@@ -95,7 +95,7 @@ _KERNELS = (
 )
 
 
-_USUAL: tuple[Any, ...] = (
+_READERS: tuple[Any, ...] = (
     is_any_autocast_enabled,
     _function_depth,
     _dispatch_depth,
@@ -109,19 +109,19 @@ _USUAL: tuple[Any, ...] = (
 )
 
 
-def usual() -> list[Any] | None:
-    """The same in less time; None where there is autocast, or a mode, or precisions differ."""
+def plain_settings() -> list[Any] | None:
+    """A quick `ambient`: the raw values; None under autocast or a mode, or if precisions differ."""
     try:
-        found = [f() for f in _USUAL]
+        values = [f() for f in _READERS]
     except RuntimeError:  # of `_precision`
         return None
-    return None if found[0] or found[1] else found
+    return None if values[0] or values[1] else values
 
 
-def usual_one_by_one() -> list[tuple[Any, Any]] | None:
-    """What gives each of them, and what it gives now; None as above."""
-    found = usual()
-    return None if found is None else list(zip(_USUAL, found, strict=True))
+def plain_setting_readers() -> list[tuple[Any, Any]] | None:
+    """Pairs of the function that reads a setting and its value; None as for `plain_settings`."""
+    values = plain_settings()
+    return None if values is None else list(zip(_READERS, values, strict=True))
 
 
 def _saved_tensor_hooks() -> Any:
@@ -138,14 +138,17 @@ def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
 
 
 def _function_modes() -> tuple[str, ...]:
-    """Types of the active modes, and the default device, which is one of them."""
+    """Types of the active modes, and the default device, which torch sets by a mode."""
     depth = _function_depth()
     kinds = [type(_function_mode_at(i)).__name__ for i in range(depth)]
     return (*kinds, str(torch.get_default_device()))
 
 
 def foreign_mode() -> str | None:
-    """An active mode whose own state decides what operations do; the default device is none."""
+    """Name of an active mode that changes operations by state of its own, or None.
+
+    The mode of the default device is not one of them.
+    """
     if _saved_tensor_hooks() is not None:
         return "hooks of saved tensors"
     active = [_function_mode_at(i) for i in range(_function_depth())]
@@ -159,12 +162,12 @@ _operator_names = private("torch._C._dispatch_get_all_op_names")
 
 
 def registered_namespaces() -> frozenset[str]:
-    """The namespaces that hold operators: `aten`, and whatever was added to it."""
+    """The namespaces of all registered operators: `aten` and those of libraries."""
     return frozenset(name.split("::")[0] for name in _operator_names())
 
 
 def tree_functions(cls: type) -> tuple[Any, ...]:
-    """How objects of a class are taken apart and put together where they stand in a tree."""
+    """The flatten and unflatten functions of a container class; empty for any other class."""
     return pytree.functions(cls)
 
 
@@ -196,7 +199,7 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 @corner("a setting or a mode of torch", "nothing is planned")
 def SETTINGS() -> bool:
-    """Settings of the thread, modes, hooks and namespaces can be read, and show what is set."""
+    """Settings of the thread, modes, hooks and namespaces can be read, and follow changes."""
 
     class Mode(TorchFunctionMode):
         def __torch_function__(
@@ -217,7 +220,7 @@ def SETTINGS() -> bool:
         shown &= _function_depth() == 1 and foreign_mode() == "Mode"
     with torch.device("cpu"):
         shown &= foreign_mode() is None
-    hooks = all(isinstance(found, dict) for found in GLOBAL_HOOKS)
+    hooks = all(isinstance(hook_table, dict) for hook_table in GLOBAL_HOOKS)
     return (
         shown
         and hooks

@@ -1,4 +1,4 @@
-"""Memory for small results, without the arguments that `torch.empty` parses."""
+"""Allocation of small results, without the argument parsing of `torch.empty`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torchjac._torch.private import corner, private
 
 # Shape, strides and dtype.
 Allocate = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
-# What Inductor's code calls: 0.7 us, for 1.6 us of `torch.empty`.
+# Allocator of Inductor's code: 0.7 us, against 1.6 us of `torch.empty`.
 _fast = private("torch._C._dynamo.guards._empty_strided_cpu")
 
 
 def allocator() -> Allocate:
-    """The quickest function of torch that gives memory on the CPU."""
+    """The fastest function of torch that allocates on the CPU."""
     return _fast if ALLOCATOR.holds() else _plain
 
 
@@ -26,17 +26,19 @@ def _plain(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype)
 
 @corner("Inductor's way to allocate", "torch.empty_strided allocates results")
 def ALLOCATOR() -> bool:
-    """It gives tensors of the shape, strides and dtype that it is asked for."""
-    made = [_fast((2, 3), (1, 2), dtype) for dtype in (torch.float32, torch.float64, torch.int64)]
-    dtypes = [t.dtype for t in made] == [torch.float32, torch.float64, torch.int64]
-    return dtypes and all((tuple(t.shape), t.stride()) == ((2, 3), (1, 2)) for t in made)
+    """New tensors have the requested shape, strides and dtype."""
+    tensors = [
+        _fast((2, 3), (1, 2), dtype) for dtype in (torch.float32, torch.float64, torch.int64)
+    ]
+    dtypes = [t.dtype for t in tensors] == [torch.float32, torch.float64, torch.int64]
+    return dtypes and all((tuple(t.shape), t.stride()) == ((2, 3), (1, 2)) for t in tensors)
 
 
 _lazy_clone = private("torch._lazy_clone")
 
 
-def copied_when_written(tensor: Tensor) -> Tensor:
-    """A tensor with the same numbers, which shares memory until either is written to.
+def lazy_copy(tensor: Tensor) -> Tensor:
+    """A copy-on-write copy: both tensors share memory until the first write to either.
 
     Memory that torch did not allocate (NumPy's) is copied at once.
     """
@@ -51,7 +53,7 @@ def copied_when_written(tensor: Tensor) -> Tensor:
 
 @corner("torch's copy on write", "indices of sparse results are copied each time")
 def LAZY() -> bool:
-    """Neither tensor sees what is written to the other."""
+    """No tensor sees a write to another one."""
     one = torch.zeros(3, dtype=torch.float64)
     other, third = _lazy_clone(one), _lazy_clone(one)
     other.add_(1)

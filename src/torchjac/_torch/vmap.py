@@ -15,8 +15,8 @@ from torchjac._torch.autograd import backward
 from torchjac._torch.operators import aten, known
 from torchjac._torch.private import Gone, corner, private, private_function
 
-# `torch.autograd.grad(..., is_grads_batched=True)` does the same through two layers of pytree
-# handling, which cost more than the pass itself on small graphs (2->4 example: 50 us, this 26 us).
+# `torch.autograd.grad(..., is_grads_batched=True)` goes through two layers of pytrees, which cost
+# more than the pass itself on small graphs (2->4 example: 50 us; this module: 26 us).
 
 _NOTHING = nullcontext()
 
@@ -34,12 +34,17 @@ def batched_backward(
     create_graph: bool = False,
     around: AbstractContextManager[object] = _NOTHING,
 ) -> tuple[Tensor | None, ...]:
-    """Pulls a stack of cotangents back in one pass: the leading axis of each is the stack.
+    """Pulls a stack of cotangents back in one pass.
 
-    `around` is entered around the pass alone.
+    Args:
+        outputs: Outputs of the graph.
+        cotangents: For each output a stack of cotangents along the leading axis.
+        inputs: Inputs of the graph.
+        create_graph: Whether gradients must be differentiable.
+        around: A context around the pass alone.
 
     Returns:
-        One stack of gradients per input, `None` where no output depends on it.
+        One stack of gradients per input, `None` where no output depends on the input.
     """
     if not (BATCHING.known or BATCHING.holds()):
         with around:
@@ -54,7 +59,7 @@ def _batched_backward(
     create_graph: bool = False,
     around: AbstractContextManager[object] = _NOTHING,
 ) -> tuple[Tensor | None, ...]:
-    if not getattr(_predispatch, "DECOMPOSITIONS_LOADED", False):  # to ask it takes 3 us
+    if not getattr(_predispatch, "DECOMPOSITIONS_LOADED", False):  # a call takes 3 us
         _load_decompositions()
     size = cotangents[0].shape[0]
     level = _functorch._vmap_increment_nesting(size, "error")
@@ -77,9 +82,9 @@ def strict_batched_backward(
 ) -> tuple[Tensor | None, ...]:
     """As `batched_backward`; an operation without a batching rule raises (see `missing_rule`).
 
-    Without it torch loops over the stack inside that operation. torch has one switch for all
-    threads, so it is held down for as long as any thread needs it and then put back; use this only
-    for the first pass of a program.
+    By default torch loops over the stack inside an operation without a batching rule. torch has one
+    switch for all threads, which stays off while any thread needs it off. So use this function for
+    the first pass of a program only.
     """
     if not (BATCHING.known or BATCHING.holds()):
         return public_batched_backward(outputs, cotangents, inputs, create_graph)
@@ -93,7 +98,7 @@ def looping_batched_backward(
     inputs: Sequence[Tensor],
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """As `batched_backward`, without torch's warning at every operation that is looped over."""
+    """As `batched_backward`, without torch's warning at every operation with a loop."""
     if not (BATCHING.known or BATCHING.holds()):
         return public_batched_backward(outputs, cotangents, inputs, create_graph)
     with _warning_off:
@@ -109,14 +114,14 @@ class _Off:
         self._inside = 0
 
     def __enter__(self) -> None:
-        """The first thread turns it off."""
+        """The first thread turns the switch off."""
         with self._lock:
             self._inside += 1
             if self._inside == 1:
                 self._switch(False)
 
     def __exit__(self, *_: object) -> None:
-        """The last thread turns it on again, as it is by default."""
+        """The last thread turns the switch on again, its default."""
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
@@ -128,7 +133,7 @@ _warning_off = _Off(private("torch._C._functorch._set_vmap_fallback_warning_enab
 
 
 def without_loop_warnings() -> AbstractContextManager[object]:
-    """Within it torch.vmap says nothing of operations that it loops over."""
+    """A context without torch.vmap's warnings about operations with a loop."""
     return _warning_off if BATCHING.known or BATCHING.holds() else _NOTHING
 
 
@@ -140,10 +145,10 @@ def legacy_batched_backward(
 ) -> tuple[Tensor | None, ...]:
     """As `batched_backward`, by the older vmap behind `is_grads_batched=True`.
 
-    It loops, in silence, over the stack in every operation that it has no rule for (tanh and gelu
-    among them), yet carries some graphs that functorch does not: autocast with a norm layer,
-    operations of `torch.library`, and `_cdist_backward`, whose functorch rule gives wrong values
-    in torch 2.13.
+    The older vmap loops without a warning over the stack in every operation without a rule (tanh
+    and gelu among them). Yet it handles some graphs that functorch refuses: autocast with a norm
+    layer, operations of `torch.library`, and `_cdist_backward`, whose functorch rule is wrong in
+    torch 2.13.
     """
     return torch.autograd.grad(
         outputs,
@@ -157,9 +162,9 @@ def legacy_batched_backward(
 
 
 def missing_rule(error: BaseException) -> str | None:
-    """Name of the operation without a batching rule that an error complains of, if it does."""
-    found = re.search(r"(\w+::[\w.]+) hit the vmap fallback", str(error))
-    return found.group(1) if found else None
+    """Name of the operation without a batching rule in an error message, or None."""
+    match = re.search(r"(\w+::[\w.]+) hit the vmap fallback", str(error))
+    return match.group(1) if match else None
 
 
 def public_batched_backward(
@@ -182,13 +187,13 @@ def public_batched_backward(
     if not size:  # torch.vmap takes no empty stack
         one(*(c.new_zeros(c.shape[1:]) for c in cotangents))
         none = (x.new_zeros((0, *x.shape)) for x in inputs)
-        return tuple(z if there else None for z, there in zip(none, used, strict=True))
-    found = iter(torch.vmap(one)(*cotangents))
-    return tuple(next(found) if there else None for there in used)
+        return tuple(z if is_used else None for z, is_used in zip(none, used, strict=True))
+    gradients_ = iter(torch.vmap(one)(*cotangents))
+    return tuple(next(gradients_) if is_used else None for is_used in used)
 
 
 def _load_decompositions() -> None:
-    """Lets torch load what batched passes need, wherever this version keeps it."""
+    """Loads the decompositions that batched passes need."""
     for module in (_predispatch, private("torch._functorch.vmap")):
         load = getattr(module, "lazy_load_decompositions", None)
         if load is not None and not isinstance(load, Gone):
@@ -198,7 +203,7 @@ def _load_decompositions() -> None:
 
 @corner("a level of torch's vmap", "torch.vmap and torch.autograd.grad batch the passes")
 def BATCHING() -> bool:
-    """A stack of cotangents gives a stack of gradients; the fallback can be switched off."""
+    """A stack of cotangents yields a stack of gradients; the fallback can be switched off."""
     x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
     stack = torch.eye(4, dtype=torch.float64)
     unused = torch.ones(3, requires_grad=True)
@@ -211,7 +216,7 @@ def BATCHING() -> bool:
     return off and transform() is None
 
 
-# The transform that the caller runs inside of, if there is one.
+# The innermost active transform, or None.
 transform: Callable[[], Any] = private_function(
     "torch._C._functorch.peek_interpreter_stack", lambda: None
 )
@@ -223,10 +228,7 @@ def inside_transform() -> bool:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a torch.func transform, where `inside_transform` cannot tell.
-
-    Its text says so, which takes long.
-    """
+    """Whether the text of a tensor (slow) shows a transform, if `inside_transform` is missing."""
     return not (TRANSFORMS.known or TRANSFORMS.holds()) and repr(tensor).startswith(_WRAPPED)
 
 
@@ -235,7 +237,7 @@ _WRAPPED = ("BatchedTensor(", "GradTrackingTensor(", "FunctionalTensor(")
 
 @corner("the stack of torch.func transforms", "the text of a tensor tells, and nothing is planned")
 def TRANSFORMS() -> bool:
-    """There is a transform inside of a level of vmap and of grad, and none outside."""
+    """A transform is active inside a level of vmap and of grad, and none outside."""
     seen = [inside_transform()]
     _functorch._vmap_increment_nesting(2, "error")
     seen.append(inside_transform())

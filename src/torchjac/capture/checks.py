@@ -1,4 +1,4 @@
-"""What outputs and inputs must be before anything is differentiated."""
+"""Checks of outputs and inputs before any differentiation."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Name = Callable[[int], str]
 
 
 def check_leaves(leaves: Sequence[Any], name: Name, role: str, remedy: str) -> tuple[Tensor, ...]:
-    """Returns the leaves if each is a real floating-point tensor and there is at least one.
+    """Returns the leaves if all are real floating-point tensors, and at least one exists.
 
     Args:
-        leaves: What was found.
-        name: Names a leaf.
+        leaves: The leaves of the outputs or inputs.
+        name: Returns the name of a leaf by its position.
         role: `output` or `input`.
-        remedy: What to do with a leaf that is not to be differentiated.
+        remedy: Advice for a leaf that is not to be differentiated, for the message.
 
     Raises:
-        ArgumentError: There is no leaf, or one is not a dense tensor.
+        ArgumentError: No leaf exists, or a leaf is not a dense tensor.
         DtypeError: A leaf is integer, bool or complex.
     """
     if not leaves:
@@ -46,7 +46,7 @@ def check_leaves(leaves: Sequence[Any], name: Name, role: str, remedy: str) -> t
 def check_batch(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], name_output: Name, name_input: Name
 ) -> int:
-    """Returns the number of samples that every leading axis agrees on.
+    """Returns the number of samples: the common size of all leading axes.
 
     Raises:
         ArgumentError: A leaf has no leading axis, or leading axes differ.
@@ -79,34 +79,34 @@ def _not_a_tensor(name: str, leaf: Any, role: str, remedy: str) -> str:
 
 def _wrong_dtype(name: str, leaf: Tensor, role: str, remedy: str) -> str:
     if leaf.is_complex():
-        what = "complex: torchjac computes real Jacobians and does not guess a convention"
+        problem = "complex: torchjac computes real Jacobians and does not guess a convention"
         remedy = "Use torch.view_as_real / torch.view_as_complex around the complex part"
     else:
-        what = f"of dtype {leaf.dtype}, which has no derivative"
+        problem = f"of dtype {leaf.dtype}, which has no derivative"
         remedy = f"Convert it to a floating-point dtype, or {remedy}"
     return (
         f"torchjac: Expected all {role}s to be real floating-point tensors; "
-        f"{name} is {what}. {remedy}."
+        f"{name} is {problem}. {remedy}."
     )
 
 
-def unused_in_graph(program: EagerGraph, positions: tuple[int, ...]) -> str:
-    """What to say where no output of a graph depends on some inputs."""
-    names = [program.nest.name_input(p) for p in positions]
-    ungraphed = [p for p in positions if not program.nest.inputs[p].requires_grad]
+def unused_in_graph(graph: EagerGraph, positions: tuple[int, ...]) -> str:
+    """The message for inputs of a graph that no output depends on."""
+    names = [graph.nest.name_input(p) for p in positions]
+    ungraphed = [p for p in positions if not graph.nest.inputs[p].requires_grad]
     if inside_transform():
         cause = (
             "inside torch.vmap or a torch.func transform, tensors do not carry the graph of the "
             "tensors they stand for; use torchjac.jacobian(f) there"
         )
-    elif not program.outputs:
+    elif not graph.outputs:
         cause = (
             "the outputs have no graph at all (they were computed under no_grad, from detached "
             "tensors, or before requires_grad was set)"
         )
     elif ungraphed:
         cause = (
-            f"{program.nest.name_input(ungraphed[0])} does not require a gradient; call "
+            f"{graph.nest.name_input(ungraphed[0])} does not require a gradient; call "
             f".requires_grad_() on it before the outputs are computed"
         )
     else:
@@ -120,9 +120,9 @@ def unused_in_graph(program: EagerGraph, positions: tuple[int, ...]) -> str:
     )
 
 
-def unused_in_function(program: EagerGraph, positions: tuple[int, ...]) -> str:
-    """What to say where no output of a function depends on some inputs."""
-    names = ", ".join(program.nest.name_input(p) for p in positions)
+def unused_in_function(graph: EagerGraph, positions: tuple[int, ...]) -> str:
+    """The message for inputs of a function that no output depends on."""
+    names = ", ".join(graph.nest.name_input(p) for p in positions)
     return (
         f"torchjac: no output depends on {names}: its Jacobian is zero. Usual causes: the function "
         f"uses the tensor through a closure (jacobian(lambda x: y, x) with a y computed before) "

@@ -15,48 +15,48 @@ from torchjac.capture.eager_graph import EagerGraph, Nest
 from torchjac.capture.nesting import nested
 
 PASS_THROUGH = "pass it as an argument outside argnums, or as a keyword argument"
-BESIDE = "return it beside the result with has_aux=True"
+RETURN_AS_AUX = "return it beside the result with has_aux=True"
 
 
 def capture_function(
     call: Call, *, batched: bool, create_graph: bool, replayable: bool
 ) -> tuple[EagerGraph, Any]:
-    """Evaluates a function once and keeps its graph.
+    """Evaluates a function once, and returns its autograd graph.
 
-    The graph is the one PyTorch records while the function runs as usual, so control flow,
-    in-place writes, hooks, checkpointing and custom functions mean what they mean in a training
-    step, and random operations run once.
+    PyTorch records the graph while the function runs as usual. So control flow, in-place writes,
+    hooks, checkpointing and custom functions mean the same as in a training step, and random
+    operations run once.
 
     Args:
         call: The function and its arguments.
         batched: Whether leading axes are a batch of independent samples.
         create_graph: Whether the Jacobian must be differentiable.
-        replayable: Whether an engine may run the function once more, on other inputs.
+        replayable: Whether passes may run the function again, on other inputs.
 
     Returns:
-        The program, and what the function returned (with aux, if it has one).
+        The graph, and the result of the function (with aux, if it has one).
 
     Raises:
-        ArgumentError: An argument or a result is not a tensor, or leading axes do not fit.
+        ArgumentError: An argument or a result is not a tensor, or leading axes do not agree.
         DtypeError: A tensor is not real floating-point.
     """
-    given, input_spec = call.leaves, call.spec
-    check_leaves(given, call.name_input, "input", PASS_THROUGH)
+    input_leaves, input_spec = call.leaves, call.spec
+    check_leaves(input_leaves, call.name_input, "input", PASS_THROUGH)
     if _has_inference_tensors(call):
         call = _without_inference_tensors(call)
-        given = call.leaves
+        input_leaves = call.leaves
     with modes.recording(), nested():
-        inputs = tuple(_differentiable(leaf, create_graph) for leaf in given)
+        inputs = tuple(_differentiable(leaf, create_graph) for leaf in input_leaves)
         output, returned = call.run(unflatten(inputs, input_spec))
     leaves, output_spec = flatten(output)
 
     def name_output(position: int) -> str:
         return leaf_names("output", output)[position]
 
-    outputs = check_leaves(leaves, name_output, "output", BESIDE)
+    outputs = check_leaves(leaves, name_output, "output", RETURN_AS_AUX)
     batch = check_batch(outputs, inputs, name_output, call.name_input) if batched else None
     nest = build_nest(outputs, inputs, output_spec, input_spec, name_output, call.name_input)
-    program = EagerGraph(
+    graph = EagerGraph(
         outputs=pick(outputs, nest.live_outputs),
         inputs=inputs,
         nest=nest,
@@ -65,17 +65,17 @@ def capture_function(
         create_graph=create_graph,
         replay=_replay(call, input_spec, output_spec, nest.live_outputs) if replayable else None,
     )
-    return program, returned
+    return graph, returned
 
 
 def detached(tree: Any) -> Any:
-    """The tree with every tensor cut off its graph, so that results do not keep it alive."""
+    """The tree with every tensor detached, so that results do not keep a graph alive."""
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _differentiable(leaf: Tensor, create_graph: bool) -> Tensor:
     if create_graph and leaf.requires_grad:
-        return leaf.view_as(leaf)  # stays on the caller's graph, yet is ours alone
+        return leaf.view_as(leaf)  # on the caller's graph, but used by this call only
     return leaf.detach().requires_grad_()
 
 
@@ -117,7 +117,7 @@ def _replay(
 def capture_graph(
     outputs: Any, inputs: Any, *, batched: bool, retain_graph: bool, create_graph: bool
 ) -> EagerGraph:
-    """Takes outputs that exist, with the graph behind them, as a program.
+    """Captures the existing autograd graph of outputs.
 
     Args:
         outputs: A tensor or a pytree of tensors.
@@ -127,7 +127,7 @@ def capture_graph(
         create_graph: Whether the Jacobian must be differentiable.
 
     Raises:
-        ArgumentError: Something is not a tensor, or leading axes do not fit.
+        ArgumentError: An output or input is not a tensor, or leading axes do not agree.
         DtypeError: A tensor is not real floating-point.
     """
 
@@ -162,7 +162,7 @@ def build_nest(
     name_output: Any,
     name_input: Any,
 ) -> Nest:
-    """The nesting, with the leaves that have a graph marked."""
+    """The nesting of outputs and inputs, with the positions of the leaves that have a graph."""
     single = output_spec is LEAF and input_spec is LEAF
     if single and outputs[0].requires_grad and inputs[0].requires_grad:
         live: tuple[tuple[int, ...], tuple[int, ...]] = ((0,), (0,))

@@ -1,4 +1,4 @@
-"""The value that capture hands to the later stages."""
+"""The eager graph: an autograd graph with its outputs and inputs, as a value."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Replay = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Nest:
-    """How the user nested outputs and inputs, and which of them carry derivatives.
+    """The user's nesting of outputs and inputs, and the positions of live leaves.
 
     Attributes:
-        output_spec: Tree of the outputs.
-        input_spec: Tree of the inputs.
-        outputs: Every output leaf, also those without a graph.
-        inputs: Every input leaf, also those without a graph.
+        output_spec: Pytree spec of the outputs.
+        input_spec: Pytree spec of the inputs.
+        outputs: All output leaves, with and without a graph.
+        inputs: All input leaves, with and without a graph.
         live_outputs: Positions in `outputs` of the leaves that have a graph.
         live_inputs: Positions in `inputs` of the leaves that have a graph.
         name_output: Name of an output leaf by its position, for messages.
@@ -40,7 +40,7 @@ class Nest:
 
 @dataclass(frozen=True, slots=True)
 class EagerGraph:
-    """A computation whose graph exists, ready to be differentiated.
+    """An autograd graph with its outputs and inputs, ready for passes.
 
     Attributes:
         outputs: Output leaves that have a graph.
@@ -49,7 +49,7 @@ class EagerGraph:
         batch: Number of independent samples on every leading axis, or None.
         retain_graph: Whether the graph must survive.
         create_graph: Whether the Jacobian must itself be differentiable.
-        replay: Evaluates the same function on other inputs; None for a graph that just exists.
+        replay: Evaluates the function on other inputs; None for a graph without a function.
     """
 
     outputs: tuple[Tensor, ...]
@@ -62,5 +62,5 @@ class EagerGraph:
 
     @property
     def device(self) -> torch.device:
-        """Where most of the work happens: the device of the first output (else input)."""
+        """Device of the first output (or of the first input), where most of the work happens."""
         return (self.outputs or self.inputs or self.nest.inputs)[0].device

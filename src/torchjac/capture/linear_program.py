@@ -1,4 +1,4 @@
-"""The derivative as a linear program: the backward pass, traced."""
+"""The linear program: a traced backward pass u -> J'u."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class LinearProgram:
     """A traced backward pass.
 
     Attributes:
-        module: The graph, with the constants that it reads.
-        cotangents: Where the cotangent of each output leaf enters; None for a leaf without graph.
-        gradients: Where the gradient of each input leaf leaves; None where there is none.
+        module: The graph, with its constants.
+        cotangents: Node of the cotangent of each output leaf; None for a leaf without a graph.
+        gradients: Node of the gradient of each input leaf; None for a leaf without a gradient.
         row_shapes: Shape of each output leaf.
         column_shapes: Shape of each input leaf.
-        scope: `global`: valid for every input of these shapes. `local`: valid for the values that
-            the graph was recorded with.
-        lines: Where in the user's code the operations with these sequence numbers were called.
-        reason: Why the scope is not global, where it could have been.
+        scope: `global` if valid for every input of these shapes, `local` if valid for the values of
+            the recording only.
+        lines: Line of the user's code by sequence number.
+        reason: Why the scope is local although a function was given; else None.
     """
 
     module: fx.GraphModule
@@ -40,17 +40,17 @@ class LinearProgram:
 
     @property
     def writes(self) -> bool:
-        """Whether the function writes to tensors that are not its own, each time it runs."""
+        """Whether the function writes to external tensors in each run."""
         return bool(self.module.meta.get(tracing.WRITES, False))
 
     @property
     def stops_gradients(self) -> bool:
-        """Whether gradients do not go everywhere that numbers go (`detach`, custom functions)."""
+        """Whether numbers depend on the input without a gradient (`detach`, custom functions)."""
         return bool(self.module.meta.get(tracing.STOPS, True))
 
     @property
     def draws(self) -> bool:
-        """Whether the function draws random numbers, which others after it then do not get."""
+        """Whether the function draws random numbers, so that a run advances a generator."""
         return bool(self.module.meta.get(tracing.DRAWS, False))
 
     @property

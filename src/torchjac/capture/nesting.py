@@ -1,8 +1,8 @@
-"""Knowing that a function is being differentiated by torchjac while it runs.
+"""Nesting: whether torchjac differentiates the code that runs now.
 
-A Jacobian computed inside a function whose Jacobian is being computed must keep its own graph, as
-nested torch.func transforms do; outside it must not (a result that holds its graph alive leaks
-memory in loops).
+A Jacobian inside a function under differentiation must keep its graph, as nested torch.func
+transforms do. Any other Jacobian must not, as a result that keeps its graph alive leaks memory in
+loops.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 
 _depth: ContextVar[int] = ContextVar("torchjac_depth", default=0)
 
-# How many calls of torchjac are around.
+# Number of enclosing calls of torchjac.
 depth: Callable[[], int] = _depth.get
 
 
 def differentiating() -> bool:
-    """Whether an enclosing torchjac call differentiates what happens now."""
+    """Whether an enclosing call of torchjac differentiates the running code."""
     return depth() > 0 and torch.is_grad_enabled()
 
 
@@ -27,9 +27,9 @@ class nested:
     """Marks the evaluation of a user's function."""
 
     def __enter__(self) -> None:
-        """Goes one level deeper."""
+        """Enters a level."""
         self._token = _depth.set(_depth.get() + 1)
 
     def __exit__(self, *_: object) -> None:
-        """Comes back up."""
+        """Leaves the level."""
         _depth.reset(self._token)

@@ -1,8 +1,8 @@
-"""The derivative that PyTorch would run, written down: u -> J'u as a graph of ATen operations.
+"""Traces of the backward pass: u -> J'u as a graph of ATen operations.
 
-Tracing the backward pass, not the function, is what makes custom `autograd.Function`s,
-straight-through estimators, `detach` and `no_grad` mean what they mean in torch; and everything
-between cotangents and gradients is linear, so few kinds of operation occur.
+The backward pass is traced, not the function. So custom `autograd.Function`s, straight-through
+estimators, `detach` and `no_grad` mean the same as in torch. And every operation between cotangents
+and gradients is linear, so few kinds of operation occur.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchjac._torch.pytree import flatten, leaf_names, unflatten
 from torchjac._torch.trace import trace as tracing
 from torchjac.call import Call, _variable
 from torchjac.capture.checks import check_leaves
-from torchjac.capture.eager import BESIDE, PASS_THROUGH
+from torchjac.capture.eager import PASS_THROUGH, RETURN_AS_AUX
 from torchjac.capture.eager_graph import EagerGraph
 from torchjac.capture.linear_program import LinearProgram, Scope
 from torchjac.capture.nesting import nested
@@ -30,59 +30,59 @@ from torchjac.guards.rollback import restoring
 
 
 def trace_function(call: Call, keep: Collection[Any]) -> LinearProgram:
-    """Traces the derivative of a function at any input of these shapes.
+    """Traces the backward pass of a function, for any input of these shapes.
 
-    Floating-point arguments have no value while it is traced; integer and bool arguments, and
-    tensors that the function reads from elsewhere, are constants.
+    Control flow must not depend on values of floating-point arguments. Integer and bool arguments,
+    and external tensors that the function reads, are constants.
 
     Args:
         call: The function and its arguments.
-        keep: Operations that need not be decomposed.
+        keep: Operations not to decompose.
 
     Raises:
-        CaptureRefused: What the function does depends on values, or cannot be traced.
+        CaptureRefused: Control flow depends on values, or the function cannot be traced.
     """
-    program = FunctionOfTensors(call)
+    function = FunctionOfTensors(call)
 
-    def derivative(observer: tracing.Observer, *tensors: Tensor) -> list[Any]:
-        inputs, outputs, live = program(observer, tensors)
+    def backward_pass(observer: tracing.Observer, *tensors: Tensor) -> list[Any]:
+        inputs, outputs, live = function(observer, tensors)
         seeds = [observer.cotangent(o) for o in live]
         with (
             modes.passes(live),
-            tracing.numbered(_nodes(live), observer),
+            tracing.with_sequence_numbers(_nodes(live), observer),
             observer.during_backward(),
         ):
             gradients = backward(live, seeds, inputs) if live else [None] * len(inputs)
-        found = iter(seeds)
-        return [*(next(found) if o.requires_grad else None for o in outputs), *gradients]
+        remaining = iter(seeds)
+        return [*(next(remaining) if o.requires_grad else None for o in outputs), *gradients]
 
-    module, lines = traced(derivative, program.tensors(), True, keep, restoring(call))
-    return _derivative(module, program.row_shapes, program.column_shapes, "global", lines)
+    module, lines = traced(backward_pass, function.tensors(), True, keep, restoring(call))
+    return _linear_program(module, function.row_shapes, function.column_shapes, "global", lines)
 
 
 def trace_transposed(call: Call, keep: Collection[Any]) -> LinearProgram:
-    """Traces v -> Jv, the transposed of the derivative of a function.
+    """Traces v -> Jv, the transpose of the backward pass of a function.
 
-    u -> J'u is linear in u, so pulling v back through it gives Jv (see NOTE in
-    `passes.forward`). What is returned is the derivative of J': its rows are the inputs of
-    the function, its columns the outputs. That J'u is linear is proved by u being nowhere in it.
+    u -> J'u is linear in u, so its own backward pass is v -> Jv (see NOTE in `passes.forward`). The
+    result is a linear program of J': its rows are the inputs of the function, its columns are the
+    outputs. J'u is proved linear if u does not occur in v -> Jv.
 
     Args:
         call: The function and its arguments.
-        keep: Operations that need not be decomposed.
+        keep: Operations not to decompose.
 
     Raises:
-        CaptureRefused: What the function does depends on values, or cannot be traced, or its
-            backward pass is not linear or cannot be differentiated.
+        CaptureRefused: Control flow depends on values, the function cannot be traced, or its
+            backward pass is not linear or not differentiable.
     """
-    program = FunctionOfTensors(call)
+    function = FunctionOfTensors(call)
 
-    def derivative(observer: tracing.Observer, *tensors: Tensor) -> list[Any]:
-        inputs, outputs, live = program(observer, tensors)
+    def forward_pass(observer: tracing.Observer, *tensors: Tensor) -> list[Any]:
+        inputs, outputs, live = function(observer, tensors)
         seeds = [observer.cotangent(o).requires_grad_() for o in live]
         with (
             modes.passes(live),
-            tracing.numbered(_nodes(live), observer),
+            tracing.with_sequence_numbers(_nodes(live), observer),
             observer.during_backward(),
         ):
             gradients = backward(live, seeds, inputs, create_graph=True)
@@ -95,22 +95,24 @@ def trace_transposed(call: Call, keep: Collection[Any]) -> LinearProgram:
                 for g, v in zip(gradients, tangents, strict=True)
                 if g is not None and v is not None
             ]
-            found = iter(backward([g for g, _ in pairs], [v for _, v in pairs], seeds))
-        products = [next(found) if o.requires_grad else None for o in outputs]
+            remaining = iter(backward([g for g, _ in pairs], [v for _, v in pairs], seeds))
+        products = [next(remaining) if o.requires_grad else None for o in outputs]
         return [*tangents, *products, *seeds]
 
-    module, lines = traced(derivative, program.tensors(), True, keep, restoring(call))
-    found = _derivative(module, program.column_shapes, program.row_shapes, "global", lines)
-    products, seeds = _split(found.gradients, len(program.row_shapes))
-    end = _end(module)
-    end.args = ((*found.cotangents, *products),)
+    module, lines = traced(forward_pass, function.tensors(), True, keep, restoring(call))
+    transposed = _linear_program(
+        module, function.column_shapes, function.row_shapes, "global", lines
+    )
+    products, seeds = _split(transposed.gradients, len(function.row_shapes))
+    output = _output_node(module)
+    output.args = ((*transposed.cotangents, *products),)
     for seed in seeds:
         assert seed is not None, "every seed is a placeholder"
         if seed.users:
             raise CaptureRefused("the backward pass is not known to be linear in its cotangent")
         module.graph.erase_node(seed)
     module.recompile()
-    return replace(found, gradients=products)
+    return replace(transposed, gradients=products)
 
 
 R = TypeVar("R")
@@ -121,54 +123,61 @@ def _split(values: tuple[R, ...], at: int) -> tuple[tuple[R, ...], tuple[R, ...]
 
 
 class FunctionOfTensors:
-    """A function as one of tensors: of the differentiated ones, then of other floating ones.
+    """A call as a function of tensors: the differentiated leaves, then all other floating leaves.
 
     Attributes:
-        row_shapes: Shapes of its outputs, once it has run.
-        column_shapes: Shapes of the differentiated tensors.
+        row_shapes: Shapes of the outputs; empty before the first run.
+        column_shapes: Shapes of the differentiated leaves.
     """
 
     def __init__(self, call: Call):
-        """Takes the arguments apart."""
+        """Flattens the arguments of a call."""
         self._call = call
-        self._given, self._spec = call.leaves, call.spec
-        check_leaves(self._given, call.name_input, "input", PASS_THROUGH)
-        self._beside, self._rest = call.other_leaves, call.other_spec
-        self._variable = _variable(self._beside)
+        self._leaves, self._spec = call.leaves, call.spec
+        check_leaves(self._leaves, call.name_input, "input", PASS_THROUGH)
+        self._other_leaves, self._other_spec = call.other_leaves, call.other_spec
+        self._variable = _variable(self._other_leaves)
         self.row_shapes: list[torch.Size] = []
-        self.column_shapes = [t.shape for t in self._given]
+        self.column_shapes = [t.shape for t in self._leaves]
 
     def tensors(self) -> list[Tensor]:
-        """What it is called with: copies, so that what shares their memory was made of them."""
-        beside = (self._beside[i] for i in self._variable)
+        """Copies of the arguments, so that every tensor that aliases one is a view of it."""
+        floating = (self._other_leaves[i] for i in self._variable)
         with modes.recording():
-            return [_copied(modes.usable_in_graph(t).data) for t in (*self._given, *beside)]
+            return [
+                _copy_with_strides(modes.usable_in_graph(t).data)
+                for t in (*self._leaves, *floating)
+            ]
 
     def __call__(
         self, observer: tracing.Observer, tensors: Sequence[Tensor]
     ) -> tuple[list[Tensor], Sequence[Tensor], list[Tensor]]:
-        """The differentiated tensors, the outputs, and those outputs that have a graph."""
-        call, count = self._call, len(self._given)
+        """Runs the function; returns the differentiated tensors, all outputs, and live outputs."""
+        call, count = self._call, len(self._leaves)
         inputs = [t.detach().requires_grad_() for t in tensors[:count]]
-        others = list(self._beside)
+        other_leaves = list(self._other_leaves)
         for position, value in zip(self._variable, tensors[count:], strict=True):
-            needed = isinstance(others[position], Tensor) and others[position].requires_grad
-            others[position] = value.detach().requires_grad_() if needed else value
-        args, kwargs = unflatten(others, self._rest)
-        here = Call(call.function, call.argnums, call.has_aux, _merged(call, args), kwargs)
+            needs_gradient = (
+                isinstance(other_leaves[position], Tensor) and other_leaves[position].requires_grad
+            )
+            other_leaves[position] = value.detach().requires_grad_() if needs_gradient else value
+        args, kwargs = unflatten(other_leaves, self._other_spec)
+        bound = Call(call.function, call.argnums, call.has_aux, _all_arguments(call, args), kwargs)
         with modes.recording(), nested(), observer:
             try:
-                output, _ = here.run(unflatten(inputs, self._spec))
-            except TorchjacError as error:  # of a Jacobian inside the function
+                output, _ = bound.run(unflatten(inputs, self._spec))
+            except TorchjacError as error:  # from a Jacobian inside the function
                 raise CaptureRefused(str(error)) from error
         leaves = flatten(output)[0]
-        outputs = check_leaves(leaves, lambda p: leaf_names("output", output)[p], "output", BESIDE)
+        outputs = check_leaves(
+            leaves, lambda p: leaf_names("output", output)[p], "output", RETURN_AS_AUX
+        )
         self.row_shapes[:] = [o.shape for o in outputs]
         return inputs, outputs, [o for o in outputs if o.requires_grad]
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """The same numbers with the same strides and offset; itself where that takes much memory."""
+def _copy_with_strides(tensor: Tensor) -> Tensor:
+    """A copy with equal strides and offset, or the tensor itself if a copy takes much memory."""
     start, steps = tensor.storage_offset(), tensor.stride()
     sizes = zip(tensor.shape, steps, strict=True)
     reach = start + 1 + sum((size - 1) * step for size, step in sizes)
@@ -178,43 +187,44 @@ def _copied(tensor: Tensor) -> Tensor:
     return memory.as_strided(tensor.shape, steps, start).copy_(tensor)
 
 
-def trace_graph(program: EagerGraph, keep: Collection[Any]) -> LinearProgram:
-    """Traces the backward pass of a graph that exists, by running it once.
+def trace_graph(graph: EagerGraph, keep: Collection[Any]) -> LinearProgram:
+    """Traces the backward pass of an existing graph by a single run.
 
-    Tensors that the graph saved are constants, so the result holds for this evaluation only.
+    Tensors that the graph saved are constants, so the linear program is valid for this evaluation
+    only.
 
     Raises:
         CaptureRefused: The backward pass cannot be traced.
     """
-    nest = program.nest
-    nodes = _nodes(program.outputs)
+    nest = graph.nest
+    nodes = _nodes(graph.outputs)
 
-    def derivative(observer: tracing.Observer, *seeds: Tensor) -> list[Any]:
+    def backward_pass(observer: tracing.Observer, *seeds: Tensor) -> list[Any]:
         with (
             modes.passes(seeds),
             modes.recording(),
-            tracing.numbered(nodes, observer),
+            tracing.with_sequence_numbers(nodes, observer),
             observer.during_backward(),
         ):
-            gradients = backward(program.outputs, seeds, program.inputs) if seeds else []
+            gradients = backward(graph.outputs, seeds, graph.inputs) if seeds else []
         live = dict(zip(nest.live_outputs, seeds, strict=True))
-        found = dict(zip(nest.live_inputs, gradients, strict=False))
+        input_gradients = dict(zip(nest.live_inputs, gradients, strict=False))
         return [
             *(live.get(i) for i in range(len(nest.outputs))),
-            *(found.get(i) for i in range(len(nest.inputs))),
+            *(input_gradients.get(i) for i in range(len(nest.inputs))),
         ]
 
-    # Not zeros: what a backward pass takes out of the graph (through NumPy) must not look like one.
+    # No zeros, as a zero could hide values that leave the graph in the backward pass (by NumPy).
     seeds = [
         torch.linspace(0.3, 1.7, o.numel(), dtype=o.dtype, device=o.device).reshape(o.shape)
-        for o in program.outputs
+        for o in graph.outputs
     ]
-    module, _ = traced(derivative, [s.detach() for s in seeds], False, keep)
+    module, _ = traced(backward_pass, [s.detach() for s in seeds], False, keep)
     shapes = [o.shape for o in nest.outputs], [x.shape for x in nest.inputs]
-    return _derivative(module, *shapes, "local", _lines(nodes))
+    return _linear_program(module, *shapes, "local", _node_lines(nodes))
 
 
-# What torch raises where it cannot trace; other errors are the function's own.
+# Errors of torch where a trace fails; all other errors come from the function itself.
 _UNTRACEABLE = (
     RuntimeError,
     TypeError,
@@ -226,21 +236,21 @@ _UNTRACEABLE = (
 
 
 def traced(
-    derivative: Any,
+    function: Any,
     tensors: Sequence[Tensor],
     parameters_vary: bool,
     keep: Collection[Any],
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[fx.GraphModule, dict[int, str]]:
-    """A function of tensors as a graph, and the lines that its operations come from.
+    """Traces a function of tensors: its graph, and the line of each sequence number.
 
     Raises:
-        CaptureRefused: It cannot be traced.
+        CaptureRefused: The function cannot be traced.
     """
     try:
-        with modes.recording(), modes.random_state_kept(tensors):
+        with modes.recording(), modes.preserved_random_state(tensors):
             return tracing.trace(
-                derivative, tensors, parameters_vary=parameters_vary, keep=keep, around=around
+                function, tensors, parameters_vary=parameters_vary, keep=keep, around=around
             )
     except TorchjacError:
         raise
@@ -256,14 +266,14 @@ def traced(
         raise CaptureRefused(f"it cannot be traced: {type(other).__name__}: {first}") from other
 
 
-def _derivative(
+def _linear_program(
     module: fx.GraphModule,
     rows: Sequence[torch.Size],
     columns: Sequence[torch.Size],
     scope: Scope,
     lines: dict[int, str],
 ) -> LinearProgram:
-    leaves: list[Any] = list(_end(module).args[0])  # type: ignore[arg-type]
+    leaves: list[Any] = list(_output_node(module).args[0])  # type: ignore[arg-type]
     return LinearProgram(
         module,
         tuple(leaves[: len(rows)]),
@@ -275,37 +285,37 @@ def _derivative(
     )
 
 
-def _end(module: fx.GraphModule) -> fx.Node:
-    """Where the results of a graph leave it."""
-    end: fx.Node = next(node for node in module.graph.nodes if node.op == "output")
-    return end
+def _output_node(module: fx.GraphModule) -> fx.Node:
+    """The output node of a graph."""
+    output: fx.Node = next(node for node in module.graph.nodes if node.op == "output")
+    return output
 
 
-def _merged(call: Call, others: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All arguments again: `Call.run` puts the differentiated ones in their places."""
-    taken = set(call.positions())
-    return tuple(call.args[i] if i in taken else a for i, a in enumerate(others))
+def _all_arguments(call: Call, other_arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All positional arguments; `Call.run` replaces the differentiated ones."""
+    differentiated = set(call.positions())
+    return tuple(call.args[i] if i in differentiated else a for i, a in enumerate(other_arguments))
 
 
 def _nodes(outputs: Sequence[Tensor]) -> list[Any]:
-    """Every autograd node behind some outputs."""
+    """Every autograd node that some outputs depend on."""
     nodes = list(dict.fromkeys(gradient_node(o) for o in outputs))
-    seen = set(nodes)
-    for node in nodes:  # grows while it is walked
+    visited = set(nodes)
+    for node in nodes:  # breadth first: the list grows during the loop
         for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
+            if child is not None and child not in visited:
+                visited.add(child)
                 nodes.append(child)
     return nodes
 
 
-def _lines(nodes: Sequence[Any]) -> dict[int, str]:
-    """The line that anomaly mode noted, or the name of the node, by sequence number."""
+def _node_lines(nodes: Sequence[Any]) -> dict[int, str]:
+    """The line that anomaly mode recorded, or the name of the node, by sequence number."""
     return {sequence_number(node): _line_of(node.metadata) or node.name() for node in nodes}
 
 
 def _line_of(metadata: dict[str, Any]) -> str | None:
-    """The user's line out of the stack that `torch.autograd.detect_anomaly` leaves."""
+    """The user's line in the stack that `torch.autograd.detect_anomaly` records, or None."""
     for entry in reversed(metadata.get("traceback_", [])):
         first = entry.strip().split("\n", 1)[0]
         if first.startswith("File ") and "/torch/" not in first:
@@ -315,18 +325,18 @@ def _line_of(metadata: dict[str, Any]) -> str | None:
 
 
 def trace_value(call: Call, keep: Collection[Any]) -> fx.GraphModule:
-    """Traces a function: a graph from its tensors to its outputs.
+    """Traces a function: the graph from its tensors to its outputs.
 
     Args:
         call: The function and its arguments.
-        keep: Operations that need not be decomposed.
+        keep: Operations not to decompose.
 
     Raises:
-        CaptureRefused: What the function does depends on values, or cannot be traced.
+        CaptureRefused: Control flow depends on values, or the function cannot be traced.
     """
-    program = FunctionOfTensors(call)
+    function = FunctionOfTensors(call)
 
     def value(observer: tracing.Observer, *tensors: Tensor) -> Sequence[Any]:
-        return list(program(observer, tensors)[1])
+        return list(function(observer, tensors)[1])
 
-    return traced(value, program.tensors(), True, keep, restoring(call))[0]
+    return traced(value, function.tensors(), True, keep, restoring(call))[0]

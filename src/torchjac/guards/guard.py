@@ -50,8 +50,8 @@ from torchjac._torch.state import (
     ambient,
     foreign_mode,
     is_wrapped,
-    usual,
-    usual_one_by_one,
+    plain_setting_readers,
+    plain_settings,
 )
 from torchjac.call import Call
 from torchjac.guards.builder import Check, Mismatch, Policy, Seen
@@ -188,10 +188,10 @@ def _checks(call: Call, watcher: ObjectWatcher) -> tuple[CallCheck, ...]:
 
 
 def _settings() -> CallCheck:
-    expected, mostly = ambient(), usual()
+    expected, mostly = ambient(), plain_settings()
 
     def check(call: Call, seen: Seen) -> Mismatch | None:
-        if mostly is not None and usual() == mostly:
+        if mostly is not None and plain_settings() == mostly:
             return None
         now = ambient()
         if now == expected:
@@ -201,7 +201,7 @@ def _settings() -> CallCheck:
         return Mismatch(f"{name} changed from {old} to {new}")
 
     def form(lines: GuardCode, _: str) -> None:
-        found = usual_one_by_one()
+        found = plain_setting_readers()
         for read, now in found or ():
             lines.need_state(read, now)
         if found is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchjac._torch import native
 from torchjac._torch.native import Reading, setting
-from torchjac._torch.tensor_guards import look
+from torchjac._torch.tensor_guards import tensor_check
 
 Glance = Callable[[tuple[Any, ...]], bool]
 # Makes a test whether readings give what they give now, where it can.
@@ -155,7 +155,7 @@ class GuardCode:
             text.append(f"if not {self.hold(unchanged)}(): return False")
         if self._tensors:
             places, tensors = zip(*self._tensors, strict=True)
-            test = look(*tensors)  # all of them together take little more than one
+            test = tensor_check(*tensors)  # all of them together take little more than one
             if test is None:
                 return None
             text.append(f"if not {self.hold(test)}({', '.join(places)}): return False")

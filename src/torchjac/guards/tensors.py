@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.state import PLAIN_TENSORS
-from torchjac._torch.tensor_guards import look
+from torchjac._torch.tensor_guards import tensor_check
 from torchjac.guards.builder import Check, Mismatch, Seen
 from torchjac.guards.predicate import GuardCode, inlined
 
@@ -27,7 +27,7 @@ def looked_at(value: Any) -> Callable[[Any], bool] | None:
         and not value.is_inference()
         and not vars(value)
     )
-    return look(value) if simple else None
+    return tensor_check(value) if simple else None
 
 
 def the_same(

@@ -23,7 +23,7 @@ from torchjac.jit.cache import CaptureCache
 from torchjac.passes.candidates import plain_seconds
 from torchjac.request import Output, Sparse
 from torchjac.sparsity.detect import global_pattern, is_independent, pattern_of_graph
-from torchjac.sparsity.pattern import Pattern, given_pattern
+from torchjac.sparsity.pattern import Pattern, user_pattern
 
 V = TypeVar("V")
 
@@ -125,7 +125,7 @@ def with_pattern(output: Output, program: EagerGraph, find: Callable[[], Pattern
         return output
     if output.user_pattern is not None:
         shapes = [[tuple(t.shape) for t in leaves] for leaves in _leaves(program)]
-        pattern: Pattern | None = given_pattern(output.user_pattern, *shapes)
+        pattern: Pattern | None = user_pattern(output.user_pattern, *shapes)
     elif modes.tracing(program.inputs) or not program.outputs or not program.inputs:
         pattern = None
     else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.pytree import LEAF, TreeSpec, unflatten
-from torchjac._torch.storage import copied_when_written
+from torchjac._torch.storage import lazy_copy
 from torchjac.capture.eager_graph import EagerGraph, Nest
 from torchjac.layout import dense, sparse
 from torchjac.passes.modes import Part
@@ -139,7 +139,7 @@ def _sparse_block(
         starts = sparse.csr_starts(rows, size[0])
 
         def csr(values: Tensor) -> Tensor:
-            index = copied_when_written(starts), copied_when_written(columns)
+            index = lazy_copy(starts), lazy_copy(columns)
             return torch.sparse_csr_tensor(*index, own(values), size, check_invariants=False)
 
         return csr
@@ -147,7 +147,7 @@ def _sparse_block(
 
     def coo(values: Tensor) -> Tensor:
         return torch.sparse_coo_tensor(
-            copied_when_written(index), own(values), size, is_coalesced=True, check_invariants=False
+            lazy_copy(index), own(values), size, is_coalesced=True, check_invariants=False
         )
 
     return coo

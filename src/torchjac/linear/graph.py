@@ -8,24 +8,24 @@ from torchjac.capture.linear_program import LinearProgram
 from torchjac.linear.known_values import SHAPE_ONLY, UNINITIALIZED
 
 
-def linear_nodes(derivative: LinearProgram) -> set[fx.Node]:
-    """Nodes whose value depends on a cotangent (not only on its shape)."""
-    found = {c for c in derivative.cotangents if c is not None}
-    for node in derivative.module.graph.nodes:
+def linear_nodes(program: LinearProgram) -> set[fx.Node]:
+    """Nodes whose value depends on a cotangent, not only on the shape of one."""
+    linear = {c for c in program.cotangents if c is not None}
+    for node in program.module.graph.nodes:
         if node.op != "call_function" or node.target in SHAPE_ONLY or node.target in UNINITIALIZED:
             continue
-        if any(argument in found for argument in node.all_input_nodes):
-            found.add(node)
-    return found
+        if any(argument in linear for argument in node.all_input_nodes):
+            linear.add(node)
+    return linear
 
 
-def needed_nodes(derivative: LinearProgram, linear: set[fx.Node]) -> set[fx.Node]:
-    """Linear nodes that a gradient is made of."""
-    stack = [g for g in derivative.gradients if g is not None]
-    found = set(stack)
+def needed_nodes(program: LinearProgram, linear: set[fx.Node]) -> set[fx.Node]:
+    """Linear nodes that some gradient depends on."""
+    stack = [g for g in program.gradients if g is not None]
+    needed = set(stack)
     while stack:
         for argument in stack.pop().all_input_nodes:
-            if argument not in found and argument in linear:
-                found.add(argument)
+            if argument not in needed and argument in linear:
+                needed.add(argument)
                 stack.append(argument)
-    return found
+    return needed

@@ -1,8 +1,8 @@
-"""What is known of the values that are not linear in the cotangent, before the program runs.
+"""Known values: constant propagation through the nodes that do not depend on the cotangent.
 
-A value is float64 numbers: NaN where it depends on the input, the number itself where it is the
-same whatever the input is. Zeros that are certain (a mask, the zeros of `diag_embed(x)`) are what
-makes patterns sharp.
+The factors of a node are float64 numbers: NaN where the value depends on the input, the number
+itself where it is equal for every input. Certain zeros (of a mask, of `diag_embed(x)`) make
+patterns sharp.
 """
 
 from __future__ import annotations
@@ -20,88 +20,94 @@ from torchjac._torch.modes import real_values
 from torchjac._torch.operators import aten, known
 from torchjac._torch.trace import trace as tracing
 from torchjac.capture.linear_program import LinearProgram
-from torchjac.linear.maps import UNKNOWN, Factors, Numbers, times
+from torchjac.linear.maps import UNKNOWN, ComputedFactors, Factors, times
 from torchjac.ops import Fact, having
 
 
-def _laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor with the strides of another; one that repeats along an axis stays as it is."""
+def _with_strides_of(value: Tensor, like: Tensor) -> Tensor:
+    """A copy with the strides of `like`; if `like` is expanded (stride 0), the tensor itself."""
     if value.stride() == like.stride() or 0 in like.stride():
         return value
-    made = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device)
-    return made.copy_(value)
+    copy = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device)
+    return copy.copy_(value)
 
 
 _BY_STRIDES = having(Fact.BY_STRIDES)
 
 
-class Values:
-    """Values of the nodes of one derivative, found when they are asked for."""
+class KnownValues:
+    """Known values of the nodes of one linear program, computed lazily."""
 
-    def __init__(self, derivative: LinearProgram, linear: set[fx.Node]):
-        """Begins with nothing but the constants that the graph reads.
+    def __init__(self, program: LinearProgram, linear: set[fx.Node]):
+        """Starts without any known value.
 
         Args:
-            derivative: The traced backward pass.
+            program: The traced backward pass.
             linear: Nodes that depend on the cotangent.
         """
-        self._module = derivative.module
-        self._local = derivative.scope == "local"
+        self._module = program.module
+        self._local = program.scope == "local"
         self._linear = linear
         self._constants: dict[fx.Node, Any] = {}
         self._saved: dict[fx.Node, bool] = {}
         self._known: dict[fx.Node, Tensor] = {}
 
     def constant(self, node: Any) -> Any:
-        """The value of a node that is the same whatever the input is, or None.
+        """The value of a node if it is equal for every input, else None.
 
-        On a graph that exists, every value is: the pattern holds for that evaluation.
+        In local scope every value is a constant: the pattern holds for one evaluation only.
         """
         if not isinstance(node, fx.Node):
             return node
         if node not in self._constants:
-            for needed in before(node, self._constants, self._is_made_of_arguments):
-                self._constants[needed] = self._evaluated(needed)
+            for dependency in topological_order(node, self._constants, self._is_computed):
+                self._constants[dependency] = self._evaluate(dependency)
         return self._constants[node]
 
     def factors(self, node: fx.Node) -> Tensor:
-        """Float64 numbers of the node's shape; NaN where they are not known."""
+        """The factors of a node: float64 of its shape, NaN where unknown."""
         if node not in self._known:
-            for needed in before(node, self._known, self._is_partial):
-                found = self._looked_at(needed)
-                if bool(found.isnan().all()):  # unknown throughout: costs nothing from here on
-                    found = unknown(tuple(found.shape))
-                self._known[needed] = found
+            for dependency in topological_order(node, self._known, self._has_rule):
+                factors = self._compute_factors(dependency)
+                if bool(factors.isnan().all()):  # all unknown: later operations cost nothing
+                    factors = unknown_factors(tuple(factors.shape))
+                self._known[dependency] = factors
         return self._known[node]
 
-    def coefficients(self, node: fx.Node) -> Tensor | Numbers:
-        """The same as factors of a map; an engine that computes them gives what it computes."""
+    def coefficients(self, node: fx.Node) -> Tensor | ComputedFactors:
+        """The factors of a node, for a map; the compiler overrides them by computed factors."""
         return self.factors(node)
 
     def response(self, node: fx.Node, operand: fx.Node, known: Factors) -> Factors:
-        """What elements of an operand are multiplied by: what is known of it, here."""
+        """Factors of an elementwise operation by one operand; the compiler overrides them.
+
+        Args:
+            node: The operation.
+            operand: A linear operand.
+            known: The factors that are known before the program runs.
+        """
         return known
 
     def is_zero(self, node: Any) -> bool:
-        """Whether a value is known to be zero everywhere."""
+        """Whether every element of a value is a known zero."""
         if not isinstance(node, fx.Node):
             return not isinstance(node, Tensor) and node == 0
         if node in self._linear:
             return False
         return not bool(self.factors(node).any())
 
-    def _evaluated(self, node: fx.Node) -> Any:
+    def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             value: Any = self._module
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             if not isinstance(value, Tensor) or (is_parameter(value) and not self._local):
-                return None  # training changes its values, and the pattern must hold for all
+                return None  # training changes parameters, and the pattern must stay valid
             return value.detach()
         if node.op != "call_function":
             return None
         if node.target in SHAPE_ONLY:
-            return self._filled(node)
+            return self._fill_value(node)
         if node in self._linear or tracing.is_random(node.target):
             return None
         if node.target in UNINITIALIZED:
@@ -111,63 +117,67 @@ class Values:
         operation: Any = node.target
         if not isinstance(operation, tracing.OpOverload) and operation is not operator.getitem:
             return None
-        known = self._laid_out if node.target in _BY_STRIDES else self.constant
-        args, kwargs = mapped(node, known)
+        constant = self._constant_with_strides if node.target in _BY_STRIDES else self.constant
+        args, kwargs = map_arguments(node, constant)
         with real_values():
             return operation(*args, **kwargs)
 
-    def _laid_out(self, node: Any) -> Any:
-        """A constant with the strides that the traced tensor had."""
+    def _constant_with_strides(self, node: Any) -> Any:
+        """The value of a constant node, with the strides of the traced tensor."""
         value = self.constant(node)
         if not isinstance(node, fx.Node) or not isinstance(value, Tensor):
             return value
-        return _laid_out(value, node.meta["val"])
+        return _with_strides_of(value, node.meta["val"])
 
-    def _filled(self, node: fx.Node) -> Tensor | None:
-        """zeros_like and its kin look only at the shape of their argument."""
-        like = node.meta["val"]
+    def _fill_value(self, node: fx.Node) -> Tensor | None:
+        """The result of a factory function (zeros_like): only the shape of its argument counts."""
+        meta = node.meta["val"]
         fill: Any = SHAPE_ONLY[node.target]
         if fill is None:
             position = 2 if node.target is aten.new_full.default else 1
             fill = node.args[position]
         if isinstance(fill, fx.Node):
             return None
-        value = torch.tensor(fill, dtype=like.dtype, device=device_of(node))
-        return value.expand(tuple(like.shape))
+        value = torch.tensor(fill, dtype=meta.dtype, device=device_of(node))
+        return value.expand(tuple(meta.shape))
 
-    def _looked_at(self, node: fx.Node) -> Tensor:
+    def _compute_factors(self, node: fx.Node) -> Tensor:
         shape = tuple(node.meta["val"].shape)
         value = self.constant(node)
         if isinstance(value, Tensor) and value.is_complex():
             return torch.where(value == 0, 0.0, UNKNOWN).to(torch.float64).cpu()
         if isinstance(value, Tensor):
-            found: Tensor = value.to(torch.float64)
-            saved = self._local and self._is_saved(node)
+            factors: Tensor = value.to(torch.float64)
+            saved = self._local and self._depends_on_saved(node)
             if saved or value.dtype in HALF:
-                # Saved by the graph: which of these numbers belong to the input is not known. In
-                # half precision sums of them are rounded too coarsely for zeros to be proved.
-                found = torch.where(found == 0, found, UNKNOWN)
-            return found.cpu()
-        part = PARTIAL.get(node.target)
-        if part is not None and node.op == "call_function" and node not in self._linear:
-            found = part(self, node)
-            assert isinstance(found, Tensor)
-            return found
-        return unknown(shape)
+                # A saved tensor may depend on the input. In half precision rounding is too coarse
+                # for a proof of zeros.
+                factors = torch.where(factors == 0, factors, UNKNOWN)
+            return factors.cpu()
+        rule = FACTOR_RULES.get(node.target)
+        if rule is not None and node.op == "call_function" and node not in self._linear:
+            factors = rule(self, node)
+            assert isinstance(factors, Tensor)
+            return factors
+        return unknown_factors(shape)
 
-    def _is_saved(self, node: fx.Node) -> bool:
-        """Whether a floating-point tensor that the graph saved is among what it is made of."""
+    def _depends_on_saved(self, node: fx.Node) -> bool:
+        """Whether a node depends on a floating-point tensor that the autograd graph saved."""
         if node not in self._saved:
-            for needed in before(node, self._saved, lambda _: True):
-                value = needed.meta.get("val")
-                if needed.op == "get_attr":
-                    self._saved[needed] = isinstance(value, Tensor) and value.is_floating_point()
+            for dependency in topological_order(node, self._saved, lambda _: True):
+                value = dependency.meta.get("val")
+                if dependency.op == "get_attr":
+                    self._saved[dependency] = (
+                        isinstance(value, Tensor) and value.is_floating_point()
+                    )
                 else:
-                    self._saved[needed] = any(self._saved[a] for a in needed.all_input_nodes)
+                    self._saved[dependency] = any(
+                        self._saved[a] for a in dependency.all_input_nodes
+                    )
         return self._saved[node]
 
-    def _is_made_of_arguments(self, node: fx.Node) -> bool:
-        """Whether a node's value could be found from those of its arguments."""
+    def _is_computed(self, node: fx.Node) -> bool:
+        """Whether the constant value of a node follows from the values of its arguments."""
         return not (
             node.op != "call_function"
             or node.target in SHAPE_ONLY
@@ -176,65 +186,65 @@ class Values:
             or tracing.is_random(node.target)
         )
 
-    def _is_partial(self, node: fx.Node) -> bool:
-        """Whether what is known of a node follows from what is known of its arguments."""
+    def _has_rule(self, node: fx.Node) -> bool:
+        """Whether a rule computes the factors of a node from the factors of its arguments."""
         return (
-            node.target in PARTIAL
+            node.target in FACTOR_RULES
             and node.op == "call_function"
             and node not in self._linear
             and self.constant(node) is None
         )
 
 
-def before(
-    node: fx.Node, done: Container[fx.Node], through: Callable[[fx.Node], bool]
+def topological_order(
+    node: fx.Node, done: Container[fx.Node], expands: Callable[[fx.Node], bool]
 ) -> list[fx.Node]:
-    """A node and what it is made of, arguments first, without what is done (graphs are deep).
+    """A node and its dependencies in topological order, by an explicit stack (graphs are deep).
 
     Args:
-        node: The last of them.
+        node: The last node of the order.
         done: Nodes to leave out.
-        through: Whether the arguments of a node are needed.
+        expands: Whether the arguments of a node are needed.
     """
-    found: dict[fx.Node, None] = {}
+    order: dict[fx.Node, None] = {}
     stack: list[tuple[fx.Node, bool]] = [(node, False)]
     while stack:
-        here, ready = stack.pop()
+        current, ready = stack.pop()
         if ready:
-            found[here] = None
-        elif here not in done and here not in found:
-            stack.append((here, True))
-            if through(here):
-                stack += [(a, False) for a in here.all_input_nodes]
-    return list(found)
+            order[current] = None
+        elif current not in done and current not in order:
+            stack.append((current, True))
+            if expands(current):
+                stack += [(a, False) for a in current.all_input_nodes]
+    return list(order)
 
 
 def device_of(node: fx.Node) -> torch.device:
-    """Where a node's value would be."""
-    found: torch.device = node.meta.get("device", node.meta["val"].device)
-    return found
+    """The device of a node's value."""
+    device: torch.device = node.meta.get("device", node.meta["val"].device)
+    return device
 
 
 def is_parameter(tensor: Tensor) -> bool:
-    """Whether a tensor that a function reads is there to be trained."""
+    """Whether a tensor is a parameter that training may change."""
     return tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
 
 
-def mapped(node: fx.Node, function: Callable[[fx.Node], Any]) -> tuple[Any, Any]:
-    """Arguments of a node with values in the place of nodes."""
+def map_arguments(node: fx.Node, function: Callable[[fx.Node], Any]) -> tuple[Any, Any]:
+    """Positional and keyword arguments of a node, with each node replaced by a value."""
     args: Any = fx.map_arg(node.args, function)
     kwargs: Any = fx.map_arg(node.kwargs, function)
     return args, kwargs
 
 
-def unknown(shape: tuple[int, ...]) -> Tensor:
-    """Factors of which nothing is known; costs no memory."""
+def unknown_factors(shape: tuple[int, ...]) -> Tensor:
+    """Factors that are all unknown, expanded from one number."""
     return torch.tensor(UNKNOWN, dtype=torch.float64).expand(shape)
 
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 
-# What they fill the result with; None where an argument says so.
+# Factory functions, and the number that fills their result; None where an argument holds it.
 SHAPE_ONLY: Mapping[Any, float | None] = MappingProxyType(
     {
         **dict.fromkeys(having(Fact.SHAPE_ONLY)),
@@ -245,29 +255,31 @@ SHAPE_ONLY: Mapping[Any, float | None] = MappingProxyType(
 UNINITIALIZED = having(Fact.UNINITIALIZED)
 
 
-def _moved(values: Values, node: fx.Node) -> Tensor:
-    """Movement of elements: run on what is known of each."""
+def _move_factors(values: KnownValues, node: fx.Node) -> Tensor:
+    """Movement of elements: the operation, run on the factors of its arguments."""
 
-    def look(argument: fx.Node) -> Any:
-        like = argument.meta["val"]
-        if not like.dtype.is_floating_point:
+    def argument_factors(argument: fx.Node) -> Any:
+        meta = argument.meta["val"]
+        if not meta.dtype.is_floating_point:
             return values.constant(argument)
-        found = values.factors(argument)
-        return _laid_out(found, like) if node.target in _BY_STRIDES else found
+        factors = values.factors(argument)
+        return _with_strides_of(factors, meta) if node.target in _BY_STRIDES else factors
 
-    if any(look(argument) is None for argument in node.all_input_nodes):  # an index, perhaps
-        return unknown(tuple(node.meta["val"].shape))
-    args, kwargs = mapped(node, look)
+    if any(
+        argument_factors(argument) is None for argument in node.all_input_nodes
+    ):  # an index, perhaps
+        return unknown_factors(tuple(node.meta["val"].shape))
+    args, kwargs = map_arguments(node, argument_factors)
     operation: Any = node.target
     with real_values():
-        found: Tensor = operation(*args, **kwargs)
-    return found
+        factors: Tensor = operation(*args, **kwargs)
+    return factors
 
 
-def _multiplied(values: Values, node: fx.Node) -> Tensor:
+def _mul_factors(values: KnownValues, node: fx.Node) -> Tensor:
     shape = tuple(node.meta["val"].shape)
     arguments: tuple[Any, ...] = node.args
-    found = [
+    operands = [
         values.factors(a).expand(shape)
         if isinstance(a, fx.Node)
         else torch.tensor(
@@ -275,13 +287,13 @@ def _multiplied(values: Values, node: fx.Node) -> Tensor:
         ).expand(shape)
         for a in arguments[:2]
     ]
-    product = times(found[0], found[1])
+    product = times(operands[0], operands[1])
     assert isinstance(product, Tensor)
     return product
 
 
-def _chosen(values: Values, node: fx.Node) -> Tensor:
-    """`where`: by a condition that is known, or what both branches agree on."""
+def _where_factors(values: KnownValues, node: fx.Node) -> Tensor:
+    """`where`: selected by a known condition; otherwise known where both branches are equal."""
     shape = tuple(node.meta["val"].shape)
     arguments: tuple[Any, ...] = node.args
     first, second = (values.factors(a).expand(shape) for a in arguments[1:3])
@@ -291,39 +303,39 @@ def _chosen(values: Values, node: fx.Node) -> Tensor:
     return torch.where(first == second, first, UNKNOWN)
 
 
-def _converted(values: Values, node: fx.Node) -> Tensor:
+def _cast_factors(values: KnownValues, node: fx.Node) -> Tensor:
     if not node.meta["val"].dtype.is_floating_point:
-        return unknown(tuple(node.meta["val"].shape))
+        return unknown_factors(tuple(node.meta["val"].shape))
     source: Any = node.args[0]
     return values.factors(source)
 
 
-def _masked(values: Values, node: fx.Node) -> Tensor:
-    """A sum is -inf where a mask says so, if the other summand is finite, as scores are.
+def _add_factors(values: KnownValues, node: fx.Node) -> Tensor:
+    """A sum is -inf where one summand is (an attention mask), if the other one is finite.
 
-    Nothing else is followed. (Where it is not finite, values and gradients are NaN.)
+    All other elements are unknown. If a summand is not finite, values and gradients are NaN.
     """
     shape = tuple(node.meta["val"].shape)
     arguments: tuple[Any, ...] = node.args
     if node.kwargs.get("alpha", 1) != 1:
-        return unknown(shape)
-    found = [values.factors(a).expand(shape) for a in arguments[:2] if isinstance(a, fx.Node)]
-    hidden = torch.stack([f == -math.inf for f in found]).any(0)
-    return torch.where(hidden, -math.inf, unknown(shape))
+        return unknown_factors(shape)
+    summands = [values.factors(a).expand(shape) for a in arguments[:2] if isinstance(a, fx.Node)]
+    masked = torch.stack([f == -math.inf for f in summands]).any(0)
+    return torch.where(masked, -math.inf, unknown_factors(shape))
 
 
-def _softened(values: Values, node: fx.Node) -> Tensor:
+def _softmax_factors(values: KnownValues, node: fx.Node) -> Tensor:
     """A softmax is zero where its argument is -inf."""
     arguments: tuple[Any, ...] = node.args
     scores = values.factors(arguments[0])
-    return torch.where(scores == -math.inf, 0.0, unknown(tuple(scores.shape)))
+    return torch.where(scores == -math.inf, 0.0, unknown_factors(tuple(scores.shape)))
 
 
-PARTIAL: dict[Any, Any] = known(
+FACTOR_RULES: dict[Any, Any] = known(
     {
-        aten.add.Tensor: _masked,
-        aten._softmax.default: _softened,
-        aten._safe_softmax.default: _softened,
+        aten.add.Tensor: _add_factors,
+        aten._softmax.default: _softmax_factors,
+        aten._safe_softmax.default: _softmax_factors,
         **dict.fromkeys(
             [
                 aten.view.default,
@@ -356,15 +368,15 @@ PARTIAL: dict[Any, Any] = known(
                 aten.index_select.default,
                 aten.constant_pad_nd.default,
             ],
-            _moved,
+            _move_factors,
         ),
         **dict.fromkeys(
             [aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default],
-            _converted,
+            _cast_factors,
         ),
-        aten.mul.Tensor: _multiplied,
-        aten.mul.Scalar: _multiplied,
-        aten.where.self: _chosen,
+        aten.mul.Tensor: _mul_factors,
+        aten.mul.Scalar: _mul_factors,
+        aten.where.self: _where_factors,
         aten.copy.default: lambda values, node: values.factors(node.args[1]).expand(
             tuple(node.meta["val"].shape)
         ),

@@ -8,7 +8,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from torchjac._torch.autograd import ENGINE, NODES
-from torchjac._torch.private import find_out
+from torchjac._torch.private import check_contracts
 from torchjac._torch.vmap import BATCHING, TRANSFORMS
 from torchjac.capture.eager_graph import EagerGraph
 from torchjac.passes.autograd_graph import Graph, survey
@@ -97,7 +97,7 @@ def analyze(
 
 def _nodes_tell() -> bool:
     """Whether nodes of the graph tell what is needed; what passes need is found out on the way."""
-    find_out(ENGINE, NODES, BATCHING, TRANSFORMS)
+    check_contracts(ENGINE, NODES, BATCHING, TRANSFORMS)
     return NODES.holds()
 
 

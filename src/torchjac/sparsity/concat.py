@@ -9,10 +9,10 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from torchjac.linear.maps.factors import Known, spread
-from torchjac.sparsity.dependence import Dependence, Term, distinct, merged, nothing
+from torchjac.linear.maps.factors import Known, expand_factors
+from torchjac.sparsity.dependence import Dependence, Term, distinct_rows, merge_terms, no_dependence
 
-_TERMS = 12  # terms: merge into one if there are more
+_MAX_TERMS = 12  # terms: above this, all are merged into one
 
 
 def concat(parts: Sequence[Dependence], axis: int) -> Dependence:
@@ -27,16 +27,16 @@ def concat(parts: Sequence[Dependence], axis: int) -> Dependence:
     shape = (*parts[0].shape[:axis], sum(sizes), *parts[0].shape[axis + 1 :])
     count = max(len(p.terms) for p in parts)
     if count == 0:
-        return nothing(shape, m)
+        return no_dependence(shape, m)
     if any(t.table is not None for p in parts for t in p.terms):
-        return Dependence(shape, m, (_stacked(parts, axis),))
+        return Dependence(shape, m, (_stack_tables(parts, axis),))
     terms = []
     for k in range(count):
         column = [p.terms[k] if k < len(p.terms) else _zero_term(p) for p in parts]
         positions = torch.cat([t.positions for t in column], axis)
         terms.append(Term(positions, _factors(column, axis), None))
     dependence = Dependence(shape, m, tuple(terms))
-    return merged(dependence) if count > _TERMS else dependence
+    return merge_terms(dependence) if count > _MAX_TERMS else dependence
 
 
 def _zero_term(part: Dependence) -> Term:
@@ -46,16 +46,16 @@ def _zero_term(part: Dependence) -> Term:
 
 
 def _factors(terms: Sequence[Term], axis: int) -> Known:
-    """The factors of the terms, concatenated; one number if all are the same number."""
+    """The concatenated factors of the terms; one number if all terms have the same number."""
     numbers = {t.factors for t in terms if isinstance(t.factors, float)}
     if len(numbers) == 1 and all(isinstance(t.factors, float) for t in terms):
         return numbers.pop()
-    return torch.cat([spread(t.factors, tuple(t.positions.shape)) for t in terms], axis)
+    return torch.cat([expand_factors(t.factors, tuple(t.positions.shape)) for t in terms], axis)
 
 
-def _stacked(parts: Sequence[Dependence], axis: int) -> Term:
+def _stack_tables(parts: Sequence[Dependence], axis: int) -> Term:
     """One term, whose table stacks the tables of all parts."""
-    tables = [distinct(p) for p in parts]
+    tables = [distinct_rows(p) for p in parts]
     starts = accumulate((table.shape[0] for table, _ in tables), initial=0)
     table = sparse.vstack([table for table, _ in tables], format="csr")
     dtype = torch.int32 if table.shape[0] < 2**31 else torch.int64

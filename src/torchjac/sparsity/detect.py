@@ -1,4 +1,4 @@
-"""From a function or a graph to its pattern, in one step."""
+"""Detection: the pattern of a function or of a graph."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ def global_pattern(call: Call) -> Pattern:
     """The pattern of a function, valid for every input of these shapes.
 
     Raises:
-        CaptureRefused: What the function does depends on values, or cannot be traced.
+        CaptureRefused: The control flow of the function depends on values, or a trace fails.
         PatternError: The pattern does not fit into memory.
     """
-    derivative = trace_function(call, KEEP)
-    return pattern_of(derivative, interpret(derivative))
+    program = trace_function(call, KEEP)
+    return pattern_of(program, interpret(program))
 
 
 def pattern_of_function(call: Call) -> Pattern:
-    """The pattern of a function, valid for every input of these shapes where that is possible.
+    """The pattern of a function, valid for every input of these shapes if possible.
 
-    A function whose control flow or shapes depend on values is evaluated; its pattern is then that
-    of the graph it made, for these values, and says why.
+    If control flow or shapes depend on values, the function is evaluated once. The pattern is then
+    the pattern of its graph, valid for these values only, with the reason.
 
     Raises:
-        CaptureRefused: Not even the graph can be traced.
+        CaptureRefused: The graph cannot be traced either.
         PatternError: The pattern does not fit into memory.
     """
     try:
         return global_pattern(call)
     except CaptureRefused as refusal:
-        # Errors of the function are its own: they are raised here.
-        program, _ = capture_function(call, batched=False, create_graph=False, replayable=False)
-        return replace(pattern_of_graph(program), reason=str(refusal))
+        # Errors of the user's function are raised here.
+        graph, _ = capture_function(call, batched=False, create_graph=False, replayable=False)
+        return replace(pattern_of_graph(graph), reason=str(refusal))
 
 
 def is_independent(call: Call) -> bool:
     """Whether the leading axes of a function's inputs and outputs are a batch, for every input.
 
-    False does not mean that samples are coupled: it may just not be seen.
+    False means that there is no proof, not that samples are coupled.
 
     Raises:
-        CaptureRefused: What the function does depends on values, or cannot be traced.
+        CaptureRefused: The control flow of the function depends on values, or a trace fails.
     """
-    derivative = trace_function(call, KEEP)
-    return is_batched(derivative, interpret(derivative))
+    program = trace_function(call, KEEP)
+    return is_batched(program, interpret(program))
 
 
-def pattern_of_graph(program: EagerGraph) -> Pattern:
-    """The pattern of a graph that exists, valid for the values it was recorded with.
+def pattern_of_graph(graph: EagerGraph) -> Pattern:
+    """The pattern of an existing autograd graph, valid for the values of its recording only.
 
     Raises:
-        CaptureRefused: Its backward pass cannot be traced.
+        CaptureRefused: The backward pass of the graph cannot be traced.
         PatternError: The pattern does not fit into memory.
     """
-    derivative = trace_graph(program, KEEP)
-    return pattern_of(derivative, interpret(derivative))
+    program = trace_graph(graph, KEEP)
+    return pattern_of(program, interpret(program))

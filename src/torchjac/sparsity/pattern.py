@@ -20,12 +20,12 @@ from torchjac.errors import ArgumentError, PatternError
 from torchjac.sparsity import lanes as lanes_
 from torchjac.sparsity import pattern_io
 from torchjac.sparsity import pattern_plot as picture
-from torchjac.sparsity.dependence import Dependence, matrix
+from torchjac.sparsity.dependence import Dependence, to_csr
 from torchjac.sparsity.interpret import Interpretation, Spread
 from torchjac.sparsity.lanes import Lane
 
-# More entries than this are not written out: the pattern is dense for all practical purposes.
-_MOST = 2**27
+# Entries of a pattern; a denser pattern is not materialized.
+_MAX_ENTRIES = 2**27
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,7 +47,7 @@ class Pattern:
         reason: Why the scope is not global, where a function was given.
         lanes: Pairs of axes along which the program is independent, each proved.
         spreads: Operations after which elements depend on more rows than before.
-        assumed: Operations of which more was assumed than a rule says, and what.
+        assumed: Operations with a denser pattern than their rule gives, each with the reason.
     """
 
     starts: NDArray[Any]
@@ -99,7 +99,7 @@ class Pattern:
 
     @property
     def bandwidth(self) -> tuple[int, int]:
-        """Diagonals below and above the main one that hold an entry; negative if they are gone."""
+        """Lower and upper bandwidth; negative if all entries lie on one side of the diagonal."""
         if not self.nnz:
             return 0, 0
         offset = self.columns.astype(np.int64) - self.rows
@@ -120,13 +120,18 @@ class Pattern:
         return counts.reshape(len(self.row_shapes), width)
 
     def block(
-        self, output: int, given: int
+        self, output: int, input_: int
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """Entries between an output and an input leaf: rows, columns, numbers (None for all)."""
+        """The block of an output and an input leaf.
+
+        Returns:
+            Row and column of each entry within the block, and the number of each entry in the
+            pattern (None if the block holds all entries).
+        """
         if len(self.row_shapes) == len(self.column_shapes) == 1:
             return self.rows, self.columns, None
         rows = _starts(self.row_shapes)[output : output + 2]
-        columns = _starts(self.column_shapes)[given : given + 2]
+        columns = _starts(self.column_shapes)[input_ : input_ + 2]
         part = np.arange(self.starts[rows[0]], self.starts[rows[1]])
         where = self.columns[part]
         part = part[(where >= columns[0]) & (where < columns[1])]
@@ -134,7 +139,7 @@ class Pattern:
 
     @property
     def blame(self) -> tuple[Spread, ...]:
-        """Operations whose local map destroyed sparsity, the worst first, each line once."""
+        """Operations that destroyed sparsity, by growth descending, each line once."""
         worst: dict[tuple[str, str | None], Spread] = {}
         for spread in self.spreads:
             key = (spread.operation, spread.where)
@@ -197,7 +202,7 @@ class Pattern:
         """Reads a pattern that `save` wrote.
 
         Raises:
-            PatternError: The file holds something else, or a version this one cannot read.
+            PatternError: The file holds no pattern, or has an unknown version.
         """
         return Pattern(**pattern_io.load(path))
 
@@ -211,65 +216,65 @@ class Pattern:
         return picture.summary(self)
 
 
-def pattern_of(derivative: LinearProgram, found: Interpretation) -> Pattern:
-    """Writes out what the interpretation of a derivative found.
+def pattern_of(program: LinearProgram, interpretation: Interpretation) -> Pattern:
+    """The pattern of a linear program, from the dependences of its gradients.
 
     Raises:
-        PatternError: There are so many entries that the pattern does not fit.
+        PatternError: The pattern has too many entries.
     """
-    m, n = derivative.m, derivative.n
+    m, n = program.m, program.n
     parts = []
-    for gradient, shape in zip(found.gradients, derivative.column_shapes, strict=True):
+    for gradient, shape in zip(interpretation.gradients, program.column_shapes, strict=True):
         if gradient is None:
             parts.append(sparse.csr_array((shape.numel(), m)))
         else:
-            _refuse_huge(gradient, found)
-            parts.append(matrix(gradient))
+            _refuse_huge(gradient, interpretation)
+            parts.append(to_csr(gradient))
     stacked = parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
-    turned = stacked.T.tocsr()
-    turned.sort_indices()
-    assert turned.shape == (m, n)
+    transposed = stacked.T.tocsr()
+    transposed.sort_indices()
+    assert transposed.shape == (m, n)
     return Pattern(
-        turned.indptr,
-        turned.indices,
-        turned.data,
-        tuple(tuple(s) for s in derivative.row_shapes),
-        tuple(tuple(s) for s in derivative.column_shapes),
-        derivative.scope,
-        derivative.reason,
-        lanes_.lanes(derivative, found),
-        found.spreads,
-        found.assumed,
+        transposed.indptr,
+        transposed.indices,
+        transposed.data,
+        tuple(tuple(s) for s in program.row_shapes),
+        tuple(tuple(s) for s in program.column_shapes),
+        program.scope,
+        program.reason,
+        lanes_.find_lanes(program, interpretation),
+        interpretation.spreads,
+        interpretation.assumed,
     )
 
 
-def given_pattern(
-    given: Any, row_shapes: Sequence[Sequence[int]], column_shapes: Sequence[Sequence[int]]
+def user_pattern(
+    nonzeros: Any, row_shapes: Sequence[Sequence[int]], column_shapes: Sequence[Sequence[int]]
 ) -> Pattern:
     """A pattern that the user supplies, for outputs and inputs of these shapes.
 
     Args:
-        given: A `Pattern`, a SciPy sparse matrix, or a dense or sparse tensor or array, whose
+        nonzeros: A `Pattern`, a SciPy sparse matrix, or a dense or sparse tensor or array, whose
             nonzeros are the structural ones.
         row_shapes: Shape of each output leaf.
         column_shapes: Shape of each input leaf.
 
     Raises:
-        PatternError: It is of the wrong shape, or a saved one of another function.
-        ArgumentError: It is nothing that has nonzeros.
+        PatternError: The pattern has the wrong shape, or belongs to another function.
+        ArgumentError: The argument is no matrix.
     """
     rows = tuple(tuple(s) for s in row_shapes)
     columns = tuple(tuple(s) for s in column_shapes)
-    if isinstance(given, Pattern):
-        if (given.row_shapes, given.column_shapes) != (rows, columns):
+    if isinstance(nonzeros, Pattern):
+        if (nonzeros.row_shapes, nonzeros.column_shapes) != (rows, columns):
             raise PatternError(
-                f"torchjac: the pattern is of outputs {_shown(given.row_shapes)} and inputs "
-                f"{_shown(given.column_shapes)}, but the function has outputs {_shown(rows)} and "
-                f"inputs {_shown(columns)}. Was it made (or saved) for another function, or for "
-                f"arguments of other shapes?"
+                f"torchjac: the pattern is of outputs {_format_shapes(nonzeros.row_shapes)} and "
+                f"inputs {_format_shapes(nonzeros.column_shapes)}, but the function has outputs "
+                f"{_format_shapes(rows)} and inputs {_format_shapes(columns)}. Was it made (or "
+                f"saved) for another function, or for arguments of other shapes?"
             )
-        return given
-    table = _as_csr(given)
+        return nonzeros
+    table = _as_csr(nonzeros)
     expected = (_total(rows), _total(columns))
     if table.shape != expected:
         raise PatternError(
@@ -280,37 +285,37 @@ def given_pattern(
     return Pattern(table.indptr, table.indices, unknown, rows, columns, reason="given by the user")
 
 
-def _as_csr(given: Any) -> sparse.csr_array:
-    if isinstance(given, Tensor):
-        dense = given.layout is torch.strided
-        found = given if dense else given.to_sparse(layout=torch.sparse_coo).coalesce()
-        if found.ndim != 2:
+def _as_csr(nonzeros: Any) -> sparse.csr_array:
+    if isinstance(nonzeros, Tensor):
+        dense = nonzeros.layout is torch.strided
+        tensor = nonzeros if dense else nonzeros.to_sparse(layout=torch.sparse_coo).coalesce()
+        if tensor.ndim != 2:
             raise PatternError(
-                f"torchjac: the pattern must be a matrix, got a tensor with {found.ndim} axes."
+                f"torchjac: the pattern must be a matrix, got a tensor with {tensor.ndim} axes."
             )
         if dense:
-            given = found.detach().cpu().numpy() != 0
+            nonzeros = tensor.detach().cpu().numpy() != 0
         else:
-            index = found.indices().cpu().numpy()
-            given = sparse.coo_array((np.ones(index.shape[1]), index), shape=tuple(found.shape))
-    if not (sparse.issparse(given) or isinstance(given, np.ndarray)) or given.ndim != 2:
+            index = tensor.indices().cpu().numpy()
+            nonzeros = sparse.coo_array((np.ones(index.shape[1]), index), shape=tuple(tensor.shape))
+    if not (sparse.issparse(nonzeros) or isinstance(nonzeros, np.ndarray)) or nonzeros.ndim != 2:
         raise ArgumentError(
             f"torchjac: pattern must be a torchjac Pattern, a SciPy sparse matrix, or a 2-D tensor "
-            f"or array, got {type(given).__name__}."
+            f"or array, got {type(nonzeros).__name__}."
         )
-    table = sparse.csr_array(given)
+    table = sparse.csr_array(nonzeros)
     table.sum_duplicates()
     table.sort_indices()
     return table
 
 
-def _refuse_huge(gradient: Dependence, found: Interpretation) -> None:
+def _refuse_huge(gradient: Dependence, interpretation: Interpretation) -> None:
     count = 0.0
     for term in gradient.terms:
         per_row = 1.0 if term.table is None else term.table.nnz / max(term.table.shape[0], 1)
         count += per_row * term.positions.numel()
-    if count > _MOST:
-        worst = max(found.spreads, key=lambda s: s.growth, default=None)
+    if count > _MAX_ENTRIES:
+        worst = max(interpretation.spreads, key=lambda s: s.growth, default=None)
         raise PatternError(
             f"torchjac: the pattern has about {count:.2g} entries and is not written out."
             + (f" Most were brought in by {worst}." if worst else "")
@@ -322,14 +327,14 @@ def _total(shapes: Sequence[Sequence[int]]) -> int:
 
 
 def _starts(shapes: Sequence[Sequence[int]]) -> list[int]:
-    """Number of the first element of each leaf, and the total."""
+    """Number of the first element of each leaf, and the total number of elements."""
     return [0, *accumulate(int(np.prod(s, dtype=np.int64)) for s in shapes)]
 
 
 def _leaf_of(numbers: NDArray[Any], shapes: Sequence[Sequence[int]]) -> NDArray[Any]:
-    """The leaf that each element belongs to."""
+    """Number of the leaf of each element."""
     return np.searchsorted(_starts(shapes)[1:], numbers, side="right")
 
 
-def _shown(shapes: Sequence[Sequence[int]]) -> str:
+def _format_shapes(shapes: Sequence[Sequence[int]]) -> str:
     return ", ".join(str(tuple(s)) for s in shapes)

@@ -45,8 +45,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """Fields of the pattern in a file.
 
     Raises:
-        PatternError: The file holds something else, or a version this one cannot read, or entries
-            that do not fit together.
+        PatternError: The file holds no pattern, has an unknown version, or inconsistent entries.
     """
     return from_bytes(Path(path).read_bytes(), str(path))
 

@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torchjac.sparsity.pattern import Pattern
 
-# Dots of a braille character from its first one (U+2800): column by column, the fourth row apart.
+# Bits of the dots of a braille character, added to its code point (U+2800 without dots).
 _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 _EMPTY = 0x2800
-# Above this size a plot shows cells of entries instead of one mark each.
+# Entries of a pattern: above this, a plot shows cells instead of one mark per entry.
 _MARKS = 20_000
 
 
 def braille(pattern: Pattern, width: int = 64, height: int = 24) -> str:
-    """The pattern in braille characters, a dot for every cell that holds an entry.
+    """The pattern in braille characters, with a dot for each cell that holds an entry.
 
     Args:
-        pattern: What to draw.
-        width: Most characters in a line; each is two dots wide.
-        height: Most lines; each is four dots high.
+        pattern: The pattern.
+        width: Largest number of characters in a line; each is two dots wide.
+        height: Largest number of lines; each is four dots high.
     """
     m, n = pattern.shape
     if not m or not n:
@@ -47,7 +47,7 @@ def _cells(pattern: Pattern, rows: int, scale: float) -> NDArray[np.bool_]:
 
 
 def summary(pattern: Pattern) -> str:
-    """The picture, framed, and what there is to say in a few lines."""
+    """A framed picture of the pattern, and its properties in a few lines."""
     m, n = pattern.shape
     picture = braille(pattern)
     lines = [f"Pattern {m} x {n}, {pattern.nnz} nonzeros ({_percent(pattern.density)})"]
@@ -70,16 +70,16 @@ def summary(pattern: Pattern) -> str:
     lines.append(f"  valid for         {valid}" + (f": {pattern.reason}" if pattern.reason else ""))
     for spread in pattern.blame[:3]:
         lines.append(f"  made dense by     {spread}")
-    for note in pattern.assumed[:3]:
-        lines.append(f"  assumed           {note}")
+    for assumption in pattern.assumed[:3]:
+        lines.append(f"  assumed           {assumption}")
     return "\n".join(lines)
 
 
 def spy(pattern: Pattern, path: str | Path | None = None, ax: Any = None) -> Any:
-    """Plots a pattern: constant entries apart from the others, lines between leaves.
+    """Plots a pattern, with constant entries in another color and lines between leaves.
 
     Args:
-        pattern: What to draw.
+        pattern: The pattern.
         path: A file to save the picture in, by its ending (.png, .svg, .pdf).
         ax: Matplotlib axes to draw into; new ones by default.
 

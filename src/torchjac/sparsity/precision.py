@@ -1,4 +1,4 @@
-"""What of known factors survives arithmetic in half precision."""
+"""Known factors after arithmetic in half precision."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 from scipy import sparse
 
 from torchjac.linear.maps import UNKNOWN
-from torchjac.linear.maps.factors import Known, on_support
+from torchjac.linear.maps.factors import Known, map_unexpanded
 from torchjac.sparsity.dependence import Dependence, Term
 
 
-def coarse(value: Dependence) -> Dependence:
-    """The same, computed in half precision: only factors of one are still known.
+def round_to_half(value: Dependence) -> Dependence:
+    """The dependence, computed in half precision: only factors of 1 and -1 remain known.
 
-    2049 is 2048 there, so that 2049 - 2048 - 1 need not be zero.
+    In float16, 2049 rounds to 2048, so 2049 - 2048 - 1 may be nonzero.
     """
     return Dependence(
         value.shape,
@@ -26,7 +26,7 @@ def coarse(value: Dependence) -> Dependence:
 def _factors(factors: Known) -> Known:
     if isinstance(factors, float):
         return factors if abs(factors) == 1 else UNKNOWN
-    return on_support(lambda t: torch.where((t.abs() == 1) | (t == 0), t, UNKNOWN), factors)
+    return map_unexpanded(lambda t: torch.where((t.abs() == 1) | (t == 0), t, UNKNOWN), factors)
 
 
 def _table(table: sparse.csr_array | None) -> sparse.csr_array | None:

@@ -1,7 +1,7 @@
-"""Attention of the CPU's fused kernel, written out in matrix products and a softmax.
+"""The CPU's fused attention kernel, decomposed into matrix products and a softmax.
 
-The fused operations have no rule that multiplies them out, and their backward has no batching rule.
-torch takes them for inputs of four axes, and since 2.14 for those of three as well.
+The fused operations have no derivative rule, and their backward has no batching rule. torch calls
+them for inputs of four axes, and since 2.14 for inputs of three.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ def forward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Any:
-    """The output, and the logarithms of the sums of exponentials.
+    """The output, and the log-sum-exp of the scores.
 
-    Memory is laid out as that of the fused operation: heads are next to features.
+    Strides are those of the fused operation: heads are next to features.
     """
-    found = _scores(query, key, is_causal, attn_mask, scale)
-    if found is None or dropout_p:
+    scores_and_masks = _scores(query, key, is_causal, attn_mask, scale)
+    if scores_and_masks is None or dropout_p:
         return NotImplemented
-    scores, _ = found
-    made = torch.softmax(scores, -1) @ value
-    laid_out = made.transpose(1, 2).contiguous().transpose(1, 2)
-    return laid_out, torch.logsumexp(scores, -1)
+    scores, _ = scores_and_masks
+    output = torch.softmax(scores, -1) @ value
+    heads_last = output.transpose(1, 2).contiguous().transpose(1, 2)
+    return heads_last, torch.logsumexp(scores, -1)
 
 
 def backward(
@@ -50,21 +50,21 @@ def backward(
     scale: float | None = None,
 ) -> Any:
     """The gradients of query, key and value."""
-    found = _scores(query, key, is_causal, attn_mask, scale)
-    if found is None or dropout_p:
+    scores_and_masks = _scores(query, key, is_causal, attn_mask, scale)
+    if scores_and_masks is None or dropout_p:
         return NotImplemented
-    scores, hidden = found
-    # As the fused operation has them: the softmax itself is another one where a row of a mask holds
-    # nothing but large negative numbers, of which the logarithm of their sum loses the difference.
+    scores, masks = scores_and_masks
+    # As in the fused operation. A softmax would differ where a row of a mask holds large negative
+    # numbers only, as log-sum-exp rounds their differences away.
     weights = (scores - logsumexp.unsqueeze(-1)).exp()
-    for mask in hidden:
+    for mask in masks:
         weights = torch.where(mask == -math.inf, 0.0, weights)
-    along = (grad_out * out).sum(-1, keepdim=True)
-    among = weights * (grad_out @ value.transpose(-2, -1) - along)
+    row_dot = (grad_out * out).sum(-1, keepdim=True)
+    grad_scores = weights * (grad_out @ value.transpose(-2, -1) - row_dot)
     factor = _scale(query, scale)
     return (
-        (among @ key) * factor,
-        (among.transpose(-2, -1) @ query) * factor,
+        (grad_scores @ key) * factor,
+        (grad_scores.transpose(-2, -1) @ query) * factor,
         weights.transpose(-2, -1) @ grad_out,
     )
 
@@ -72,10 +72,10 @@ def backward(
 def _scores(
     query: Tensor, key: Tensor, is_causal: bool, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, list[Tensor]] | None:
-    """Scores of queries and keys, and the masks that were added.
+    """Scores of queries and keys, and the masks that they contain.
 
-    None where heads share keys, the mask has another dtype, or numbers are of half precision: the
-    fused operation sums these in single precision.
+    None if heads share keys, if the mask has another dtype, or in half precision, which the fused
+    operation sums in single precision.
     """
     if query.dtype not in (torch.float32, torch.float64) or query.shape[:-2] != key.shape[:-2]:
         return None

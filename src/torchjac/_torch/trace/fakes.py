@@ -1,4 +1,4 @@
-"""What stands between a user's function and torch's own tracer."""
+"""The observer of a user's function under torch's own tracer, on fake tensors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _DisableTorchFunction = private("torch._C.DisableTorchFunction")
 
 
 class FakeTensors:
-    """Tensors of torch's own tracer, which have shapes and no values."""
+    """Tracker of the fake tensors of torch's own tracer, which have shapes and no values."""
 
     def __init__(self) -> None:
-        """Nothing runs."""
+        """Starts outside of any autograd node."""
         self._entered = False
         self.in_function = False
 
@@ -30,15 +30,15 @@ class FakeTensors:
         return isinstance(tensor, FakeTensor)
 
     def varies(self, tensor: Tensor) -> bool:
-        """Fake ones do."""
+        """Whether a tensor is fake: every fake tensor varies."""
         return self.knows(tensor)
 
     def cotangent(self, output: Tensor) -> Tensor:
-        """Its numbers do not matter: it has none."""
+        """A cotangent of any value, as fake tensors have none."""
         return torch.zeros(output.shape, dtype=output.dtype, device=output.device)
 
     def enter(self, number: int | None) -> None:
-        """Torch's tracer notes it with each operation."""
+        """Sets the sequence number that torch's tracer records with each operation."""
         if self._entered:
             _reset_grad_fn_seq_nr()
         self._entered = number is not None
@@ -47,31 +47,31 @@ class FakeTensors:
 
 
 class FakeObserver(Observer):
-    """As `Observer`, where operations run on fake tensors.
+    """As `Observer`, for operations on fake tensors.
 
-    Reading the value of a tensor from elsewhere (an edge count, a switch) is no branch on the
-    input, and gives the value.
+    A read of the value of an external tensor (an edge count, a switch) is no branch on the input,
+    and returns the value.
     """
 
     def __init__(self) -> None:
-        """Begins with no call."""
+        """Starts without a call."""
         super().__init__(FakeTensors())
         self._untracked = False
 
     def check(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Values cannot get out of fake tensors; what torch asks of their storage it may have."""
+        """As `Watch.check`, but torch may access the (empty) storage of a fake tensor."""
         if getattr(func, "__name__", "") not in _HARMLESS:
             super().check(func, args)
 
     def during_backward(self) -> AbstractContextManager[Any]:
-        """Nothing: values cannot get out of fake tensors."""
+        """An empty context: fake tensors have no values to escape."""
         return nullcontext()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a call; values of tensors from elsewhere are given."""
+        """Runs a call; a read of an external tensor returns its value."""
         name = getattr(func, "__name__", "")
         if func == _GET_DATA:
-            self._untracked = True  # what is written through it does not show in a version
+            self._untracked = True  # a write through .data does not change the version
         if name in _READING and args and self._has_value(args[0]):
             with real_values():
                 return func(*args, **kwargs)
@@ -80,26 +80,26 @@ class FakeObserver(Observer):
         return super().run(func, args, kwargs)
 
     def _has_value(self, leaf: Any) -> bool:
-        """Whether a tensor is a constant that the function has not written to."""
+        """Whether a tensor is a constant, and no write to it is possible so far."""
         if not isinstance(leaf, Tensor) or self.is_ours(leaf) or not leaf.is_leaf:
             return False
         if self._untracked:
             return False
         if leaf.requires_grad or isinstance(leaf, torch.nn.Parameter):
-            return False  # training changes it
+            return False  # training changes parameters
         with _DisableTorchFunction():
             return not self.aliases or all(a._version == 0 for a, _ in self.aliases.values())
 
     def _positions(self, index: Any) -> Any:
-        """An index with known masks written as positions: those have a shape that is known too."""
+        """An index with known masks replaced by positions, whose shape is known too."""
         parts = index if isinstance(index, tuple) else (index,)
         if not any(map(self._is_mask, parts)):
             return index
-        found: list[Any] = []
+        indices: list[Any] = []
         with real_values():
             for part in parts:
-                found += part.nonzero().unbind(1) if self._is_mask(part) else (part,)
-        return tuple(found)
+                indices += part.nonzero().unbind(1) if self._is_mask(part) else (part,)
+        return tuple(indices)
 
     def _is_mask(self, part: Any) -> bool:
         mask = isinstance(part, Tensor) and part.dtype == torch.bool and part.ndim > 0

@@ -1,4 +1,4 @@
-"""What stands between a user's function and torch while the function is traced."""
+"""The observer: a function mode between a user's function and torch during a trace."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchjac._torch.modes import real_values
 from torchjac._torch.private import corner, private
-from torchjac._torch.trace.ir import NotRecorded
-from torchjac._torch.trace.recorder import weighted
+from torchjac._torch.trace.ir import NotRecorded, distinct_cotangent
 
 _sequence_number = private("torch._C._autograd._get_sequence_nr")
 _is_wrapped = private("torch._C._functorch.is_functorch_wrapped_tensor")
@@ -25,65 +24,65 @@ _hooks = private("torch._C._autograd._top_saved_tensors_default_hooks")
 
 
 def next_sequence() -> int:
-    """Number that the next recorded operation of this thread will get."""
+    """Sequence number of the next autograd node of this thread."""
     number: int = _sequence_number()
     return number
 
 
-class Known(Protocol):
-    """What the observer asks about tensors, and tells.
+class TensorTracker(Protocol):
+    """The observer's view of a recorder: which tensors depend on the input.
 
     Attributes:
-        in_function: Whether what runs now is the function itself.
+        in_function: Whether the function itself runs now.
     """
 
     in_function: bool
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether a tensor is an input, or was made from then on."""
+        """Whether a tensor is an input, or was created during the trace."""
 
     def varies(self, tensor: Tensor) -> bool:
-        """Whether its numbers are different ones for other inputs."""
+        """Whether the elements of a tensor depend on the input."""
 
     def cotangent(self, output: Tensor) -> Tensor:
-        """A tensor to begin a backward pass with."""
+        """The cotangent of an output, an input of the backward pass."""
 
     def enter(self, number: int | None) -> None:
-        """Says which autograd node runs from here on, by its sequence number."""
+        """Sets the autograd node that runs next, by its sequence number."""
 
 
 class Watch(TorchFunctionMode):
-    """Refuses ways around torch's operations, by which values would get out of sight.
+    """Refuses bypasses of torch's operations, through which values would escape the recording.
 
     Attributes:
-        refusals: What was refused, even if a user's code went on regardless.
+        refusals: All refusals, even if the user's code caught the exceptions.
     """
 
-    def __init__(self, known: Known, refusals: list[NotRecorded]) -> None:
-        """Knows which tensors to watch."""
+    def __init__(self, tracker: TensorTracker, refusals: list[NotRecorded]) -> None:
+        """Binds a tracker and a list of refusals."""
         super().__init__()
         self.refusals = refusals
-        self._known = known
+        self._tracker = tracker
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the call, if it may be."""
+        """Checks a call, then runs it."""
         kwargs = kwargs or {}
         self.check(func, (*args, *kwargs.values()))
         return func(*args, **kwargs)
 
     def check(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Raises if a call is a way around.
+        """Checks a call of a function.
 
         Raises:
-            NotRecorded: It is.
+            NotRecorded: The call bypasses torch's operations.
         """
         name = getattr(func, "__name__", "")
-        given = args[0] if args else None
+        first = args[0] if args else None
         if func == _SET_DATA:
             self.refuse("it assigns to .data of a tensor, which leaves no trace")
-        elif name in _HIDDEN and self.is_ours(given):
+        elif name in _HIDDEN and self.is_ours(first):
             self.refuse(f"it takes a tensor out of torch, by way of {name}")
-        elif name in _READING and self._varies(given):
+        elif name in _READING and self._varies(first):
             self.refuse(f"what it does depends on the values of its input, by way of {name}")
         elif name in _MAKING and any(
             self._varies(t) for a in args if not isinstance(a, Tensor) for t in _tensors(a)
@@ -93,17 +92,17 @@ class Watch(TorchFunctionMode):
             self.refuse(f"what it does depends on the values of its input, by way of {name}")
 
     def check_kinds(self, kinds: Any) -> None:
-        """Raises if tensors of a user's own kind take part: they decide what an operation does.
+        """Checks the types of tensors in a call: subclasses may redefine operations.
 
         Raises:
-            NotRecorded: They do.
+            NotRecorded: A tensor subclass is not from torch.
         """
         for kind in kinds:
             if kind.__module__.split(".", 1)[0] != "torch":
                 self.refuse(f"operations mean what {kind.__name__}, a kind of tensor, says")
 
     def refuse(self, reason: str) -> None:
-        """Raises, and remembers it.
+        """Records a refusal, and raises it.
 
         Raises:
             NotRecorded: Always.
@@ -112,71 +111,71 @@ class Watch(TorchFunctionMode):
         raise self.refusals[-1]
 
     def is_ours(self, value: Any) -> bool:
-        """Whether it is a tensor, and not one from elsewhere."""
+        """Whether a value is a tensor of the trace, not an external one."""
         if not isinstance(value, Tensor):
             return False
-        return _is_wrapped(value) or self._known.knows(value)
+        return _is_wrapped(value) or self._tracker.knows(value)
 
     def _varies(self, value: Any) -> bool:
         if not isinstance(value, Tensor):
             return False
         if _is_wrapped(value):
             return True
-        return self._known.varies(value)
+        return self._tracker.varies(value)
 
 
 class Observer(Watch):
-    """Stands between a user's function and torch while the function is traced.
+    """Watches a user's function during a trace, and records the line of each operation.
 
-    It remembers from which line operations were called. Tensors that the function reads from
-    elsewhere get a name of our own: in-place operations on them then leave no history on the user's
-    tensor.
+    An alias replaces each external tensor that the function reads, so that in-place operations
+    leave no history on the user's tensor.
 
     Attributes:
-        calls: First sequence number, the one after the last, file and line, in order.
-        aliases: What stands for a tensor, by the tensor's id; with the tensor itself.
+        calls: For each call in order: first sequence number, sequence number after the last, file
+            and line.
+        aliases: Alias and original of each external tensor, by the id of the original.
     """
 
-    def __init__(self, known: Known) -> None:
-        """Begins with no call."""
-        super().__init__(known, [])
+    def __init__(self, tracker: TensorTracker) -> None:
+        """Starts without a call."""
+        super().__init__(tracker, [])
         self.calls: list[tuple[int, int, str, int]] = []
         self.aliases: dict[int, tuple[Tensor, Tensor]] = {}
         self._writes = False
 
     def __enter__(self) -> Observer:
-        """The function begins."""
+        """Marks the start of the function."""
         super().__enter__()  # type: ignore[no-untyped-call]
-        self._known.in_function = True
+        self._tracker.in_function = True
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """It has ended."""
-        self._known.in_function = False
+        """Marks the end of the function."""
+        self._tracker.in_function = False
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     @property
     def originals(self) -> dict[int, Tensor]:
-        """The tensors from elsewhere, by the id of what stood for them."""
+        """The external tensors, by the ids of their aliases."""
         return {id(alias): leaf for alias, leaf in self.aliases.values()}
 
     def cotangent(self, output: Tensor) -> Tensor:
         """A tensor to begin a backward pass with."""
-        return self._known.cotangent(output)
+        return self._tracker.cotangent(output)
 
     def enter(self, number: int | None) -> None:
         """Says which autograd node runs from here on, by its sequence number."""
-        self._known.enter(number)
+        self._tracker.enter(number)
 
     def during_backward(self) -> AbstractContextManager[Any]:
-        """What stands between torch and a user's code in a backward pass."""
-        return Watch(self._known, self.refusals)
+        """The watch of a user's code in a backward pass."""
+        return Watch(self._tracker, self.refusals)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the call and notes the line it came from."""
+        """Checks and runs a call, and records its line."""
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
-            return func(*args, **kwargs)  # the body of a torch.cond or of its kin
+            return func(*args, **kwargs)  # the body of a control flow operator (torch.cond)
         self.check(func, (*args, *kwargs.values()))
         self.check_kinds(types)
         if getattr(func, "__name__", "") == "backward":
@@ -193,24 +192,28 @@ class Observer(Watch):
         return result
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a call, with names of our own for tensors from elsewhere."""
+        """Runs a call, with aliases in place of external tensors."""
         name = getattr(func, "__name__", "")
-        if name == "__deepcopy__":  # of a tensor from elsewhere: the copy is one as well
+        if name == "__deepcopy__":  # a copy of an external tensor is external too
             with real_values():
                 return func(*args, **kwargs)
-        if name == "one_hot" and len(given := [*args, *kwargs.values()]) == 2 and given[1] > 0:
-            return _one_hot(*given)
+        if (
+            name == "one_hot"
+            and len(arguments := [*args, *kwargs.values()]) == 2
+            and arguments[1] > 0
+        ):
+            return _one_hot(*arguments)
         self._writes = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
         self._writes |= name.startswith("__i") or "out" in kwargs
         args, kwargs = self._aliased(args), self._aliased(kwargs)
         if name in _BACKWARD or _saving_hooks() is not None:  # torch calls a user's code
-            # Twice: the outer one sees the call itself, and stands aside while it runs.
+            # Twice: torch deactivates the outer watch while it handles the call.
             with self.during_backward(), self.during_backward():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _aliased(self, argument: Any) -> Any:
-        """An argument with names of our own for tensors from elsewhere."""
+        """An argument with aliases in place of external tensors."""
         if isinstance(argument, Tensor):
             return self._alias(argument)
         kind = type(argument)
@@ -225,39 +228,39 @@ class Observer(Watch):
             return leaf
         if id(leaf) not in self.aliases:
             if leaf.requires_grad and not self._writes:
-                return leaf  # or what a user's cache keeps would not lead to it
+                return leaf  # a user's cache may hold results, whose graph must reach the leaf
             with _DisableTorchFunction(), _DisableFuncTorch():
                 alias = leaf.data  # with a version of its own
                 if leaf.requires_grad:
                     alias.requires_grad_()
-            self.aliases[id(leaf)] = alias, leaf  # the tensor too, or its id could be given away
+            self.aliases[id(leaf)] = alias, leaf  # the original too, or its id could be reused
         return self.aliases[id(leaf)][0]
 
 
-class Unwatched:
-    """In the place of an `Observer` where nothing need be noted."""
+class NullObserver:
+    """An `Observer` that records only cotangents."""
 
     def __init__(self) -> None:
-        """Begins with no cotangent."""
+        """Starts without a cotangent."""
         self.cotangents: list[Tensor] = []
 
-    def __enter__(self) -> Unwatched:
-        """Nothing is done."""
+    def __enter__(self) -> NullObserver:
+        """Does nothing."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is done."""
+        """Does nothing."""
 
     def cotangent(self, output: Tensor) -> Tensor:
-        """A tensor to begin a backward pass with, the same as that of a recorder."""
-        self.cotangents.append(weighted(output))
+        """The cotangent of an output, equal to that of a recorder."""
+        self.cotangents.append(distinct_cotangent(output))
         return self.cotangents[-1]
 
     def enter(self, number: int | None) -> None:
-        """Nothing is noted."""
+        """Does nothing."""
 
     def during_backward(self) -> AbstractContextManager[Any]:
-        """Nothing is watched."""
+        """An empty context."""
         return nullcontext()
 
 
@@ -265,7 +268,7 @@ _GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
 _WRITING = frozenset({"__setitem__"})
 _BACKWARD = frozenset({"backward", "grad"})
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-# By these, numbers get into a tensor, or out of it, without an operation.
+# Methods that move numbers into a tensor, or out of one, without an operation.
 _HIDDEN = frozenset(
     {
         "__array__",
@@ -288,21 +291,21 @@ _HIDDEN = frozenset(
 _READING = frozenset(
     {"__bool__", "__complex__", "__float__", "__index__", "__int__", "item", "tolist"}
 )
-# They read their other arguments where no operation shows.
+# Functions that read values of their second and later arguments without an operation.
 _SIZED = frozenset(
     {"_pack_padded_sequence", "_pad_packed_sequence", "ctc_loss", "nested_tensor", "tensor_split"}
 )
-# Given lists, they read the tensors in them while no mode is active.
+# Functions that read tensors in lists while no mode is active.
 _MAKING = frozenset({"as_tensor", "asarray", "new", "new_tensor", "scalar_tensor", "tensor"})
 
 
 def _saving_hooks() -> Any:
-    """What a user's code does with tensors that the graph saves, or None."""
+    """The hooks of a user for saved tensors, or None."""
     return _hooks(False)
 
 
 def _one_hot(classes: Tensor, number: int) -> Tensor:
-    """As torch's, which looks at the numbers to check their range."""
+    """As torch's `one_hot`, without its check of the range, which reads values."""
     return (classes.unsqueeze(-1) == torch.arange(number, device=classes.device)).to(torch.int64)
 
 
@@ -315,7 +318,7 @@ def _tensors(argument: Any) -> Iterator[Tensor]:
 
 
 def _user_frame(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame that is neither torch's nor ours."""
+    """The innermost frame outside of torch and torchjac."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "").split(".", 1)[0]
         generated = frame.f_code.co_filename.startswith("<")
@@ -330,7 +333,7 @@ _NOT_THE_USER = frozenset({"torch", "torchjac", "functorch"})
 
 @corner("torch's function mode", "nothing is planned")
 def OBSERVING() -> bool:
-    """Autograd numbers operations in order, and a function mode sees what has no operation."""
+    """Autograd numbers nodes in order, and a function mode sees calls without an operation."""
     x = torch.ones(2, dtype=torch.float64, requires_grad=True)
     before = next_sequence()
     y = x.sin()

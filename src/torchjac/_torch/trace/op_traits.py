@@ -1,4 +1,4 @@
-"""What there is to know of an operation before it runs."""
+"""Traits of operations: static facts that the tracer reads off the schema."""
 
 from __future__ import annotations
 
@@ -25,33 +25,34 @@ _decompositions = private("torch._decomp.decomposition_table")
 
 
 def decompositions() -> Mapping[Any, Any]:
-    """What torch says of operations in terms of others; nothing where it does not say."""
-    found: Mapping[Any, Any] = _decompositions
-    return found if DECOMPOSITIONS.known or DECOMPOSITIONS.holds() else {}
+    """The table of decompositions of torch; empty if its contract is broken."""
+    table: Mapping[Any, Any] = _decompositions
+    return table if DECOMPOSITIONS.known or DECOMPOSITIONS.holds() else {}
 
 
 @corner("torch's table of decompositions", "no operation is written in terms of others")
 def DECOMPOSITIONS() -> bool:
-    """It has functions by overload, backward operations among them.
+    """The table maps overloads to functions, backward operations among them.
 
-    None of them is run: the first takes 0.3 s of imports. What they give is compared with passes.
+    No decomposition runs here, as the first one costs 0.3 s of imports. Results of compiled code
+    are compared with passes later.
     """
-    found = _decompositions[torch.ops.aten.tanh_backward.default]
-    return callable(found) and isinstance(_decompositions, Mapping)
+    decomposition = _decompositions[torch.ops.aten.tanh_backward.default]
+    return callable(decomposition) and isinstance(_decompositions, Mapping)
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What there is to know of an operation before it runs.
+    """Static facts of an operation.
 
     Attributes:
-        is_composite: Whether torch says what it does in terms of others.
-        decides: Whether it gives numbers of a tensor to Python, as a number or as a shape.
-        is_random: Whether it draws random numbers.
-        is_indexing: Whether its second argument holds indices.
-        is_refused: Whether it changes what a tensor is.
-        written: Places and names of the arguments that it writes to.
-        silent: Places of arguments that it writes to without saying so.
+        is_composite: Whether torch implements the operation by other operations.
+        decides: Whether Python sees values of a tensor, as a number or as a shape.
+        is_random: Whether the operation draws random numbers.
+        is_indexing: Whether the second argument holds indices.
+        is_refused: Whether the operation changes the storage or type of a tensor.
+        written: Positions and names of the arguments that the operation writes to.
+        silent: Positions of arguments that the operation writes to against its schema.
         is_view: Whether results share the memory of the first argument.
     """
 
@@ -65,11 +66,11 @@ class Traits:
     is_view: bool
 
 
-# Facts that the tracer needs stand here, not in `torchjac.ops`: that module imports `_torch`, and
-# no circle may be closed.
+# Facts for the tracer are here, not in `torchjac.ops`, which imports `_torch`: imports must not be
+# circular.
 
-# Operations that take the shape of a tensor, and none of its numbers. (`tests/test_ops.py` compares
-# them with the rows of `ops`.)
+# Operations that read the shape of a tensor, not its values. (`tests/test_ops.py` compares them
+# with the rows of `ops`.)
 FILLED = known(
     {
         aten.zeros_like.default,
@@ -83,10 +84,10 @@ FILLED = known(
         aten.new_full.default,
     }
 )
-# The result is the argument.
+# Operations whose result equals their argument.
 SAME = known((aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default))
 LIFTED, COPIED = aten.lift_fresh.default, aten.lift_fresh_copy.default
-# They write to these arguments, running statistics, though their schemas do not say so.
+# Operations that write to these arguments (running statistics) against their schemas.
 _SILENT = known(
     {
         aten.native_batch_norm.default: (3, 4),
@@ -105,7 +106,7 @@ _INDEXING = known(
         aten._unsafe_index_put.default,
     )
 )
-# They change the memory or the kind of a tensor: who shares it then is not followed.
+# Operations that change the storage or the type of a tensor, after which aliases are unknown.
 _CHANGING = frozenset({"set_", "resize_", "resize_as_", "_resize_output_", "set_data", "swap_"})
 _QUESTIONS = known((aten.size.default, aten.stride.default, aten.storage_offset.default))
 
@@ -133,16 +134,17 @@ def traits_of(func: OpOverload) -> Traits:
     )
 
 
-# Loops without a fixed number of turns; the other control flow operators are traced as such.
+# Loops without a fixed number of iterations. torch's own tracer keeps all other control flow
+# operators.
 UNROLLED = frozenset({"while_loop", "while_loop_stack_output"})
 
 
 def unrolled(func: HigherOrderOperator) -> Any:
-    """How a control flow operator runs when nobody watches."""
+    """The eager implementation of a control flow operator."""
     return func.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]
 
 
-# Operations that are written out wherever they are met.
+# Operations that are always decomposed, and their decompositions.
 WRITTEN_OUT = known(
     {
         aten._scaled_dot_product_flash_attention_for_cpu.default: attention.forward,
@@ -153,10 +155,7 @@ WRITTEN_OUT = known(
 
 @lru_cache(maxsize=4096)
 def decomposition(func: OpOverload) -> Any:
-    """How torch writes a backward operation in terms of others, or None.
-
-    Only of backward operations: they are where derivatives live.
-    """
+    """The decomposition of a backward operation; None for any other operation."""
     if "backward" not in func._schema.name or func._overloadname != "default":
         return None
     return decompositions().get(func)

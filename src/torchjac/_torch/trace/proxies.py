@@ -1,4 +1,4 @@
-"""Torch's own tracer: slower than noting what runs, but it knows control flow operators."""
+"""torch's own tracer: slower than the recorder, but with support of control flow operators."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _pytree = private("torch.utils._pytree")
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Within it functions that torch.compile compiled run as they are written."""
+    """A context in which functions of torch.compile run eagerly."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 
 
-def traced(
+def trace_with_proxies(
     function: Callable[..., Any],
     tensors: Sequence[Tensor],
     fake: bool,
@@ -44,41 +44,41 @@ def traced(
     """Runs a function of tensors under torch's own tracer.
 
     Args:
-        function: As for `tracing.trace`.
+        function: The function, as for `trace.trace`.
         tensors: Arguments; each becomes a placeholder.
-        fake: Whether to run on fake tensors, which have shapes but no values, so that control
-            flow that depends on values raises instead of being frozen.
+        fake: Whether to run on fake tensors, which have shapes but no values. Control flow that
+            depends on values then raises, and is not frozen.
         keep: Operations not to decompose.
 
     Returns:
-        The graph, functional, and what was observed.
+        The functional graph, and the observer.
 
     Raises:
-        NotRecorded: The graph cannot be read, or does not stand for the function.
+        NotRecorded: The graph does not represent the function, or torchjac cannot read it.
     """
     if not TRACER.holds():
         raise NotRecorded(f"{TRACER}")
     observer = FakeObserver()
     with warnings.catch_warnings(), _preserve_node_meta(), ExitStack() as stack:
-        warnings.simplefilter("ignore")  # torch's notes on its own tracing
+        warnings.simplefilter("ignore")  # torch warns about its own code
         if fake:
-            # Without symbolic shapes: what depends on values raises at once.
+            # Without symbolic shapes, a dependence on values raises at once.
             mode = _FakeTensorMode(allow_non_fake_inputs=True)
             tensors = [mode.from_tensor(t) for t in tensors]
             stack.enter_context(mode)
-        module = _tracer(keep).trace(lambda *given: function(observer, *given), *tensors)
+        module = _tracer(keep).trace(lambda *arguments: function(observer, *arguments), *tensors)
     if observer.refusals:
         raise observer.refusals[0]
-    reason = unreadable(module)
+    reason = unreadable_reason(module)
     if reason is not None:
         raise NotRecorded(reason)
-    return _functional(module), observer
+    return _functionalize(module), observer
 
 
 def _tracer(keep: Collection[Any]) -> Any:
-    """What `make_fx` makes, but for an import of Inductor to read one of its settings.
+    """The tracer of `make_fx`, without its import of Inductor for a single setting.
 
-    "real" means that it takes the tensors as they come: fake ones stay fake.
+    The mode "real" uses the tensors as they are: fake tensors stay fake.
     """
     table = decompositions(frozenset(keep))
     return _MakefxTracer(
@@ -92,8 +92,8 @@ def _tracer(keep: Collection[Any]) -> Any:
     )
 
 
-def unreadable(module: fx.GraphModule) -> str | None:
-    """Why a graph does not stand for its function, or cannot be read; None if it does and can."""
+def unreadable_reason(module: fx.GraphModule) -> str | None:
+    """The reason why a graph does not represent its function, or is unsupported; else None."""
     for node in module.graph.nodes:
         operation = node.target
         decides = torch.Tag.data_dependent_output
@@ -103,27 +103,29 @@ def unreadable(module: fx.GraphModule) -> str | None:
         value = node.meta.get("val")
         if node.op == "get_attr":
             value = getattr(module, str(node.target))
-        for made in value if isinstance(value, (list, tuple)) else (value,):
-            if not isinstance(made, Tensor):
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(tensor, Tensor):
                 continue
-            if made.layout is not torch.strided:
+            if tensor.layout is not torch.strided:
                 return f"{operation} makes a sparse tensor"
-            if any(isinstance(n, torch.SymInt) for n in made.shape):
+            if any(isinstance(n, torch.SymInt) for n in tensor.shape):
                 return f"shapes depend on values, by way of {operation}"
     return None
 
 
-def _functional(module: fx.GraphModule) -> fx.GraphModule:
-    """The same computation without in-place operations; the module itself if it has none.
+def _functionalize(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph without in-place operations.
 
-    Constants are inputs while it is rewritten, so that writes to them are rewritten too.
+    Constants are inputs during the rewrite, so that writes to constants are rewritten too.
     """
     if not any(_mutates(node) for node in module.graph.nodes):
         return module
     inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     constants = {n: c for n in _constants(module) if isinstance(c := getattr(module, n), Tensor)}
     memory = [c.untyped_storage()._cdata for c in constants.values()]
-    if any(memory.count(constants[n].untyped_storage()._cdata) > 1 for n in _written(module)):
+    if any(
+        memory.count(constants[n].untyped_storage()._cdata) > 1 for n in _written_constants(module)
+    ):
         raise RuntimeError("it writes to tensors while tensors that it reads share memory")
 
     def run(*values: Tensor) -> Any:
@@ -137,40 +139,40 @@ def _functional(module: fx.GraphModule) -> fx.GraphModule:
             mode = _FakeTensorMode(allow_non_fake_inputs=True)
         mode.allow_non_fake_inputs = True
         with mode:
-            given = [*inputs, *(mode.from_tensor(c.detach()) for c in constants.values())]
+            arguments = [*inputs, *(mode.from_tensor(c.detach()) for c in constants.values())]
             rewritten = torch.func.functionalize(run, remove="mutations")
-            made: fx.GraphModule = _tracer(()).trace(rewritten, *given)
-    return _with_constants(made, constants)
+            functional: fx.GraphModule = _tracer(()).trace(rewritten, *arguments)
+    return _with_constants(functional, constants)
 
 
 class _Lifted(fx.Interpreter):
-    """Runs a graph with other values for its constants."""
+    """An interpreter of a graph with its constants replaced."""
 
     def __init__(self, module: fx.GraphModule, lifted: dict[str, Tensor]):
         super().__init__(module)
         self._lifted = lifted
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The other value, if there is one."""
-        found = self._lifted.get(target)
-        return super().get_attr(target, args, kwargs) if found is None else found
+        """The replacement of a constant, or the constant itself."""
+        value = self._lifted.get(target)
+        return super().get_attr(target, args, kwargs) if value is None else value
 
 
 def _with_constants(module: fx.GraphModule, constants: Mapping[str, Tensor]) -> fx.GraphModule:
-    """Puts constants in the places of the last inputs; nothing is written back to inputs."""
+    """Replaces the last inputs of a graph by constants, and drops write-backs to inputs."""
     graph = module.graph
     for node in reversed(graph.nodes):
         if node.target is aten.copy_.default and not node.users:
             graph.erase_node(node)
-    holders = [n for n in graph.nodes if n.op == "placeholder"]
-    first = len(holders) - len(constants)
-    for (name, constant), holder in zip(constants.items(), holders[first:], strict=True):
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    first = len(placeholders) - len(constants)
+    for (name, constant), placeholder in zip(constants.items(), placeholders[first:], strict=True):
         setattr(module, f"lifted{name}", constant)
-        with graph.inserting_before(holder):
+        with graph.inserting_before(placeholder):
             node = graph.create_node("get_attr", f"lifted{name}")
-        node.meta = dict(holder.meta)
-        holder.replace_all_uses_with(node)
-        graph.erase_node(holder)
+        node.meta = dict(placeholder.meta)
+        placeholder.replace_all_uses_with(node)
+        graph.erase_node(placeholder)
     module.recompile()
     return module
 
@@ -179,9 +181,9 @@ def _constants(module: fx.GraphModule) -> list[str]:
     return [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
 
 
-def _written(module: fx.GraphModule) -> list[str]:
-    """Names of the constants that in-place operations write to, through views as well."""
-    found: dict[str, None] = {}
+def _written_constants(module: fx.GraphModule) -> list[str]:
+    """Names of the constants that in-place operations write to, also through views."""
+    names: dict[str, None] = {}
     for node in module.graph.nodes:
         if not _mutates(node):
             continue
@@ -199,8 +201,8 @@ def _written(module: fx.GraphModule) -> list[str]:
             while isinstance(root, fx.Node) and _is_view(root):
                 root = root.args[0]
             if isinstance(root, fx.Node) and root.op == "get_attr":
-                found[str(root.target)] = None
-    return list(found)
+                names[str(root.target)] = None
+    return list(names)
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -216,10 +218,9 @@ def _mutates(node: fx.Node) -> bool:
 
 @lru_cache(maxsize=4)
 def decompositions(keep: frozenset[Any]) -> Mapping[Any, Callable[..., Any]]:
-    """Decompositions of backward operations, but for those to keep.
+    """Decompositions of backward operations, except those to keep.
 
-    Only of backward operations: they are where derivatives live, and every operation that is
-    decomposed costs milliseconds of tracing.
+    All other operations stay whole: each decomposition costs milliseconds of tracing.
     """
     return {
         op: decompose
@@ -233,14 +234,14 @@ def decompositions(keep: frozenset[Any]) -> Mapping[Any, Callable[..., Any]]:
 
 @corner("torch's own tracer", "functions with control flow operators are not planned")
 def TRACER() -> bool:
-    """It writes operations down on fake tensors, each with a value that has a shape."""
+    """The tracer records operations on fake tensors, each with a value that has a shape."""
     mode = _FakeTensorMode(allow_non_fake_inputs=True)
     with mode, _preserve_node_meta():
-        given = mode.from_tensor(torch.ones(3))
-        module = _tracer(()).trace(lambda x: x.sin() * 2, given)
+        argument = mode.from_tensor(torch.ones(3))
+        module = _tracer(()).trace(lambda x: x.sin() * 2, argument)
     called = [node for node in module.graph.nodes if node.op == "call_function"]
     return (
-        isinstance(given, FakeTensor)
+        isinstance(argument, FakeTensor)
         and [str(node.target) for node in called] == ["aten.sin.default", "aten.mul.Tensor"]
         and all(tuple(node.meta["val"].shape) == (3,) for node in called)
         and all(isinstance(node.target, OpOverload) for node in called)

@@ -1,9 +1,9 @@
-"""Writing down the ATen operations that run.
+"""The recorder: a dispatch mode that records the ATen operations that run.
 
-`make_fx` does it too, in about a millisecond an operation, on tensors that are not what a user's
-code expects. Here operations run as they always do, on real tensors, and are noted on the way: some
-twenty microseconds an operation. What then must not happen is that values of tensors decide what is
-done next; of tensors for which that matters (`Value.varies`) they are not given out.
+`make_fx` records operations too, in about a millisecond each, on tensors that a user's code does
+not expect. The recorder runs operations on real tensors, and takes some 20 microseconds each.
+Values of tensors that depend on the input (`Value.varies`) must not decide control flow, so Python
+cannot read them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.private import private, private_type
-from torchjac._torch.trace.ir import Called, DependsOnValues, NeedsTracing, NotRecorded, Value
+from torchjac._torch.trace.ir import (
+    DependsOnValues,
+    Instruction,
+    NeedsTracing,
+    NotRecorded,
+    Value,
+    distinct_cotangent,
+    metadata,
+    tensors_in,
+)
 from torchjac._torch.trace.op_traits import (
     COPIED,
     FILLED,
@@ -38,28 +47,28 @@ _WeakTensorRef = private("torch._C._WeakTensorRef")
 
 
 class Recorder(_TorchDispatchMode):  # type: ignore[misc]
-    """Notes the operations that run while it is active.
+    """Records the operations that run while the mode is active.
 
     Args:
         keep: Backward operations not to decompose.
-        parameters_vary: Whether training changes what is there to be trained.
+        parameters_vary: Whether parameters count as inputs, because training changes them.
 
     Attributes:
-        calls: Operations, in order.
-        constants: Tensors that were not made by them, as they were before anything wrote to them.
+        calls: Recorded operations, in order.
+        constants: External tensors, with their values before any write.
         inputs: Values of the inputs.
-        cotangents: Inputs that were asked for on the way.
+        cotangents: Inputs that `cotangent` created.
         number: Sequence number of the autograd node that runs, or None.
-        refusals: What should have ended it, even if a user's code went on regardless.
-        failures: Operations that failed, perhaps on account of values.
-        in_function: Whether what runs now is the function itself.
-        stops_gradients: Whether an operation of the function takes numbers that vary without a
+        refusals: All refusals, even if a user's code caught the exceptions.
+        failures: Operations that failed, perhaps because of their values.
+        in_function: Whether the function itself runs now.
+        stops_gradients: Whether the function uses numbers that depend on the input without a
             gradient: after `detach`, under `no_grad`, inside a custom function.
     """
 
     def __init__(self, keep: Collection[Any], parameters_vary: bool):
         super().__init__()
-        self.calls: list[Called] = []
+        self.calls: list[Instruction] = []
         self.constants: list[Tensor] = []
         self.inputs: list[Value] = []
         self.cotangents: list[Tensor] = []
@@ -70,192 +79,191 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
         self.in_function = False
         self._depth = 0
         self._steps: set[Value] = set()
-        # By their memory, whose address is not given away while there is a reference to it.
-        self._mine: dict[int, tuple[Any, Value]] = {}
+        # By the address of the storage, which is not reused while a reference exists.
+        self._created: dict[int, tuple[Any, Value]] = {}
         self._keep = keep
         self._parameters_vary = parameters_vary
         self._values: dict[int, tuple[Any, Value]] = {}
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
-        self._elsewhere: dict[int, list[Value]] = {}
+        self._external: dict[int, list[Value]] = {}
         self._varying: set[int] = set()
-        self._kept: set[int] = set()
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._saved_memory: set[int] = set()
+        self._saved_contents: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # or torch imports its compiler, which takes more than a second
+        return False  # else torch imports its compiler, which takes more than a second
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Code that asks whether modes are active need not know of this one."""
+        """Hides the mode from code that asks for active modes."""
         return True
 
     supports_higher_order_operators = True
 
     def input(self, tensor: Tensor, varies: bool = True) -> Value:
-        """Makes a tensor an input."""
-        value = self._from_elsewhere(tensor, "input", len(self.inputs), varies)
+        """Registers a tensor as an input."""
+        value = self._external_value(tensor, "input", len(self.inputs), varies)
         self.inputs.append(value)
         return value
 
     def constant(self, tensor: Tensor, original: Tensor, varies: bool) -> Value:
-        """Makes a tensor stand for a constant."""
-        value = self._from_elsewhere(tensor, "constant", len(self.constants), varies)
+        """Registers a tensor that represents a constant."""
+        value = self._external_value(tensor, "constant", len(self.constants), varies)
         self.constants.append(original)
         return value
 
-    def _from_elsewhere(self, tensor: Tensor, kind: str, position: int, varies: bool) -> Value:
+    def _external_value(self, tensor: Tensor, kind: str, position: int, varies: bool) -> Value:
         memory = tensor.untyped_storage()._cdata
-        value = Value(kind, position, None, *_about(tensor), memory)
-        self._elsewhere.setdefault(memory, []).append(value)
+        value = Value(kind, position, None, *metadata(tensor), memory)
+        self._external.setdefault(memory, []).append(value)
         value.varies = varies or memory in self._varying
         if value.varies:
             self._varying.add(memory)
         return self._enter(tensor, value)
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether a tensor is an input, or was made while this was active."""
+        """Whether a tensor is an input, or was created during the recording."""
         value = self.find(tensor)
         return value is not None and value.kind != "constant"
 
     def varies(self, tensor: Tensor) -> bool:
-        """Whether the numbers of a tensor are different ones for other inputs."""
+        """Whether the elements of a tensor depend on the input."""
         return self.value(tensor).base.varies
 
     def cotangent(self, output: Tensor) -> Tensor:
-        """An input to begin a backward pass with.
+        """The cotangent of an output, registered as an input.
 
-        No zeros: what a pass takes out of the graph must not look like one.
+        No element is zero, as a zero could hide values that leave the graph during the pass.
         """
         with _disable_current_modes():
-            made = weighted(output)
-        self.input(made)
-        self.cotangents.append(made)
-        return made
+            cotangent = distinct_cotangent(output)
+        self.input(cotangent)
+        self.cotangents.append(cotangent)
+        return cotangent
 
     def enter(self, number: int | None) -> None:
-        """Says which autograd node runs from here on."""
+        """Sets the autograd node that runs next, by its sequence number."""
         self.number = number
 
     def find(self, tensor: Tensor) -> Value | None:
-        """The value of a tensor, if it was met."""
-        found = self._values.get(tensor._cdata)
-        return None if found is None or found[0].expired() else found[1]
+        """The value of a recorded tensor, or None."""
+        entry = self._values.get(tensor._cdata)
+        return None if entry is None or entry[0].expired() else entry[1]
 
     def value(self, tensor: Tensor) -> Value:
-        """The value of a tensor; a constant if it was not met before."""
-        found = self._values.get(tensor._cdata)
-        if found is not None and not found[0].expired():
-            return found[1]
+        """The value of a tensor; a new tensor is a constant."""
+        entry = self._values.get(tensor._cdata)
+        if entry is not None and not entry[0].expired():
+            return entry[1]
         if tensor.layout is not torch.strided:
             raise NotRecorded("it reads a sparse tensor")
         memory = tensor.untyped_storage()._cdata
-        own = self._mine.get(memory)
-        if (own and own[1].varies) or any(memory == given.memory for given in self.inputs):
+        own = self._created.get(memory)
+        if (own and own[1].varies) or any(memory == input_.memory for input_ in self.inputs):
             raise NotRecorded("it makes a tensor out of another without an operation (a Parameter)")
         trained = tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
         return self.constant(tensor, tensor, trained and self._parameters_vary)
 
     @property
     def wrote_elsewhere(self) -> bool:
-        """Whether something wrote to a tensor from elsewhere."""
-        return bool(self._kept)
+        """Whether an operation wrote to an external tensor."""
+        return bool(self._saved_memory)
 
     def restore(self) -> None:
-        """Gives tensors from elsewhere that were written to their numbers back.
-
-        Generators are where they were as well.
-        """
+        """Restores the contents of external tensors and the states of generators."""
         for generator, state in self._generators.values():
             generator.set_state(state)
         with torch.no_grad():
-            for memory, before in reversed(self._before):
+            for memory, before in reversed(self._saved_contents):
                 memory.copy_(before)
-        self._before.clear()
+        self._saved_contents.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation and notes it."""
+        """Runs an operation and records it."""
         watched = self.in_function and not self._depth
-        given = (*args, *(kwargs or {}).values())
+        arguments = (*args, *(kwargs or {}).values())
         self._depth += 1
         try:
-            with _DisableTorchFunction():  # what happens inside is not the user's doing
-                made = self._ran(func, args, kwargs or {})
+            with _DisableTorchFunction():  # calls inside are torch's, not the user's
+                result = self._run(func, args, kwargs or {})
         except (DependsOnValues, NotRecorded, NeedsTracing) as refusal:
             self.refusals.append(refusal)
             raise
         finally:
             self._depth -= 1
         if watched:
-            self._watch(given, made)
-        return made
+            self._record_stops(arguments, result)
+        return result
 
-    def _watch(self, given: Sequence[Any], made: Any) -> None:
-        """Notes where numbers that vary go on without a gradient."""
-        carried = [t for t in _tensors(given) if self._is_carrier(t)]
+    def _record_stops(self, arguments: Sequence[Any], result: Any) -> None:
+        """Records whether numbers that depend on the input lose their gradient."""
+        carried = [t for t in tensors_in(arguments) if self._is_carrier(t)]
         if not (torch.is_grad_enabled() and all(t.requires_grad for t in carried)):
             self.stops_gradients |= bool(carried)
         if not carried:
-            self._steps.update(self.value(t) for t in _tensors((made,)) if self.knows(t))
+            self._steps.update(self.value(t) for t in tensors_in((result,)) if self.knows(t))
 
     def _is_carrier(self, tensor: Tensor) -> bool:
-        """Whether a tensor has numbers that vary, and not in steps as a comparison does."""
+        """Whether a tensor depends on the input, and not piecewise constantly (a comparison)."""
         smooth = tensor.is_floating_point() or tensor.is_complex()
         value = self.find(tensor) if smooth else None
         if value is None or not value.base.varies or value in self._steps:
             return False
         return value.kind != "input" or tensor.requires_grad
 
-    def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(func, OpOverload):
             if str(func) not in UNROLLED:
                 raise NeedsTracing(str(func))
-            with self:  # how often it runs must not depend on values; if it does, that shows
+            with self:  # raises if the number of iterations depends on values
                 return unrolled(func)(*args, **kwargs)
         traits = traits_of(func)
         if traits.is_refused:
             raise NotRecorded(f"{func} changes what a tensor is")
         if traits.is_composite:
             with self:
-                made = func.decompose(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if func in WRITTEN_OUT:
             with self:
-                made = WRITTEN_OUT[func](*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+                result = WRITTEN_OUT[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         decompose = decomposition(func)
         if decompose is not None and func not in self._keep:
             with self:
                 return decompose(*args, **kwargs)
         if traits.is_indexing:
             args = self._with_positions(func, args)
-        return self._noted(func, traits, args, kwargs)
+        return self._record(func, traits, args, kwargs)
 
-    def _noted(
+    def _record(
         self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         values: list[Value] = []
-        noted = tuple([self._note(a, values) for a in args])
-        named = {k: self._note(a, values) for k, a in kwargs.items()} if kwargs else kwargs
-        drawn = self._drawn_from(args, kwargs) if traits.is_random else None
+        recorded_args = tuple([self._values_for(a, values) for a in args])
+        recorded_kwargs = (
+            {k: self._values_for(a, values) for k, a in kwargs.items()} if kwargs else kwargs
+        )
+        generator_state = self._generator_state(args, kwargs) if traits.is_random else None
         varies = traits.is_random or any([v.base.varies for v in values])
-        if func in FILLED and not traits.is_random:  # only the shape is taken
+        if func in FILLED and not traits.is_random:  # only the shape is read
             varies = False
         if traits.decides and varies:
             raise DependsOnValues(func._schema.name.removeprefix("aten::"))
-        written = self._written(traits, args, kwargs, varies) if traits.written else ()
+        written = self._mark_written(traits, args, kwargs, varies) if traits.written else ()
         for position in traits.silent:
             if args[position] is not None:
-                self._keep_memory(args[position])
+                self._save_memory(args[position])
         try:
             out = func(*args, **kwargs)
-        except Exception as error:  # a function that catches it goes on as it would not elsewhere
+        except Exception as error:  # a function that catches the error may branch on values
             if varies:
                 self.failures.append(NotRecorded(f"{func} failed: {error}"))
             raise
-        if func is LIFTED:  # a tensor that is nobody's yet, and may be written to from here on
+        if func is LIFTED:  # a new constant, which the function may write to later
             self.constants[values[0].position] = args[0].clone()
             func = COPIED
             del self._values[args[0]._cdata]
@@ -264,25 +272,34 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
         if results is not None:
             single = isinstance(out, Tensor)
             self.calls.append(
-                Called(func, noted, named, results, single, written, self.number, drawn)
+                Instruction(
+                    func,
+                    recorded_args,
+                    recorded_kwargs,
+                    results,
+                    single,
+                    written,
+                    self.number,
+                    generator_state,
+                )
             )
         return out
 
-    def _drawn_from(
+    def _generator_state(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[torch.Generator, Tensor]:
-        """The generator that a random operation draws from, and where it stands."""
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
-        generator = given[0] if given else torch.default_generator
+        """The generator that a random operation draws from, and its state."""
+        generators = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
+        generator = generators[0] if generators else torch.default_generator
         state = generator.get_state()
-        if given:
+        if generators:
             self._generators.setdefault(id(generator), (generator, state))
         return generator, state
 
     def _results(
         self, out: Any, position: int, varies: bool, base: Value | None
     ) -> tuple[Value | None, ...] | None:
-        """Values of what a call returned; None if that was no tensor."""
+        """Values for the results of a call; None if the call returned no tensor."""
         single = isinstance(out, Tensor)
         parts = (out,) if single else out
         if not isinstance(parts, (tuple, list)):
@@ -294,17 +311,17 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
                 continue
             if part.layout is not torch.strided:
                 raise NotRecorded("it makes a sparse tensor")
-            value = Value("made", position, None if single else item, *_about(part))
-            before = self._values.get(part._cdata)
-            if before is not None and not before[0].expired():
-                value.base = before[1].base  # it is one of the arguments, written to
+            value = Value("made", position, None if single else item, *metadata(part))
+            known = self._values.get(part._cdata)
+            if known is not None and not known[0].expired():
+                value.base = known[1].base  # the result is an argument, written in place
             elif base is not None:
                 value.base = base
             else:
                 value.varies = varies
                 memory = part.untyped_storage()
-                kept = _StorageWeakRef(memory)
-                self._mine[memory._cdata] = kept, value
+                reference = _StorageWeakRef(memory)
+                self._created[memory._cdata] = reference, value
             results.append(self._enter(part, value))
         return tuple(results)
 
@@ -312,51 +329,58 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
         self._values[tensor._cdata] = (_WeakTensorRef(tensor), value)
         return value
 
-    def _note(self, argument: Any, values: list[Value]) -> Any:
-        """An argument with values in the places of tensors."""
+    def _values_for(self, argument: Any, values: list[Value]) -> Any:
+        """An argument with values in place of tensors; the values are appended to `values`."""
         if isinstance(argument, Tensor):
             value = self.value(argument)
             values.append(value)
             return value
         if isinstance(argument, (list, tuple)):
-            return [self._note(a, values) for a in argument]
+            return [self._values_for(a, values) for a in argument]
         return argument
 
-    def _written(
+    def _mark_written(
         self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], varies: bool
     ) -> tuple[Value, ...]:
-        """Prepares for a write: what is written to varies as what is written does."""
-        found: list[Any] = []
+        """Marks the bases that an operation will write to.
+
+        Args:
+            traits: Traits of the operation.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            varies: Whether the written elements depend on the input.
+        """
+        targets: list[Any] = []
         for position, name in traits.written:
-            given = args[position] if position < len(args) else kwargs.get(name)
-            found += given if isinstance(given, (list, tuple)) else [given]
+            argument = args[position] if position < len(args) else kwargs.get(name)
+            targets += argument if isinstance(argument, (list, tuple)) else [argument]
         bases = []
-        for tensor in found:
+        for tensor in targets:
             if tensor is None:
                 continue
             base = self.value(tensor).base
             if base.kind != "made" and not base.written:
-                self._keep_memory(tensor)
+                self._save_memory(tensor)
             base.written = True
             if varies and base.kind != "made" and base.memory not in self._varying:
                 self._varying.add(base.memory)
-                for other in self._elsewhere[base.memory]:  # others that share it
+                for other in self._external[base.memory]:  # aliases
                     other.varies = True
             base.varies |= varies
             bases.append(base)
         return tuple(bases)
 
-    def _keep_memory(self, tensor: Tensor) -> None:
-        """Notes the numbers of a tensor from elsewhere, all that share its memory included."""
+    def _save_memory(self, tensor: Tensor) -> None:
+        """Saves the content of the storage of an external tensor, for `restore`."""
         storage = tensor.untyped_storage()
-        if storage._cdata in self._kept:
+        if storage._cdata in self._saved_memory:
             return
-        self._kept.add(storage._cdata)
+        self._saved_memory.add(storage._cdata)
         memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        self._before.append((memory, memory.clone()))
+        self._saved_contents.append((memory, memory.clone()))
 
     def _with_positions(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Known masks among indices written as positions: the result's shape is then known too."""
+        """Arguments with known masks replaced by positions, which fixes the result's shape."""
         indices = list(args[1])
         masks = [t for t in indices if isinstance(t, Tensor) and t.dtype in _MASKS]
         if not masks:
@@ -365,35 +389,12 @@ class Recorder(_TorchDispatchMode):  # type: ignore[misc]
             if func is INDEX:
                 raise DependsOnValues("a boolean mask as an index")
             return args
-        found: list[Any] = []
+        positions: list[Any] = []
         with self:
             for part in indices:
                 is_mask = isinstance(part, Tensor) and part.dtype in _MASKS
-                found += part.nonzero().unbind(1) if is_mask else (part,)
-        return (args[0], found, *args[2:])
+                positions += part.nonzero().unbind(1) if is_mask else (part,)
+        return (args[0], positions, *args[2:])
 
 
 _MASKS = (torch.bool, torch.uint8)
-
-
-def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
-    """All tensors in arguments."""
-    found: list[Tensor] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            found.append(argument)
-        elif isinstance(argument, (list, tuple)):
-            found += _tensors(argument)
-    return found
-
-
-def weighted(output: Tensor) -> Tensor:
-    """A cotangent that tells elements apart; none of it is zero."""
-    with torch.no_grad():
-        return torch.linspace(
-            0.3, 1.7, output.numel(), dtype=output.dtype, device=output.device
-        ).reshape(output.shape)
-
-
-def _about(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

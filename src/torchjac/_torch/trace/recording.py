@@ -1,4 +1,4 @@
-"""From operations that were written down to a functional graph of them."""
+"""Recordings: a list of operations, made functional, and turned into a graph."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import Tensor, fx
 from torchjac._torch.operators import aten, known
 from torchjac._torch.private import corner, private
 from torchjac._torch.trace import op_traits as traits
-from torchjac._torch.trace.ir import Called, NotRecorded, Value
+from torchjac._torch.trace.ir import Instruction, NotRecorded, Value
 from torchjac._torch.trace.recorder import Recorder
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Operations that led from inputs to outputs.
+    """The operations from inputs to outputs.
 
     Attributes:
         inputs: Values of the inputs.
-        constants: Tensors from elsewhere.
-        calls: Operations, in order; those that the outputs do not need are left out.
-        outputs: Values, or None, in the places of the outputs.
+        constants: External tensors.
+        calls: Operations in order, without those that no output needs.
+        outputs: For each output its value, or None.
     """
 
     inputs: tuple[Value, ...]
     constants: tuple[Tensor, ...]
-    calls: tuple[Called, ...]
+    calls: tuple[Instruction, ...]
     outputs: tuple[Value | None, ...]
 
     @property
@@ -41,24 +41,24 @@ class Recording:
 
     @property
     def writes(self) -> bool:
-        """Whether an operation writes to a tensor that is needed."""
+        """Whether an operation writes to a tensor in place."""
         return any(call.written for call in self.calls)
 
 
-def recorded(recorder: Recorder, outputs: Sequence[Tensor | None]) -> Recording:
-    """What of the noted operations outputs need.
+def finish_recording(recorder: Recorder, outputs: Sequence[Tensor | None]) -> Recording:
+    """The recording of a recorder, reduced to the operations that outputs need.
 
     Raises:
-        NotRecorded: It writes to memory that tensors share without having been made so.
+        NotRecorded: An operation writes to memory that external tensors share.
     """
     values = [None if o is None else recorder.value(o) for o in outputs]
-    calls = _needed(recorder.calls, [v for v in values if v is not None])
+    calls = _live_calls(recorder.calls, [v for v in values if v is not None])
     _check_memory(recorder, calls)
     return Recording(tuple(recorder.inputs), tuple(recorder.constants), calls, tuple(values))
 
 
-def _check_memory(recorder: Recorder, calls: Sequence[Called]) -> None:
-    """Refuses writes to memory that tensors share without having been made so by a view."""
+def _check_memory(recorder: Recorder, calls: Sequence[Instruction]) -> None:
+    """Refuses writes to memory that external tensors share other than by a recorded view."""
     written = {id(v): v for c in recorder.calls for v in c.written if v.kind != "made"}
     if not written:
         return
@@ -70,93 +70,95 @@ def _check_memory(recorder: Recorder, calls: Sequence[Called]) -> None:
             raise NotRecorded("it writes to tensors while tensors that it reads share memory")
 
 
-def _needed(calls: Sequence[Called], outputs: Sequence[Value]) -> tuple[Called, ...]:
-    """Calls that outputs need, and writes to memory that these look at."""
+def _live_calls(calls: Sequence[Instruction], outputs: Sequence[Value]) -> tuple[Instruction, ...]:
+    """Calls that outputs need, with writes to memory that the calls read."""
     values = set(map(id, outputs))
     memory = {id(v.base) for v in outputs}
-    found = []
+    live = []
     for call in reversed(calls):
-        made = any(id(v) in values for v in call.results if v is not None)
-        if made or any(id(base) in memory for base in call.written):
-            found.append(call)
+        is_used = any(id(v) in values for v in call.results if v is not None)
+        if is_used or any(id(base) in memory for base in call.written):
+            live.append(call)
             for value in values_in((*call.args, *call.kwargs.values())):
                 values.add(id(value))
                 memory.add(id(value.base))
-    return tuple(reversed(found))
+    return tuple(reversed(live))
 
 
 def without_last(recording: Recording) -> Recording:
-    """The same without its last output, and what only that needs."""
+    """The recording without its last output, and without the calls that only this output needs."""
     outputs = recording.outputs[:-1]
-    calls = _needed(recording.calls, [v for v in outputs if v is not None])
+    calls = _live_calls(recording.calls, [v for v in outputs if v is not None])
     return replace(recording, calls=calls, outputs=outputs)
 
 
-def functional(recording: Recording, inputs: Sequence[Tensor], keep: Collection[Any]) -> Recording:
-    """The same computation without in-place operations.
+def functionalize(
+    recording: Recording, inputs: Sequence[Tensor], keep: Collection[Any]
+) -> Recording:
+    """The recording without in-place operations.
 
     Args:
-        recording: Operations.
-        inputs: Tensors like those that it was recorded with.
+        recording: The recording.
+        inputs: Tensors of the shapes and dtypes of the inputs.
         keep: Backward operations not to decompose.
 
     Raises:
-        NotRecorded: It writes in a way that cannot be rewritten.
+        NotRecorded: An in-place operation cannot be rewritten.
     """
     recorder = Recorder(keep, parameters_vary=False)
-    given, constants = _to_write_to(recording, inputs)
-    for tensor in given:
+    writable, constants = _copy_written(recording, inputs)
+    for tensor in writable:
         recorder.input(tensor)
     for tensor, original in zip(constants, recording.constants, strict=True):
         recorder.constant(tensor, original, varies=False)
 
-    def again(*tensors: Tensor) -> list[Tensor | None]:
-        return _run(recording, tensors[: len(given)], tensors[len(given) :], recorder)
+    def replay(*tensors: Tensor) -> list[Tensor | None]:
+        return _run(recording, tensors[: len(writable)], tensors[len(writable) :], recorder)
 
     try:
         with warnings.catch_warnings(), torch.enable_grad(), recorder:
             warnings.simplefilter("ignore")
-            outputs = torch.func.functionalize(again, remove="mutations")(*given, *constants)
+            outputs = torch.func.functionalize(replay, remove="mutations")(*writable, *constants)
     finally:
         recorder.restore()
-    # In the end it copies what was written to inputs and constants: nobody reads these.
+    # functionalize ends with copies back into inputs and constants, which no output reads.
     recorder.calls = [c for c in recorder.calls if c.operation is not aten.copy_.default]
-    made = recorded(recorder, outputs)
-    if made.writes:
+    result = finish_recording(recorder, outputs)
+    if result.writes:
         raise NotRecorded("it writes to tensors in a way that cannot be rewritten")
-    return made
+    return result
 
 
-def _to_write_to(
+def _copy_written(
     recording: Recording, inputs: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The inputs and the constants, with copies of those that are written to."""
+    """The inputs and the constants, with a copy of each tensor that an operation writes to."""
     written = {id(base) for call in recording.calls for base in call.written}
     used = used_constants(recording)
     bases = [*recording.inputs, *(used.get(i) for i in range(len(recording.constants)))]
-    made = [
+    copies = [
         t.detach().clone() if b is not None and id(b) in written else t.detach()
         for t, b in zip([*inputs, *recording.constants], bases, strict=True)
     ]
-    return made[: len(inputs)], made[len(inputs) :]
+    return copies[: len(inputs)], copies[len(inputs) :]
 
 
 def used_constants(recording: Recording) -> dict[int, Value]:
-    """The constants that calls take, by position."""
+    """The constants that calls read, by position."""
     arguments = [a for call in recording.calls for a in (*call.args, *call.kwargs.values())]
     return {v.position: v for v in values_in(arguments) if v.kind == "constant"}
 
 
 def rerun(recording: Recording, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Runs the operations again (gradients enabled: some of them save more then)."""
+    """Runs the operations again, with gradients enabled: some operations then save more."""
     with torch.enable_grad():
-        return _run(recording, *_to_write_to(recording, inputs), None)
+        return _run(recording, *_copy_written(recording, inputs), None)
 
 
 def agree(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
-    """Whether two evaluations gave the same, but for rounding."""
-    sizes = [_size(t) for t in first]
-    least = 0.1 * max(sizes, default=0.0)  # gradients that vanish but for rounding
+    """Whether the results of two evaluations are equal up to rounding."""
+    sizes = [_magnitude(t) for t in first]
+    least = 0.1 * max(sizes, default=0.0)  # floor for gradients that are zero up to rounding
     for one, other, size in zip(first, second, sizes, strict=True):
         if one is None or other is None:
             if one is not other:
@@ -171,14 +173,14 @@ def agree(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bo
     return True
 
 
-def _size(tensor: Tensor | None) -> float:
+def _magnitude(tensor: Tensor | None) -> float:
     if tensor is None or not tensor.numel():
         return 0.0
-    found = tensor.detach()
-    return float(torch.where(found.isfinite(), found, 0).abs().amax())
+    numbers = tensor.detach()
+    return float(torch.where(numbers.isfinite(), numbers, 0).abs().amax())
 
 
-# Two evaluations of one computation may round differently.
+# Relative tolerance by bytes of the dtype, as two evaluations may round differently.
 _FINE = {8: 1e-6, 4: 1e-3}
 _COARSE = 0.1
 
@@ -189,10 +191,10 @@ def _run(
     constants: Sequence[Tensor],
     recorder: Recorder | None,
 ) -> list[Tensor | None]:
-    found: dict[int, Any] = {id(v): t for v, t in zip(recording.inputs, inputs, strict=True)}
+    tensors: dict[int, Any] = {id(v): t for v, t in zip(recording.inputs, inputs, strict=True)}
 
     def tensor(value: Value) -> Any:
-        return constants[value.position] if value.kind == "constant" else found[id(value)]
+        return constants[value.position] if value.kind == "constant" else tensors[id(value)]
 
     last = _last_uses(recording)
     for position, call in enumerate(recording.calls):
@@ -201,19 +203,19 @@ def _run(
         if call.drawn_from is not None:
             generator, state = call.drawn_from
             generator.set_state(state)
-        args = mapped(list(call.args), tensor)
-        made = call.operation(*args, **{k: mapped(a, tensor) for k, a in call.kwargs.items()})
-        parts = (made,) if call.is_single else made or ()
+        args = map_values(list(call.args), tensor)
+        result = call.operation(*args, **{k: map_values(a, tensor) for k, a in call.kwargs.items()})
+        parts = (result,) if call.is_single else result or ()
         for value, part in zip(call.results, parts, strict=True):
             if value is not None:
-                found[id(value)] = part
+                tensors[id(value)] = part
         for done in last.get(position, ()):
-            found.pop(done, None)
+            tensors.pop(done, None)
     return [None if v is None else tensor(v) for v in recording.outputs]
 
 
 def _last_uses(recording: Recording) -> dict[int, list[int]]:
-    """For each call the values that are not used after it."""
+    """For each call, the ids of values whose last use is the call."""
     last: dict[int, int] = {}
     for position, call in enumerate(recording.calls):
         for value in (*values_in((*call.args, *call.kwargs.values())), *call.results):
@@ -221,14 +223,14 @@ def _last_uses(recording: Recording) -> dict[int, list[int]]:
                 last[id(value)] = position
     for output in recording.outputs:
         last.pop(id(output), None)
-    found: dict[int, list[int]] = {}
+    expiring: dict[int, list[int]] = {}
     for number, position in last.items():
-        found.setdefault(position, []).append(number)
-    return found
+        expiring.setdefault(position, []).append(number)
+    return expiring
 
 
 def graph_of(recording: Recording) -> fx.GraphModule:
-    """The operations as a graph; its nodes carry a `val` like that of torch's own tracer."""
+    """The recording as a graph; each node has a `val` in its meta, as in torch's own tracer."""
     graph = fx.Graph()
     nodes: dict[int, fx.Node] = {}
     attributes: dict[str, Tensor] = {}
@@ -249,8 +251,8 @@ def graph_of(recording: Recording) -> fx.GraphModule:
         if call.operation in traits.SAME:
             nodes[id(call.results[0])] = node_of(call.args[0])
             continue
-        args = tuple(mapped(list(call.args), node_of))
-        kwargs = {k: mapped(a, node_of) for k, a in call.kwargs.items()}
+        args = tuple(map_values(list(call.args), node_of))
+        kwargs = {k: map_values(a, node_of) for k, a in call.kwargs.items()}
         node = graph.call_function(call.operation, args, kwargs)
         if call.number is not None:
             node.meta["seq_nr"] = call.number
@@ -262,9 +264,9 @@ def graph_of(recording: Recording) -> fx.GraphModule:
         node.meta["val"] = tuple(None if v is None else _like(v) for v in call.results)
         for item, part in enumerate(call.results):
             if part is not None:
-                taken = graph.call_function(operator.getitem, (node, item))
-                taken.meta.update(node.meta)
-                nodes[id(part)] = _with_value(taken, part)
+                item_node = graph.call_function(operator.getitem, (node, item))
+                item_node.meta.update(node.meta)
+                nodes[id(part)] = _with_value(item_node, part)
     graph.output([None if v is None else node_of(v) for v in recording.outputs])
     graph.eliminate_dead_code(_is_pure)
     return _module(attributes, graph)
@@ -277,9 +279,9 @@ def _module(attributes: dict[str, Tensor], graph: fx.Graph) -> fx.GraphModule:
 
 
 def _lazy_module(attributes: dict[str, Tensor], graph: fx.Graph) -> fx.GraphModule:
-    with _lazy._use_lazy_graph_module(True):  # its code is seldom run
-        made: fx.GraphModule = _lazy._make_graph_module(attributes, graph)
-    return made
+    with _lazy._use_lazy_graph_module(True):  # its code seldom runs
+        module: fx.GraphModule = _lazy._make_graph_module(attributes, graph)
+    return module
 
 
 _lazy = private("torch.fx._lazy_graph_module")
@@ -287,7 +289,7 @@ _lazy = private("torch.fx._lazy_graph_module")
 
 @corner("torch's lazy graph module", "the code of every graph is written at once")
 def LAZY_GRAPHS() -> bool:
-    """It holds attributes and a graph, and runs."""
+    """The module holds attributes and a graph, and runs."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output(graph.call_function(torch.mul, (x, graph.create_node("get_attr", "two"))))
@@ -295,44 +297,44 @@ def LAZY_GRAPHS() -> bool:
     return bool(module(torch.tensor(3.0, dtype=torch.float64)) == 6.0)
 
 
-def decomposed(call: Called) -> Recording | None:
-    """What torch says that an operation does, in terms of others; None if it does not say.
+def decomposition_of(call: Instruction) -> Recording | None:
+    """The decomposition of a call as a recording, or None if none exists.
 
-    Its inputs are the tensors that the call takes, in order.
+    Inputs of the recording are the tensor arguments of the call, in order.
     """
-    decompose = _OWN.get(call.operation) or traits.decompositions().get(call.operation)
+    decompose = _DECOMPOSITIONS.get(call.operation) or traits.decompositions().get(call.operation)
     if decompose is None or call.written or call.drawn_from is not None:
         return None
     recorder = Recorder((), parameters_vary=False)
-    given: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def dummy(value: Value) -> Tensor:
-        made = torch.zeros(value.shape, dtype=value.dtype)
-        given.append(made)
-        return made
+        tensor = torch.zeros(value.shape, dtype=value.dtype)
+        tensors.append(tensor)
+        return tensor
 
-    args = [mapped(a, dummy) for a in call.args]
-    kwargs = {k: mapped(a, dummy) for k, a in call.kwargs.items()}
-    for tensor in given:
+    args = [map_values(a, dummy) for a in call.args]
+    kwargs = {k: map_values(a, dummy) for k, a in call.kwargs.items()}
+    for tensor in tensors:
         recorder.input(tensor)
     try:
         with torch.no_grad(), recorder:
-            found = decompose(*args, **kwargs)
-    except Exception:  # it looks at numbers, or is for others: the call has no such form
+            result = decompose(*args, **kwargs)
+    except Exception:  # the decomposition reads values, or does not cover these arguments
         return None
-    if found is NotImplemented:
+    if result is NotImplemented:
         return None
-    return recorded(recorder, [found] if isinstance(found, Tensor) else list(found))
+    return finish_recording(recorder, [result] if isinstance(result, Tensor) else list(result))
 
 
 def _addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    made = aten.mm.default(left, right)
-    made = made if alpha == 1 else made * alpha
-    return made if beta == 0 else torch.add(made, added if beta == 1 else added * beta)
+    product = aten.mm.default(left, right)
+    product = product if alpha == 1 else product * alpha
+    return product if beta == 0 else torch.add(product, added if beta == 1 else added * beta)
 
 
-# What is met often is said here: the first decomposition of torch's takes 0.3 s of imports.
-_OWN: dict[Any, Callable[..., Tensor]] = known({aten.addmm.default: _addmm})
+# Frequent operations, as the first decomposition of torch costs 0.3 s of imports.
+_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = known({aten.addmm.default: _addmm})
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -340,29 +342,29 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _with_value(node: fx.Node, value: Value) -> fx.Node:
-    """The node, which now carries a tensor without memory that is like the value."""
+    """The node, with a meta tensor of the value and its device in the node's meta."""
     node.meta["val"], node.meta["device"] = _like(value), value.device
     return node
 
 
 def _like(value: Value) -> Tensor:
-    """A tensor without memory that has its shape, strides and dtype."""
+    """A meta tensor with the shape, strides and dtype of a value."""
     return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
 
 
 def values_in(arguments: Any) -> list[Value]:
     """All values in arguments."""
-    found: list[Value] = []
+    values: list[Value] = []
     for argument in arguments:
         if isinstance(argument, Value):
-            found.append(argument)
+            values.append(argument)
         elif isinstance(argument, list):
-            found += values_in(argument)
-    return found
+            values += values_in(argument)
+    return values
 
 
-def mapped(argument: Any, to: Callable[[Value], Any]) -> Any:
-    """An argument with something else in the place of each value."""
+def map_values(argument: Any, to: Callable[[Value], Any]) -> Any:
+    """An argument with a function applied to each value."""
     if isinstance(argument, Value):
         return to(argument)
-    return [mapped(a, to) for a in argument] if isinstance(argument, list) else argument
+    return [map_values(a, to) for a in argument] if isinstance(argument, list) else argument

@@ -1,4 +1,4 @@
-"""Tracing a computation into a graph of ATen operations, and what such a graph says."""
+"""Tracing: a computation as a functional graph of ATen operations."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, fx
 from torchjac._torch import modes
 from torchjac._torch.autograd import ENGINE, NODES
 from torchjac._torch.modes import MODES
-from torchjac._torch.private import corner, find_out, private_type
+from torchjac._torch.private import check_contracts, corner, private_type
 from torchjac._torch.state import SETTINGS
 from torchjac._torch.trace import proxies
 from torchjac._torch.trace.ir import DependsOnValues, NeedsTracing, NotRecorded
-from torchjac._torch.trace.observer import OBSERVING, Observer, Unwatched, next_sequence
+from torchjac._torch.trace.observer import OBSERVING, NullObserver, Observer, next_sequence
 from torchjac._torch.trace.op_traits import (
     DECOMPOSITIONS,
     HigherOrderOperator,
@@ -31,19 +31,20 @@ from torchjac._torch.trace.recording import (
     LAZY_GRAPHS,
     Recording,
     agree,
-    functional,
+    finish_recording,
+    functionalize,
     graph_of,
-    recorded,
     rerun,
 )
 from torchjac._torch.vmap import TRANSFORMS
 
-# What tracing raises where the values of tensors decide what happens next.
+# Errors of a trace where control flow depends on the values of tensors.
 DATA_DEPENDENT: tuple[type[Exception], ...] = (
     DependsOnValues,
     private_type("torch._subclasses.fake_tensor.DataDependentOutputException", Exception),
     private_type("torch._subclasses.fake_tensor.DynamicOutputShapeException", Exception),
 )
+# Errors of a trace where the function has an effect that a graph cannot represent.
 UNSUPPORTED: tuple[type[Exception], ...] = (
     NotRecorded,
     private_type("torch._subclasses.fake_tensor.UnsupportedOperatorException", Exception),
@@ -58,55 +59,53 @@ def trace(
     keep: Collection[Any],
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[fx.GraphModule, dict[int, str]]:
-    """Runs a function of tensors and writes down the operations, gradients included.
+    """Runs a function of tensors and records its operations, backward passes included.
 
     The graph is functional: in-place operations are rewritten.
 
     Args:
-        function: Takes an `Observer`, to be active while a user's code runs, and the tensors;
-            returns tensors (or None) in a sequence. It runs twice, at two points: what was noted
-            at the first must hold at the second.
-        tensors: Arguments; each becomes a placeholder, and so does each cotangent that the function
-            asks the observer for.
-        parameters_vary: Whether training changes what is there to be trained: its values may then
-            not decide what is done next. Those of the arguments never may.
+        function: Takes an `Observer`, which must be active while a user's code runs, and the
+            tensors; returns a sequence of tensors or None. The function runs twice, at two points,
+            and the recording at the first point must reproduce the results at the second.
+        tensors: Arguments; each becomes a placeholder, as does each cotangent of the observer.
+        parameters_vary: Whether control flow must not depend on values of parameters, because
+            training changes them. It must never depend on values of the arguments.
         keep: Operations not to decompose.
-        around: To be entered around each evaluation.
+        around: Context of each evaluation.
 
     Returns:
-        The graph, and where in the user's code the operations with these sequence numbers were
-        called.
+        The graph, and the line of the user's code for each sequence number.
 
     Raises:
-        DependsOnValues: Values decide what is done next (one of `DATA_DEPENDENT`).
-        NotRecorded: Something happened that a graph cannot say (one of `UNSUPPORTED`).
+        DependsOnValues: Control flow depends on values (one of `DATA_DEPENDENT`).
+        NotRecorded: The function has an effect that no graph represents (one of `UNSUPPORTED`).
     """
-    if not all(part.known for part in _NEEDED):
-        find_out(*_NEEDED, DECOMPOSITIONS, LAZY_GRAPHS)
-        for part in _NEEDED:
+    if not all(part.known for part in _CORNERS):
+        check_contracts(*_CORNERS, DECOMPOSITIONS, LAZY_GRAPHS)
+        for part in _CORNERS:
             if not part.holds():
                 raise NotRecorded(str(part))
-    # One at a time: warning filters and random states belong to the whole process. (Not for ever: a
-    # function may wait for a thread that traces too.)
-    locked = _ONE.acquire(timeout=_PATIENCE)
+    # One trace at a time, as warning filters and random states belong to the process. With a
+    # timeout, as the function may wait for another thread that traces.
+    locked = _TRACE_LOCK.acquire(timeout=_LOCK_TIMEOUT)
     try:
-        module, observer = _recorded(function, tensors, parameters_vary, keep, around)
+        module, observer = _record(function, tensors, parameters_vary, keep, around)
     except NeedsTracing:
         with around():
-            module, observer = proxies.traced(function, tensors, parameters_vary, keep)
+            module, observer = proxies.trace_with_proxies(function, tensors, parameters_vary, keep)
     finally:
         if locked:
-            _ONE.release()
+            _TRACE_LOCK.release()
     return module, _lines(observer)
 
 
 @corner("torch's dispatch mode", "nothing is planned")
 def RECORDING() -> bool:
-    """A recorder notes the operations that run, and only those, with what they take and give."""
+    """A recorder records exactly the operations that run, with their arguments and results."""
     x = torch.linspace(1.0, 2.0, 3, dtype=torch.float64)
     outside = torch.ones(3, dtype=torch.float64)
     recorder = Recorder((), parameters_vary=False)
-    taken = recorder.input(x)
+    input_ = recorder.input(x)
     with recorder:
         y = torch.mul(x.sin(), outside)
         view = y[1:]
@@ -116,7 +115,7 @@ def RECORDING() -> bool:
     first, *_, last = recorder.calls
     return (
         names == ["aten.sin.default", "aten.mul.Tensor", "aten.slice.Tensor", "aten.add_.Tensor"]
-        and first.args == (taken,)
+        and first.args == (input_,)
         and recorder.calls[1].args[0] is first.results[0]
         and recorder.value(view).base is recorder.value(y).base
         and last.written == (recorder.value(y).base,)
@@ -125,110 +124,114 @@ def RECORDING() -> bool:
     )
 
 
-# The corners of torch that a trace, and the guards that say whether it still holds, rely on.
-_NEEDED = (ENGINE, NODES, MODES, SETTINGS, TRANSFORMS, RECORDING, OBSERVING)
-_ONE = threading.RLock()
-_PATIENCE = 10.0
+# Corners of torch on which a trace and its guards rely.
+_CORNERS = (ENGINE, NODES, MODES, SETTINGS, TRANSFORMS, RECORDING, OBSERVING)
+_TRACE_LOCK = threading.RLock()
+_LOCK_TIMEOUT = 10.0
 
 
-def _recorded(
+def _record(
     function: Callable[..., Any],
     tensors: Sequence[Tensor],
     parameters_vary: bool,
     keep: Collection[Any],
     around: Callable[[], AbstractContextManager[None]],
 ) -> tuple[fx.GraphModule, Observer]:
-    """By noting what runs, on the tensors themselves."""
-    rewind = modes.random_states(tensors)
+    """Traces by the recorder, on the tensors themselves."""
+    rewind = modes.save_random_states(tensors)
     try:
         with around():
-            first = _ran(function, tensors, Recorder(keep, parameters_vary))
+            first = _run_recorded(function, tensors, Recorder(keep, parameters_vary))
     except _Failed as failed:
         raise failed.error from None
-    found = recorded(first.recorder, first.outputs)
+    recording = finish_recording(first.recorder, first.outputs)
 
-    def again(given: Sequence[Tensor]) -> _Run:
+    def rerun_at(arguments: Sequence[Tensor]) -> _Run:
         rewind()
         with around():
-            if first.recorder.wrote_elsewhere:  # it has to be put back
-                return _ran(function, given, Recorder(keep, parameters_vary))
-            return _ran_plainly(function, given, first.recorder)
+            if first.recorder.wrote_elsewhere:  # the recorder restores it
+                return _run_recorded(function, arguments, Recorder(keep, parameters_vary))
+            return _run_unrecorded(function, arguments, first.recorder)
 
     if not any(t.is_meta for t in tensors):
         reason = "what it does depends on its input in a way that cannot be seen"
-        _check(found, _another(again, tensors) or first, reason)
-    if found.writes:
-        found = functional(found, first.given, keep)
-        if not found.is_random:  # random numbers come in another order there
-            _check(found, first, "what it writes in place cannot be rewritten")
+        _check(recording, _run_elsewhere(rerun_at, tensors) or first, reason)
+    if recording.writes:
+        recording = functionalize(recording, first.arguments, keep)
+        if not recording.is_random:  # functionalize reorders random draws
+            _check(recording, first, "what it writes in place cannot be rewritten")
     originals = first.observer.originals
-    constants = tuple(originals.get(id(c), c) for c in found.constants)
-    module = graph_of(replace(found, constants=constants))
+    constants = tuple(originals.get(id(c), c) for c in recording.constants)
+    module = graph_of(replace(recording, constants=constants))
     module.meta[WRITES] = first.recorder.wrote_elsewhere
     module.meta[STOPS] = first.recorder.stops_gradients
     module.meta[DRAWS] = any(c.drawn_from is not None for c in first.recorder.calls)
     return module, first.observer
 
 
-# Whether the function wrote to tensors that were there before, in the `meta` of what is traced.
-WRITES = "writes"
-# Whether it takes numbers that vary without a gradient (`detach`, `no_grad`, custom functions).
+# Keys in the `meta` of a traced module.
+WRITES = "writes"  # whether the function writes to external tensors
+# Whether the function uses numbers that depend on the input without a gradient (`detach`,
+# `no_grad`, custom functions).
 STOPS = "stops"
-# Whether it draws random numbers, be they needed or not.
-DRAWS = "draws"
+DRAWS = "draws"  # whether the function draws random numbers, needed or not
 
 
-def _another(run: Callable[[Sequence[Tensor]], _Run], tensors: Sequence[Tensor]) -> _Run | None:
-    """An evaluation at another point; None if the function fails wherever it is tried."""
-    for point in (_elsewhere, _near):
-        with suppress(_Failed):  # it need not be defined there
+def _run_elsewhere(
+    run: Callable[[Sequence[Tensor]], _Run], tensors: Sequence[Tensor]
+) -> _Run | None:
+    """An evaluation at another point; None if the function fails at every point."""
+    for point in (_distant_point, _near_point):
+        with suppress(_Failed):  # the function may be undefined there
             return run([point(t) for t in tensors])
     return None
 
 
 class _Failed(Exception):
-    """The function failed, on its own account."""
+    """The function itself raised an error."""
 
     def __init__(self, error: Exception):
-        """Keeps its error."""
+        """Holds the error."""
         super().__init__(str(error))
         self.error = error
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One evaluation: the arguments with the cotangents, and what came out."""
+    """One evaluation: arguments with cotangents, outputs, recorder and observer."""
 
-    given: tuple[Tensor, ...]
+    arguments: tuple[Tensor, ...]
     outputs: Sequence[Tensor | None]
     recorder: Recorder
     observer: Observer
 
 
-def _ran(function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Recorder) -> _Run:
+def _run_recorded(
+    function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Recorder
+) -> _Run:
     observer = Observer(recorder)
     for tensor in tensors:
         recorder.input(tensor)
     try:
         with warnings.catch_warnings(), proxies.uncompiled(), recorder:
-            warnings.simplefilter("ignore")  # they are given when it runs for the user
+            warnings.simplefilter("ignore")  # warnings appear when the function runs for the user
             outputs = function(observer, *tensors)
     except Exception as error:
         if not _refusals(recorder, observer):
             raise _Failed(error) from error
     finally:
         recorder.restore()
-    # Even if the function caught them and went on.
+    # Raised here even if the function caught them.
     for refusal in [*_refusals(recorder, observer), *recorder.failures]:
         raise refusal
     return _Run((*tensors, *recorder.cotangents), outputs, recorder, observer)
 
 
-def _ran_plainly(
+def _run_unrecorded(
     function: Callable[..., Any], tensors: Sequence[Tensor], recorder: Recorder
 ) -> _Run:
-    """As `_ran`, but nothing is noted."""
-    observer = Unwatched()
+    """As `_run_recorded`, without recording."""
+    observer = NullObserver()
     try:
         with warnings.catch_warnings(), proxies.uncompiled():
             warnings.simplefilter("ignore")
@@ -245,19 +248,19 @@ def _refusals(recorder: Recorder, observer: Observer) -> list[Exception]:
 
 
 def _check(recording: Recording, run: _Run, reason: str) -> None:
-    """Runs the operations again, on what the function was given.
+    """Runs a recording on the arguments of an evaluation, and compares the results.
 
     Raises:
-        NotRecorded: Something else came out than for the function.
+        NotRecorded: The results differ.
     """
-    again = rerun(recording, run.given)
+    again = rerun(recording, run.arguments)
     run.recorder.restore()
     if not agree(run.outputs, again):
         raise NotRecorded(reason)
 
 
-def _elsewhere(tensor: Tensor) -> Tensor:
-    """Another point in the range of this one: what was frozen at the one does not hold there."""
+def _distant_point(tensor: Tensor) -> Tensor:
+    """Another point in the range of this one, where values that a trace froze are wrong."""
     if not tensor.numel() or 0 in tensor.stride():
         return tensor.detach().clone()
     generator = torch.Generator(tensor.device).manual_seed(0)
@@ -265,28 +268,30 @@ def _elsewhere(tensor: Tensor) -> Tensor:
     weight = 0.2 + 0.6 * weight.to(tensor.dtype)
     flat = tensor.detach().reshape(-1)
     other = flat.roll(flat.numel() // 3 + 1).reshape(tensor.shape)
-    made = torch.lerp(tensor.detach(), other, weight) * (0.9 + 0.2 * weight)
-    if not made.is_complex() and bool((tensor < 0).any() & (tensor > 0).any()):
-        made = torch.where(weight.flip(0) > 0.5, made, -made) if made.ndim else -made
-    return torch.empty_like(tensor).copy_(made)
+    point = torch.lerp(tensor.detach(), other, weight) * (0.9 + 0.2 * weight)
+    if not point.is_complex() and bool((tensor < 0).any() & (tensor > 0).any()):
+        point = torch.where(weight.flip(0) > 0.5, point, -point) if point.ndim else -point
+    return torch.empty_like(tensor).copy_(point)
 
 
-def _near(tensor: Tensor) -> Tensor:
-    """A point next to this one: what is defined here is defined there, most often."""
+def _near_point(tensor: Tensor) -> Tensor:
+    """A point close to this one, where a function is most often defined if it is here."""
     return tensor.detach() * 0.999
 
 
 def _lines(observer: Observer) -> dict[int, str]:
-    found: dict[int, str] = {}
+    lines: dict[int, str] = {}
     for start, stop, file, line in observer.calls:
         for number in range(start, stop):
-            found.setdefault(number, f"{file}:{line}")
-    return found
+            lines.setdefault(number, f"{file}:{line}")
+    return lines
 
 
 @contextmanager
-def numbered(nodes: Iterable[Any], observer: Observer | Unwatched) -> Iterator[None]:
-    """Traced operations carry the sequence number of the autograd node that ran them."""
+def with_sequence_numbers(
+    nodes: Iterable[Any], observer: Observer | NullObserver
+) -> Iterator[None]:
+    """A context in which recorded operations carry the sequence number of their autograd node."""
     handles = []
     for node in nodes if isinstance(observer, Observer) else ():
 
@@ -303,7 +308,7 @@ def numbered(nodes: Iterable[Any], observer: Observer | Unwatched) -> Iterator[N
 
 
 def sequence_of(node: fx.Node) -> int | None:
-    """Number that a traced operation shares with its forward operation, or None."""
+    """Sequence number that a traced operation shares with its forward operation, or None."""
     return node.meta.get("seq_nr")
 
 
@@ -324,7 +329,7 @@ __all__ = [
     "OpOverloadPacket",
     "is_random",
     "next_sequence",
-    "numbered",
     "sequence_of",
     "trace",
+    "with_sequence_numbers",
 ]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchjac._torch.modes import real_values
 from torchjac.errors import PlanRefused
 from torchjac.linear.maps import Shape
-from torchjac.linear.maps.factors import on_support
+from torchjac.linear.maps.factors import map_unexpanded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,7 +140,7 @@ def product(factors: Sequence[Tensor]) -> Tensor:
     """The product of factors of the same shape, computed once where nothing changes."""
     made = factors[0]
     for factor in factors[1:]:
-        made = on_support(torch.mul, made, factor)
+        made = map_unexpanded(torch.mul, made, factor)
     return made
 
 
@@ -149,7 +149,7 @@ def entries(term: Term) -> Tensor:
     if not term.factors:
         return torch.full((), term.scale, dtype=term.dtype).expand(term.loop)
     made = product(sorted(term.factors, key=lambda f: len(changing(f))))
-    return made if term.scale == 1 else on_support(lambda t: t * term.scale, made)
+    return made if term.scale == 1 else map_unexpanded(lambda t: t * term.scale, made)
 
 
 def value(term: Term, like: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def value(term: Term, like: Tensor) -> Tensor:
     made = entries(term)
     if made.is_complex() and not like.is_complex():
         raise PlanRefused("complex values are taken for real ones in a way that is not followed")
-    return made if made.dtype == like.dtype else on_support(lambda t: t.to(like.dtype), made)
+    return made if made.dtype == like.dtype else map_unexpanded(lambda t: t.to(like.dtype), made)
 
 
 def scaled(term: Term, factor: Tensor) -> Term:
@@ -182,7 +182,7 @@ def scaled(term: Term, factor: Tensor) -> Term:
         if mine == axes or (len(term.factors) > 1 and (mine >= axes or mine <= axes)):
             if mine < axes and _has_smaller_host(term, i, axes):
                 continue
-            made = on_support(torch.mul, other, factor)
+            made = map_unexpanded(torch.mul, other, factor)
             return replace(term, factors=(*term.factors[:i], made, *term.factors[i + 1 :]))
     return replace(term, factors=(*term.factors, factor))
 
@@ -251,7 +251,7 @@ def _taken_in(
         ]
         if fits and min(fits)[0] <= result:
             i = min(fits)[1]
-            inside = [*inside[:i], on_support(torch.mul, inside[i], factor), *inside[i + 1 :]]
+            inside = [*inside[:i], map_unexpanded(torch.mul, inside[i], factor), *inside[i + 1 :]]
         else:
             left.append(factor)
     return inside, left
@@ -268,7 +268,7 @@ def _closest_multiplied(factors: list[Tensor]) -> list[Tensor]:
 
     i, j = min(pairs, key=size)
     rest = [f for k, f in enumerate(factors) if k not in (i, j)]
-    return [*rest, on_support(torch.mul, factors[i], factors[j])]
+    return [*rest, map_unexpanded(torch.mul, factors[i], factors[j])]
 
 
 def _contracted(factors: list[Tensor], axes: frozenset[int], loop: Shape) -> Tensor:
@@ -284,7 +284,7 @@ def _contracted(factors: list[Tensor], axes: frozenset[int], loop: Shape) -> Ten
         return parts[0].expand(shape)
     shared = [a for a in axes if all(p.shape[a] > 1 for p in parts)]
     if not shared:
-        return on_support(torch.mul, *(p.expand(shape) for p in parts))
+        return map_unexpanded(torch.mul, *(p.expand(shape) for p in parts))
     return _matmul(parts[0], parts[1], shared).expand(shape)
 
 

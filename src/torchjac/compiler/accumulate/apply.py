@@ -17,10 +17,10 @@ from torchjac.compiler.accumulate.strided_index import Walk, compressed
 from torchjac.errors import PlanRefused
 from torchjac.linear.maps import (
     AxisSum,
+    ComputedFactors,
     Diagonal,
     IndexMap,
     LinearMap,
-    Numbers,
     Product,
     Scaled,
     Scatter,
@@ -28,7 +28,7 @@ from torchjac.linear.maps import (
     Sum,
     Zero,
 )
-from torchjac.linear.maps.factors import is_unknown, on_support
+from torchjac.linear.maps.factors import is_unknown, map_unexpanded
 
 # Terms that one adjoint may have: a program whose intermediates fill in has more and more.
 _TERMS = 64
@@ -150,12 +150,12 @@ def _(map_: Product, shape: Shape, term: Term) -> list[Term]:
 @_acted.register
 def _(map_: Diagonal, shape: Shape, term: Term) -> list[Term]:
     factors = map_.factors
-    if not isinstance(factors, Numbers) and is_unknown(factors):
+    if not isinstance(factors, ComputedFactors) and is_unknown(factors):
         raise NoNumbers
-    if isinstance(factors, Numbers):
+    if isinstance(factors, ComputedFactors):
         made = factors.value
     else:
-        made = on_support(lambda x: x.to(term.dtype), factors)
+        made = map_unexpanded(lambda x: x.to(term.dtype), factors)
     if term.target is None:
         rest = len(term.loop) - len(shape)
         made = made.reshape((*shape, *[1] * rest)) if rest else made
@@ -198,7 +198,7 @@ def _(map_: IndexMap, shape: Shape, term: Term) -> list[Term]:
 
 
 def _shifted(rows: Tensor, by: int) -> Tensor:
-    return on_support(lambda x: x + by, rows) if by else rows
+    return map_unexpanded(lambda x: x + by, rows) if by else rows
 
 
 def _moved_target(map_: IndexMap, shape: Shape, term: Term) -> list[Term] | None:
@@ -225,11 +225,11 @@ def _moved_target(map_: IndexMap, shape: Shape, term: Term) -> list[Term] | None
         goes = torch.full((size,), -1)
         goes[source[used]] = place[used]
         before = t.elements(term, shape)
-        target = compressed(on_support(lambda x: goes[x], before))
-        rows = on_support(
+        target = compressed(map_unexpanded(lambda x: goes[x], before))
+        rows = map_unexpanded(
             lambda r, g: torch.where(g < 0, -1, r), term.rows, target.expand(term.loop)
         )
-        target = on_support(lambda x: x.clamp(min=0), target)
+        target = map_unexpanded(lambda x: x.clamp(min=0), target)
         for axis in free:  # an element that is repeated: a loop of its own
             steps = torch.arange(positions.shape[axis])
             target = target.unsqueeze(-1) + steps * math.prod(map_.shape_out[axis + 1 :])
@@ -255,7 +255,7 @@ def _(map_: AxisSum, shape: Shape, term: Term) -> list[Term]:
             for axis in map_.axes:
                 places = places.unsqueeze(axis)
             flat = places.expand(shape).reshape(-1)
-            target = compressed(on_support(lambda x: flat[x], term.target))
+            target = compressed(map_unexpanded(lambda x: flat[x], term.target))
             both = [a for a in range(target.ndim) if t.is_free(target, a)]
             both = [a for a in both if t.is_free(term.rows, a) and term.loop[a] > 1]
         made = replace(term, target=target)
@@ -289,7 +289,7 @@ def _(map_: Scatter, shape: Shape, term: Term) -> list[Term]:
         goes = torch.arange(math.prod(out)).reshape(out).index_select(axis, map_.index)
         if term.target is not None:
             flat = goes.reshape(-1)
-            return [replace(term, target=on_support(lambda x: flat[x], term.target))]
+            return [replace(term, target=map_unexpanded(lambda x: flat[x], term.target))]
         rest = [1] * (len(term.loop) - len(shape))
         return [replace(term, target=goes.reshape((*shape, *rest)).expand(term.loop))]
 

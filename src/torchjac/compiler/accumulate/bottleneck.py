@@ -22,7 +22,7 @@ from torchjac.compiler.accumulate.apply import by_element, joined
 from torchjac.compiler.accumulate.strided_index import Walk
 from torchjac.errors import PlanRefused
 from torchjac.linear.maps import Shape
-from torchjac.linear.maps.factors import on_support
+from torchjac.linear.maps.factors import map_unexpanded
 
 # Rows that meet in an element, for each element of a sample, that make a waist; and at least.
 _NARROW, _LEAST = 2, 4
@@ -157,7 +157,7 @@ def _composed(term: Term, inner: Adjoint, shape: Shape, most: int) -> list[Term]
             rows = placed.take(other.rows, more)
             if bool((term.rows < 0).any()):
                 mine = _widened(term.rows, loop)
-                rows = on_support(lambda p, r: torch.where(p < 0, -1, r), mine, rows)
+                rows = map_unexpanded(lambda p, r: torch.where(p < 0, -1, r), mine, rows)
             target = None if term.target is None else _widened(term.target, loop)
         made = Term(loop, rows, term.dtype, (), term.scale * other.scale, target, other.table)
         for factor in term.factors:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.trace.recorder import Recorder
-from torchjac._torch.trace.recording import recorded
+from torchjac._torch.trace.recording import finish_recording
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.accumulate import output
 from torchjac.compiler.accumulate.output import Goal
@@ -68,7 +68,7 @@ def emit(
             for x in terms
             if not any(recorder.varies(factor) for factor in x.factors)
         )
-    recording = fold_constants(recorded(recorder, [*parts, probe]))
+    recording = fold_constants(finish_recording(recorder, [*parts, probe]))
     module, constants = optimized_graph(recording)
     whole = sum(math.prod(x.loop) for x in terms)
     about = goal.mode, (fixed, whole), sweep.waists

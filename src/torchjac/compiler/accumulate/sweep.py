@@ -25,16 +25,16 @@ from torchjac.compiler.accumulate.merge import merged
 from torchjac.errors import NotKnownLinear, PlanRefused
 from torchjac.host.clock import now
 from torchjac.linear.graph import linear_nodes, needed_nodes
-from torchjac.linear.known_values import SHAPE_ONLY, Values, before
-from torchjac.linear.maps import Factors, LinearMap, Numbers, Shape
+from torchjac.linear.known_values import SHAPE_ONLY, KnownValues, topological_order
+from torchjac.linear.maps import ComputedFactors, Factors, LinearMap, Shape
 from torchjac.linear.maps.factors import is_unknown
-from torchjac.linear.rules import Concat, NoRule, NotLinear, Op, Vanishing, local_of
+from torchjac.linear.rules import Concat, NoRule, NotLinear, Op, ZeroPreserving, local_of
 from torchjac.ops import Fact, having
 
 Record = Callable[[Callable[[], Any]], Any]
 
 
-class Running(Values):
+class Running(KnownValues):
     """Values of the running program, for the factors of maps."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Running(Values):
     def running(self, node: fx.Node) -> Any:
         """The tensor of a node; its operations are run if they have not been."""
         if node not in self._run:
-            for needed in before(node, self._run, _has_arguments):
+            for needed in topological_order(node, self._run, _has_arguments):
                 self._run[needed] = self._record(partial(self._executed, needed))
         return self._run[node]
 
@@ -80,16 +80,16 @@ class Running(Values):
         target: Any = node.target
         return target(*args, **kwargs)
 
-    def coefficients(self, node: fx.Node) -> Tensor | Numbers:
+    def coefficients(self, node: fx.Node) -> Tensor | ComputedFactors:
         """What is known beforehand where all of it is, else the running tensor."""
         known = self.factors(node)
         if not is_unknown(known):
             return known
-        return Numbers(tuple(known.shape), lambda: self.running(node))
+        return ComputedFactors(tuple(known.shape), lambda: self.running(node))
 
     def response(self, node: fx.Node, operand: fx.Node, known: Factors) -> Factors:
         """What an elementwise operation makes of ones."""
-        if not isinstance(known, Numbers) and not is_unknown(known):
+        if not isinstance(known, ComputedFactors) and not is_unknown(known):
             return known
         shape = tuple(node.meta["val"].shape)
         like = operand.meta["val"]
@@ -99,7 +99,7 @@ class Running(Values):
             found: Tensor = self.operate(node, operand, ones)
             return found
 
-        return Numbers(shape, lambda: self._record(made))
+        return ComputedFactors(shape, lambda: self._record(made))
 
     def operate(self, node: fx.Node, operand: fx.Node, given: Tensor) -> Any:
         """Runs an operation on something in the place of one linear operand, zeros for others."""
@@ -258,7 +258,9 @@ class Sweep:
             except (NotLinear, NoRule) as missing:
                 raise PlanRefused(f"{node.target}: no local Jacobian") from missing
         parts = local if isinstance(local, tuple) else (local,)
-        if node.target in WRONGLY_BATCHED or any(isinstance(part, Vanishing) for part in parts):
+        if node.target in WRONGLY_BATCHED or any(
+            isinstance(part, ZeroPreserving) for part in parts
+        ):
             raise NotKnownLinear(f"{node.target} in the backward pass need not be linear")
         if isinstance(local, tuple):
             value = node.meta["val"]

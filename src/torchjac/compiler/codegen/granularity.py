@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from torchjac._torch.operators import aten
-from torchjac._torch.trace.ir import Called
+from torchjac._torch.trace.ir import Instruction
 from torchjac._torch.trace.recording import Recording, values_in
 from torchjac.compiler.codegen.expressions import Expressions
 from torchjac.compiler.codegen.lower import EXPRESSIONS, Expansion, Form
@@ -178,7 +178,7 @@ def _stored(scalars: ScalarProgram) -> int:
 
 
 # A recording, the calls that its first outputs need, and how many these are.
-_Part = tuple[Recording, list[Called], int]
+_Part = tuple[Recording, list[Instruction], int]
 
 
 def _parts(recordings: Sequence[tuple[Recording, int]]) -> list[_Part]:
@@ -216,7 +216,7 @@ def _expanded(
         raise PlanRefused(f"elements cannot be followed: {error}") from error
 
 
-def _needed(recording: Recording, count: int) -> list[Called]:
+def _needed(recording: Recording, count: int) -> list[Instruction]:
     """The calls that some outputs need, writes to memory that they look at included."""
     outputs = [v for v in recording.outputs[:count] if v is not None]
     needed, memory = {id(v) for v in outputs}, {id(v.base) for v in outputs}
@@ -231,7 +231,7 @@ def _needed(recording: Recording, count: int) -> list[Called]:
     return found[::-1]
 
 
-def _work(call: Called) -> int:
+def _work(call: Instruction) -> int:
     """Scalar operations that a call may take."""
     size = sum(math.prod(v.shape) for v in call.results if v is not None)
     if call.operation in (aten.mm.default, aten.bmm.default):

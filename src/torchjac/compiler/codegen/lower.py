@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjac._torch.trace.ir import Called, Value
-from torchjac._torch.trace.recording import Recording, decomposed, mapped, values_in
+from torchjac._torch.trace.ir import Instruction, Value
+from torchjac._torch.trace.recording import Recording, decomposition_of, map_values, values_in
 from torchjac.compiler.codegen.element_ids import BITS, apart, dtype_of, groups, laid_out
 from torchjac.compiler.codegen.expressions import Expressions
 from torchjac.compiler.codegen.ops_factorize import FACTORS
@@ -69,7 +69,7 @@ class Expansion:
         self._kept: list[Recording] = []
 
     def outputs(
-        self, recording: Recording, calls: Sequence[Called], count: int
+        self, recording: Recording, calls: Sequence[Instruction], count: int
     ) -> list[tuple[Places, Places]]:
         """Runs calls of a recording, and gives what its first outputs are."""
         self._recording = recording
@@ -88,7 +88,7 @@ class Expansion:
             found.append(apart(self.code(result).reshape(-1).numpy()))
         return found
 
-    def _run(self, call: Called) -> None:
+    def _run(self, call: Instruction) -> None:
         operation = call.operation
         if call.drawn_from is not None:
             raise PlanRefused(f"{operation} draws random numbers")
@@ -109,9 +109,9 @@ class Expansion:
         else:
             self._decompose(call)
 
-    def _decompose(self, call: Called) -> None:
+    def _decompose(self, call: Instruction) -> None:
         """Runs what torch says that an operation does, in terms of others."""
-        made = decomposed(call)
+        made = decomposition_of(call)
         if made is None:
             raise PlanRefused(f"{call.operation} has no scalar form")
         made = fold_constants(made)
@@ -130,7 +130,7 @@ class Expansion:
         self._kept.append(made)  # or another value may get an id of its
         self._set(call, found[0] if call.is_single else found)
 
-    def _set(self, call: Called, made: Any) -> None:
+    def _set(self, call: Instruction, made: Any) -> None:
         if call.is_single:
             (result,) = call.results
             assert result is not None
@@ -140,7 +140,7 @@ class Expansion:
             if result is not None:
                 self._codes[id(result)] = laid_out(part, result)
 
-    def _move(self, call: Called) -> None:
+    def _move(self, call: Instruction) -> None:
         """Runs an operation that moves elements on codes."""
         schema = call.operation._schema.arguments
         names = [a.name for a in schema]
@@ -149,13 +149,13 @@ class Expansion:
         assert made is not None
         for name, argument in given.items():
             if name in ("index", "indices"):
-                given[name] = mapped(argument, self.known)
+                given[name] = map_values(argument, self.known)
             elif name in ("dtype", "pin_memory", "layout", "device", "memory_format"):
                 given[name] = None
             elif name in ("value", "fill_value") and not isinstance(argument, Value):
                 given[name] = self.number(argument, dtype_of(made))
             else:
-                given[name] = mapped(argument, lambda v: self.cast(v, dtype_of(made)))
+                given[name] = map_values(argument, lambda v: self.cast(v, dtype_of(made)))
         if call.operation in _FILLS:
             number = given.get("fill_value", self.number(0.0, dtype_of(made)))
             self._set(call, torch.full(made.shape, number))
@@ -273,7 +273,7 @@ class Expansion:
             raise PlanRefused("floating-point numbers become integers")
         return self.apply("truth" if dtype == "bool" else "cast", dtype, [code])
 
-    def _pointwise(self, build: Callable[..., Any], call: Called, dtype: str) -> Tensor:
+    def _pointwise(self, build: Callable[..., Any], call: Instruction, dtype: str) -> Tensor:
         """Runs a pointwise operation; its operands meet in the type that torch computes in."""
         inner = _met(call) if dtype == "bool" else dtype
         dtypes: dict[int, str] = {}
@@ -308,8 +308,8 @@ class Expansion:
             kept.append(found)
             return found
 
-        args = [mapped(a, code) for a in call.args]
-        kwargs = {k: mapped(a, code) for k, a in call.kwargs.items()}
+        args = [map_values(a, code) for a in call.args]
+        kwargs = {k: map_values(a, code) for k, a in call.kwargs.items()}
         made = build(do, *args, **kwargs)
         return operand(made, dtype)
 
@@ -355,7 +355,7 @@ _FILLS = having(Fact.FILL)
 _MOVES = having(Fact.MOVE)
 
 
-def _met(call: Called) -> str:
+def _met(call: Instruction) -> str:
     """The dtype in which the operands of a comparison meet.
 
     Raises:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.operators import aten, known
-from torchjac._torch.trace.ir import Called, Value
+from torchjac._torch.trace.ir import Instruction, Value
 from torchjac._torch.trace.op_traits import SAME
-from torchjac._torch.trace.recording import Recording, mapped, used_constants, values_in
+from torchjac._torch.trace.recording import Recording, map_values, used_constants, values_in
 from torchjac.compiler.program.peephole import fuse
 from torchjac.compiler.program.work import work_of_call
 from torchjac.ops import Fact, having
@@ -40,15 +40,15 @@ def fold_constants(recording: Recording) -> Recording:
     for call in recording.calls:
         is_known = all(v.kind == "constant" or id(v) in tensors for v in _operands(call))
         if is_known and _is_fixed(call):
-            args = mapped(list(call.args), tensor)
-            result = call.operation(*args, **{k: mapped(a, tensor) for k, a in call.kwargs.items()})
+            args = map_values(list(call.args), tensor)
+            result = call.operation(*args, **{k: map_values(a, tensor) for k, a in call.kwargs.items()})
             parts = (result,) if call.is_single else result
             for value, part in zip(call.results, parts, strict=True):
                 if value is not None:
                     tensors[id(value)] = part
             continue
-        args = tuple(mapped(list(call.args), operand))
-        kwargs = {k: mapped(a, operand) for k, a in call.kwargs.items()}
+        args = tuple(map_values(list(call.args), operand))
+        kwargs = {k: map_values(a, operand) for k, a in call.kwargs.items()}
         calls.append(replace(call, args=args, kwargs=kwargs))
     outputs = tuple(None if v is None else operand(v) for v in recording.outputs)
     shorter = Recording(recording.inputs, (), tuple(calls), outputs)
@@ -64,7 +64,7 @@ def _constants_of(recording: Recording) -> list[int]:
     return sorted({*used_constants(recording), *returned})
 
 
-def _is_fixed(call: Called) -> bool:
+def _is_fixed(call: Instruction) -> bool:
     """Whether a call of constants gives the same at every run."""
     values = [*_operands(call), *(v for v in call.results if v is not None)]
     bases = [v.base for v in values]
@@ -75,7 +75,7 @@ def _is_fixed(call: Called) -> bool:
     )
 
 
-def _operands(call: Called) -> list[Value]:
+def _operands(call: Instruction) -> list[Value]:
     """Values that a call takes."""
     return values_in((*call.args, *call.kwargs.values()))
 
@@ -110,7 +110,7 @@ def optimized_graph(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor,
 def plain_graph(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The operations as a graph for Inductor or autograd, and its constants.
 
-    Common subexpressions are computed once; views and operations stay as they were recorded.
+    Common subexpressions are computed once; views and operations stay as they were finish_recording.
     Placeholders are those of `optimized_graph`.
     """
     graph, constants = _graph(recording, None, {})
@@ -151,8 +151,8 @@ def _graph(
         operation, args, kwargs = call.operation, call.args, call.kwargs
         if views is not None:
             operation, args, kwargs = views.shortened(call)
-        args = tuple(mapped(list(args), node_of))
-        kwargs = {k: mapped(a, node_of) for k, a in kwargs.items()}
+        args = tuple(map_values(list(args), node_of))
+        kwargs = {k: map_values(a, node_of) for k, a in kwargs.items()}
         key = f"{operation} {args} {kwargs}"
         values = [*_operands(call), *(v for v in call.results if v is not None)]
         written = any(v.base.written for v in values)
@@ -196,7 +196,7 @@ def _unshare(
         owned.add(memory)
 
 
-def _add_results(graph: fx.Graph, node: fx.Node, call: Called, nodes: dict[int, fx.Node]) -> None:
+def _add_results(graph: fx.Graph, node: fx.Node, call: Instruction, nodes: dict[int, fx.Node]) -> None:
     """Adds the nodes of the results of a call."""
     if call.is_single:
         (result,) = call.results
@@ -209,7 +209,7 @@ def _add_results(graph: fx.Graph, node: fx.Node, call: Called, nodes: dict[int, 
             nodes[id(part)] = graph.call_function(operator.getitem, (node, item))
 
 
-def _is_identity(call: Called) -> bool:
+def _is_identity(call: Instruction) -> bool:
     """Whether the result is the first argument."""
     if call.operation in SAME:
         return True
@@ -226,13 +226,13 @@ class _Views:
     def __init__(self) -> None:
         self._roots: dict[int, tuple[Value, int]] = {}
 
-    def alias(self, call: Called) -> None:
+    def alias(self, call: Instruction) -> None:
         """Gives the result of an identity the root of its argument."""
         argument, (result,) = call.args[0], call.results
         if id(argument) in self._roots:
             self._roots[id(result)] = self._roots[id(argument)]
 
-    def shortened(self, call: Called) -> tuple[Any, Any, Any]:
+    def shortened(self, call: Instruction) -> tuple[Any, Any, Any]:
         """Operation, args and kwargs of a call, of which a view of a view is a view of the root."""
         unchanged = call.operation, call.args, call.kwargs
         if call.operation not in _VIEWS or call.kwargs:
@@ -255,7 +255,7 @@ class _Views:
         return aten.as_strided.default, (root, *layout, *offset), {}
 
 
-def _offset(call: Called) -> int:
+def _offset(call: Instruction) -> int:
     """Elements between the beginning of an argument and the beginning of a view of it."""
     argument, rest = call.args[0], call.args[1:]
     if call.operation is aten.select.int:

@@ -1,4 +1,4 @@
-"""Graphs recorded as tensor programs: a straight line of tensor operations."""
+"""Graphs finish_recording as tensor programs: a straight line of tensor operations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.trace.recorder import Recorder
-from torchjac._torch.trace.recording import Recording, recorded
+from torchjac._torch.trace.recording import Recording, finish_recording
 from torchjac.compiler.program.optimize import fold_constants
 
 
@@ -36,4 +36,4 @@ def recording_of(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Recording:
         recorder.input(tensor)
     with torch.no_grad(), recorder:
         results = module(*inputs)
-    return fold_constants(recorded(recorder, list(results)))
+    return fold_constants(finish_recording(recorder, list(results)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.operators import aten
-from torchjac._torch.trace.ir import Called, Value
+from torchjac._torch.trace.ir import Instruction, Value
 from torchjac._torch.trace.recording import Recording, used_constants
 
 
@@ -73,7 +73,7 @@ class _Resizer:
                 return self._graph.call_function(aten.sym_size.int, (node, 0))
         raise NotResizable("no input says how many samples there are")
 
-    def _call(self, calls: Sequence[Called]) -> None:
+    def _call(self, calls: Sequence[Instruction]) -> None:
         """Adds one operation, as it is in each recording."""
         first = calls[0]
         name = str(first.operation)

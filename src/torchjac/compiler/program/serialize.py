@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from torchjac._torch.operators import aten
-from torchjac._torch.trace.ir import Called, Value
+from torchjac._torch.trace.ir import Instruction, Value
 from torchjac._torch.trace.op_traits import OpOverload, traits_of
 from torchjac._torch.trace.recording import Recording, values_in
 from torchjac.compiler.program.optimize import optimized_graph
@@ -182,7 +182,7 @@ def decode(about: Mapping[str, Any], constants: Sequence[Tensor]) -> Recording:
         for value, entry in zip(values, about["values"], strict=True):
             value.base = values[entry["base"]]
         calls = tuple(
-            Called(
+            Instruction(
                 _decode_operation(c["operation"]),
                 tuple(_decode_argument(a, values) for a in c["args"]),
                 {k: _decode_argument(a, values) for k, a in c["kwargs"].items()},
@@ -210,7 +210,7 @@ def decode(about: Mapping[str, Any], constants: Sequence[Tensor]) -> Recording:
     return recording
 
 
-def _check_call(call: Called) -> None:
+def _check_call(call: Instruction) -> None:
     """Refuses an operation that could write to memory of another tensor, or beyond its memory."""
     traits = traits_of(call.operation)
     name = call.operation._schema.name.split("::")[1]

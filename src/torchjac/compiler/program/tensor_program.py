@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from torchjac._torch.inductor import NotCompiled, compiled
+from torchjac._torch.inductor import NotCompiled, compile_graph
 from torchjac._torch.trace.recording import Recording
 from torchjac.compiler.program.optimize import plain_graph, undifferentiable_results
 from torchjac.compiler.program.work import work_of
@@ -86,7 +86,7 @@ class TensorProgram:
         module, constants = plain_graph(self.recording)
         inputs = [x.contiguous() for x in inputs]
         try:
-            run = compiled(module, [*inputs, *constants])
+            run = compile_graph(module, [*inputs, *constants])
         except NotCompiled as refusal:
             return replace(self, refusal=str(refusal))
         return replace(self, module=module, constants=constants, run=run)

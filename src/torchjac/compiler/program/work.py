@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from torchjac._torch.trace.ir import Called, Value
+from torchjac._torch.trace.ir import Instruction, Value
 from torchjac._torch.trace.recording import Recording, values_in
 from torchjac.host.costs import CACHED_BYTES, ProgramWork
 from torchjac.ops import Fact, having
 
 
-def work_of_call(call: Called) -> ProgramWork:
+def work_of_call(call: Instruction) -> ProgramWork:
     """The work of one operation."""
     results = [v for v in call.results if v is not None]
     if not call.written and all(v.base is not v for v in results):

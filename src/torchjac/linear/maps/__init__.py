@@ -1,32 +1,32 @@
 """The algebra of local Jacobians: structured linear maps, closed under product and sum.
 
-Every local Jacobian of a tensor operation is a sum of products of a few kinds of factor. None of
-them is ever written out as a matrix here; what a class holds is what tells it from the others.
+Every local Jacobian of a tensor operation is a sum of products of a few kinds of factor. No map
+is ever materialized as a matrix here: a class holds only the parameters of its kind.
 
 =============== ============================================ =============================
-map             entries                                      made by
+map             entries                                      operations
 =============== ============================================ =============================
 `Zero`          none                                         detach, an unused operand
 `Scaled`        a multiple of the identity                   neg, mul by a number
-`Diagonal`      one factor an element                        mul, where, tanh's backward
-`IndexMap`      a one in each row, or none                   view, roll, pad, gather
-`Scatter`       a one in each column: its transpose          index_add, scatter_add
+`Diagonal`      one factor per element                       mul, where, tanh's backward
+`IndexMap`      at most a single one in each row             view, roll, pad, gather
+`Scatter`       a single one in each column                  index_add, scatter_add
 `AxisSum`       ones along axes                              sum, the backward of expand
 `Dense`         all pairs along axes, lanes elsewhere        solve, fft, an opaque operation
-`Sum`           entries of its parts, added                  add, a stencil
-`Product`       left to right, the rightmost acts first      mm, convolution, mean
+`Sum`           the sum of the entries of its parts          add, a stencil
+`Product`       a product; the rightmost factor acts first   mm, convolution, mean
 =============== ============================================ =============================
 
-The rest of the usual zoo are compositions: a stencil is a `Sum` of `Diagonal` x `IndexMap`; a
-batched or Kronecker map is a product whose other axes are lanes; a low-rank map is a product
-with a small middle (`rank_bound`); a matrix of fixed sparsity is `fixed` (scatter x diagonal x
-gather).
+All further structures are compositions. A stencil is a `Sum` of `Diagonal` x `IndexMap`. A batched
+or Kronecker map is a product with lanes on the remaining axes. A low-rank map is a product with a
+small inner dimension (`rank_bound`). A sparse matrix is scatter x diagonal x gather
+(`sparse_matrix`).
 
-`kinds` holds the classes, `build` makes them, `algebra` combines them, `factors` is what is known
-of their entries.
+`kinds` defines the classes, `build` constructs them, `algebra` combines them, and `factors` is the
+arithmetic of their entries.
 """
 
-from torchjac.linear.maps.algebra import add, fixed, product, rank_bound, transpose
+from torchjac.linear.maps.algebra import add, product, rank_bound, sparse_matrix, transpose
 from torchjac.linear.maps.build import (
     axis_sum,
     broadcast,
@@ -38,7 +38,15 @@ from torchjac.linear.maps.build import (
     reshape,
     scatter,
 )
-from torchjac.linear.maps.factors import UNKNOWN, Factors, Numbers, Shape, on_support, plus, times
+from torchjac.linear.maps.factors import (
+    UNKNOWN,
+    ComputedFactors,
+    Factors,
+    Shape,
+    map_unexpanded,
+    plus,
+    times,
+)
 from torchjac.linear.maps.kinds import (
     AxisSum,
     Dense,
@@ -55,12 +63,12 @@ from torchjac.linear.maps.kinds import (
 __all__ = [
     "UNKNOWN",
     "AxisSum",
+    "ComputedFactors",
     "Dense",
     "Diagonal",
     "Factors",
     "IndexMap",
     "LinearMap",
-    "Numbers",
     "Product",
     "Scaled",
     "Scatter",
@@ -72,16 +80,16 @@ __all__ = [
     "broadcast",
     "dense",
     "diagonal",
-    "fixed",
     "gather",
     "identity",
     "index_map",
-    "on_support",
+    "map_unexpanded",
     "plus",
     "product",
     "rank_bound",
     "reshape",
     "scatter",
+    "sparse_matrix",
     "times",
     "transpose",
 ]

@@ -19,7 +19,7 @@ from torchjac.linear.maps.build import (
     reshape,
     scatter,
 )
-from torchjac.linear.maps.factors import Factors, Numbers, plus, stored, times
+from torchjac.linear.maps.factors import ComputedFactors, Factors, plus, times, unexpanded
 from torchjac.linear.maps.kinds import (
     AxisSum,
     Dense,
@@ -35,32 +35,32 @@ from torchjac.linear.maps.kinds import (
 
 
 def product(*maps: LinearMap) -> LinearMap:
-    """The product; the last map acts first. Neighbors that can be joined exactly are joined."""
+    """The product; the last map acts first. Adjacent factors are fused where that is exact."""
     factors: list[LinearMap] = []
     for map_ in maps:
         factors.extend(map_.factors if isinstance(map_, Product) else (map_,))
     for left, right in pairwise(factors):
         assert left.shape_in == right.shape_out, f"{left.shape_in} meets {right.shape_out}"
     out, in_ = factors[0].shape_out, factors[-1].shape_in
-    joined: list[LinearMap] = []
+    fused: list[LinearMap] = []
     for factor in factors:
-        made: LinearMap | None = factor
-        while made is not None:
-            last = made
-            if isinstance(last, Zero):
+        candidate: LinearMap | None = factor
+        while candidate is not None:
+            factor_or_product = candidate
+            if isinstance(factor_or_product, Zero):
                 return Zero(out, in_)
-            made = _joined(joined[-1], last) if joined else None
-            if made is not None:
-                joined.pop()
-        if not (isinstance(last, Scaled) and last.factor == 1):
-            joined.append(last)
-    if not joined:
+            candidate = _fuse(fused[-1], factor_or_product) if fused else None
+            if candidate is not None:
+                fused.pop()
+        if not (isinstance(factor_or_product, Scaled) and factor_or_product.factor == 1):
+            fused.append(factor_or_product)
+    if not fused:
         return identity(in_)
-    return joined[0] if len(joined) == 1 else Product(out, in_, tuple(joined))
+    return fused[0] if len(fused) == 1 else Product(out, in_, tuple(fused))
 
 
-def _joined(left: LinearMap, right: LinearMap) -> LinearMap | None:
-    """Two neighbors as one map, or None."""
+def _fuse(left: LinearMap, right: LinearMap) -> LinearMap | None:
+    """The product of two adjacent factors as one map, or None if it takes two."""
     if isinstance(left, (Scaled, Diagonal)) and isinstance(right, (Scaled, Diagonal)):
         return diagonal(left.shape_out, times(_factors(left), _factors(right)))
     if isinstance(left, IndexMap) and isinstance(right, IndexMap):
@@ -69,24 +69,24 @@ def _joined(left: LinearMap, right: LinearMap) -> LinearMap | None:
             left.shape_out, right.shape_in, lambda t: second(first(t)), left.fills or right.fills
         )
     if isinstance(left, AxisSum) and isinstance(right, AxisSum):
-        kept = [i for i in range(len(right.shape_in)) if i not in right.axes]
-        return axis_sum(right.shape_in, [*right.axes, *(kept[a] for a in left.axes)])
+        remaining = [i for i in range(len(right.shape_in)) if i not in right.axes]
+        return axis_sum(right.shape_in, [*right.axes, *(remaining[a] for a in left.axes)])
     if isinstance(left, Dense) and isinstance(right, Dense):
         if left.axes_in != right.axes_out:
             return None
         if math.prod(left.shape_in[a] for a in left.axes_in) == 0:
             return Zero(left.shape_out, right.shape_in)
         return Dense(left.shape_out, right.shape_in, left.axes_out, right.axes_in)
-    if isinstance(left, Dense) and _keeps_all(right):
+    if isinstance(left, Dense) and _is_nonzero_diagonal(right):
         return left
-    return right if isinstance(right, Dense) and _keeps_all(left) else None
+    return right if isinstance(right, Dense) and _is_nonzero_diagonal(left) else None
 
 
-def _keeps_all(map_: LinearMap) -> bool:
-    """Whether it only multiplies, and nothing by zero: unknown factors stay what they are."""
+def _is_nonzero_diagonal(map_: LinearMap) -> bool:
+    """Whether a map is diagonal without structural zeros, so that a `Dense` map absorbs it."""
     if isinstance(map_, Diagonal):
         factors = map_.factors
-        return isinstance(factors, Numbers) or bool(stored(factors).all())
+        return isinstance(factors, ComputedFactors) or bool(unexpanded(factors).all())
     return isinstance(map_, Scaled) and map_.factor != 0
 
 
@@ -95,7 +95,7 @@ def _factors(map_: Scaled | Diagonal) -> Factors:
 
 
 def add(*maps: LinearMap) -> LinearMap:
-    """The sum of maps between the same tensors. Diagonals are added up."""
+    """The sum of maps between the same tensors. Diagonal parts become one."""
     shapes = maps[0].shape_out, maps[0].shape_in
     assert all((m.shape_out, m.shape_in) == shapes for m in maps), "the maps have other shapes"
     parts: list[LinearMap] = []
@@ -136,7 +136,7 @@ def _(map_: IndexMap) -> LinearMap:
     strides = zip(positions.shape, positions.stride(), strict=True)
     repeated = [i for i, (size, step) in enumerate(strides) if size > 1 and not step]
     total = axis_sum(map_.shape_out, repeated)
-    index = stored(positions).reshape(-1)
+    index = unexpanded(positions).reshape(-1)
     if torch.equal(index, torch.arange(math.prod(map_.shape_in))):
         return product(reshape(map_.shape_in, total.shape_out), total)  # lanes stay lanes
     used = (index >= 0).nonzero().flatten()
@@ -183,7 +183,7 @@ def _(map_: Product) -> LinearMap:
 
 
 def rank_bound(map_: LinearMap) -> int:
-    """The rank cannot be larger than this: the narrowest place of a product."""
+    """Upper bound of the rank: the smallest dimension in a product."""
     if isinstance(map_, Zero):
         return 0
     if isinstance(map_, Sum):
@@ -197,14 +197,22 @@ def _sizes(map_: LinearMap) -> tuple[int, int]:
     return math.prod(map_.shape_out), math.prod(map_.shape_in)
 
 
-def fixed(
+def sparse_matrix(
     shape_out: Sequence[int],
     shape_in: Sequence[int],
     rows: Tensor,
     columns: Tensor,
     factors: Factors,
 ) -> LinearMap:
-    """A matrix of fixed sparsity on the last axis; the axes before it are lanes."""
+    """A sparse matrix in COO form on the last axis; the axes before it are lanes.
+
+    Args:
+        shape_out: Shape of the result.
+        shape_in: Shape of the argument.
+        rows: Row of each entry, shape (nnz,).
+        columns: Column of each entry, shape (nnz,).
+        factors: Value of each entry, shape (nnz,).
+    """
     shape_in = tuple(shape_in)
     entries = (*shape_in[:-1], len(rows))
     return product(

@@ -1,4 +1,4 @@
-"""Makers of maps, one for each way in which operations speak of them."""
+"""Constructors of maps, in the terms of tensor operations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torchjac.linear.maps.factors import Factors, on_axis
+from torchjac.linear.maps.factors import Factors, map_axis
 from torchjac.linear.maps.kinds import (
     AxisSum,
     Dense,
@@ -38,7 +38,14 @@ def diagonal(shape: Sequence[int], factors: Factors) -> LinearMap:
 def index_map(
     run: Callable[[Tensor], Tensor], shape_out: Sequence[int], shape_in: Sequence[int], fills: bool
 ) -> IndexMap:
-    """An operation that only moves elements."""
+    """A map that only moves elements.
+
+    Args:
+        run: The operation, on tensors of any dtype.
+        shape_out: Shape of the result.
+        shape_in: Shape of the argument.
+        fills: Whether the operation may fill in zeros.
+    """
     return IndexMap(tuple(shape_out), tuple(shape_in), run, fills)
 
 
@@ -59,25 +66,25 @@ def broadcast(shape_out: Sequence[int], shape_in: Sequence[int]) -> LinearMap:
 
 
 def axis_sum(shape_in: Sequence[int], axes: Sequence[int]) -> LinearMap:
-    """The sum along axes, which may be negative."""
+    """The sum along axes (negative numbers count from the end)."""
     shape_in = tuple(shape_in)
-    gone = tuple(sorted({a % len(shape_in) for a in axes})) if shape_in else ()
-    if not gone:
+    summed = tuple(sorted({a % len(shape_in) for a in axes})) if shape_in else ()
+    if not summed:
         return identity(shape_in)
-    kept = tuple(s for i, s in enumerate(shape_in) if i not in gone)
-    return AxisSum(kept, shape_in, gone)
+    remaining = tuple(s for i, s in enumerate(shape_in) if i not in summed)
+    return AxisSum(remaining, shape_in, summed)
 
 
 def scatter(
     shape_out: Sequence[int], shape_in: Sequence[int], axis: int, index: Tensor
 ) -> LinearMap:
-    """Slices of the argument added into slices of the result; one that only moves is an index map.
+    """Slices of the argument added to slices of the result; an index map if no index repeats.
 
     Args:
         shape_out: Shape of the result.
         shape_in: Shape of the argument; sizes differ along the axis only.
         axis: The axis.
-        index: Where each slice goes, not negative.
+        index: Slice of the result for each slice of the argument, not negative.
     """
     shape_out, shape_in = tuple(shape_out), tuple(shape_in)
     axis %= len(shape_in)
@@ -87,12 +94,12 @@ def scatter(
         return Scatter(shape_out, shape_in, axis, index)
     if count < size:
 
-        def placed(t: Tensor) -> Tensor:
-            wide = list(t.shape)
-            wide[axis] = size
-            return t.new_zeros(wide).index_copy(axis, index, t)
+        def place(t: Tensor) -> Tensor:
+            sizes = list(t.shape)
+            sizes[axis] = size
+            return t.new_zeros(sizes).index_copy(axis, index, t)
 
-        return index_map(lambda t: on_axis(placed, t, axis), shape_out, shape_in, True)
+        return index_map(lambda t: map_axis(place, t, axis), shape_out, shape_in, True)
     source = torch.empty_like(index)
     source[index] = torch.arange(count, dtype=index.dtype)
     if bool((source[1:] > source[:-1]).all()):
@@ -101,13 +108,13 @@ def scatter(
 
 
 def gather(shape_in: Sequence[int], axis: int, index: Tensor) -> IndexMap:
-    """Slices of the argument along an axis."""
+    """Slices of the argument along an axis, selected by `index`."""
     shape_in = tuple(shape_in)
     axis %= len(shape_in)
     shape_out = (*shape_in[:axis], len(index), *shape_in[axis + 1 :])
 
     def run(t: Tensor) -> Tensor:
-        return on_axis(lambda x: x.index_select(axis, index), t, axis)
+        return map_axis(lambda x: x.index_select(axis, index), t, axis)
 
     return index_map(run, shape_out, shape_in, False)
 
@@ -118,7 +125,7 @@ def dense(
     axes_out: Sequence[int] | None = None,
     axes_in: Sequence[int] | None = None,
 ) -> LinearMap:
-    """All pairs along axes (by default along all of them)."""
+    """A dense block along axes (by default all of them), once for each lane."""
     shape_out, shape_in = tuple(shape_out), tuple(shape_in)
     outs = range(len(shape_out)) if axes_out is None else [a % len(shape_out) for a in axes_out]
     ins = range(len(shape_in)) if axes_in is None else [a % len(shape_in) for a in axes_in]

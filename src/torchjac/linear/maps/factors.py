@@ -1,14 +1,14 @@
-"""What is known of the entries of a map before the program runs.
+"""Factors: the values of the entries of a map, as far as they are known before the program runs.
 
-Factors are float64 numbers: NaN stands for a number that is not known before the program runs, 0
-for an entry that is structurally zero, and anything else is that number, whatever the input.
+Factors are float64 numbers. NaN stands for a number that depends on the input, 0 for a structural
+zero, and any other number is the entry for every input.
 
-A structural zero must be proved, and a number that was rounded proves nothing: 1/41 times 41 is 1
-in float64 and not in float32. So a number is *exact* if float32 holds it, and arithmetic keeps to
-three rules: exact numbers that cancel give a structural zero; rounded numbers that cancel give an
-unknown one; and a result of rounding that looks exact is moved by one unit in the last place, so
-that nothing downstream takes it for one. (Below float32 rounding itself can make an entry nonzero
-that exact arithmetic says is none.)
+A structural zero must be proved, and a rounded number proves nothing: 1/41 times 41 is 1 in
+float64, but not in float32. So a number is *exact* if float32 represents it, and arithmetic keeps
+three rules. Exact numbers that cancel give a structural zero. Rounded numbers that cancel give an
+unknown entry. A rounded result that float32 represents is moved by one unit in the last place, so
+that no later step takes the number for exact. (In half precision rounding itself can make an entry
+nonzero where exact arithmetic gives zero; `sparsity.precision` covers it.)
 """
 
 from __future__ import annotations
@@ -24,74 +24,74 @@ Shape = tuple[int, ...]
 
 UNKNOWN = math.nan
 
-# Significands of float32 leave these bits of a float64 free.
+# Bit mask of a float64: the bits of the significand beyond those of float32.
 BELOW_SINGLE = (1 << 29) - 1
-# Sums of multiples of 1/grid are exact as long as grid times their absolute values, added up,
-# stays within 24 bits.
+# Sums of multiples of 1/grid are exact if the sum of absolute values is at most BITS / grid.
 GRIDS = (1.0, 2.0**6)
+# Integers up to here are exact in float32.
 BITS = 2.0**24
 
 
-class Numbers:
-    """Factors that an engine computes: nothing is known of them beforehand.
+class ComputedFactors:
+    """Factors that the compiler computes while the program runs, evaluated lazily.
 
-    The structure stage has none of these: there a number that is not known is NaN.
+    Sparsity detection has no computed factors: there an unknown number is NaN.
 
     Args:
-        shape: Their shape.
-        make: Gives them; called once, when they are needed.
+        shape: Shape of the factors.
+        compute: Returns the factors; called once, at the first use.
     """
 
-    def __init__(self, shape: Shape, make: Callable[[], Tensor]):
+    def __init__(self, shape: Shape, compute: Callable[[], Tensor]):
         self.shape = tuple(shape)
-        self._make = make
+        self._compute = compute
         self._value: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
-        """The numbers, of that shape."""
+        """The factors, a tensor of `shape`."""
         if self._value is None:
-            self._value = self._make()
+            self._value = self._compute()
         return self._value
 
-    def moved(self, run: Callable[[Tensor], Tensor], shape: Shape) -> Numbers:
-        """The same numbers in other places."""
-        return Numbers(shape, lambda: run(self.value))
+    def move(self, run: Callable[[Tensor], Tensor], shape: Shape) -> ComputedFactors:
+        """The factors moved by an index operation, into a tensor of another shape."""
+        return ComputedFactors(shape, lambda: run(self.value))
 
-    def expand(self, shape: Shape) -> Numbers:
+    def expand(self, shape: Shape) -> ComputedFactors:
         """As `Tensor.expand`."""
-        return self if self.shape == shape else self.moved(lambda t: t.expand(shape), shape)
+        return self if self.shape == shape else self.move(lambda t: t.expand(shape), shape)
 
-    def reshape(self, shape: Shape) -> Numbers:
+    def reshape(self, shape: Shape) -> ComputedFactors:
         """As `Tensor.reshape`."""
-        return self if self.shape == shape else self.moved(lambda t: t.reshape(shape), shape)
+        return self if self.shape == shape else self.move(lambda t: t.reshape(shape), shape)
 
-    def permute(self, order: list[int]) -> Numbers:
+    def permute(self, order: list[int]) -> ComputedFactors:
         """As `Tensor.permute`."""
-        return self.moved(lambda t: t.permute(order), tuple(self.shape[i] for i in order))
+        return self.move(lambda t: t.permute(order), tuple(self.shape[i] for i in order))
 
-    def unsqueeze(self, axis: int) -> Numbers:
+    def unsqueeze(self, axis: int) -> ComputedFactors:
         """As `Tensor.unsqueeze`."""
         shape = [*self.shape]
         shape.insert(axis % (len(shape) + 1), 1)
-        return self.moved(lambda t: t.unsqueeze(axis), tuple(shape))
+        return self.move(lambda t: t.unsqueeze(axis), tuple(shape))
 
 
 Known = float | Tensor
-Factors = Known | Numbers
+Factors = Known | ComputedFactors
 
 
-def known(factors: Tensor | Numbers) -> Tensor:
-    """Factors of a map of the structure stage, where engines have computed none."""
-    assert isinstance(factors, Tensor), "numbers of an engine in the structure stage"
+def known(factors: Tensor | ComputedFactors) -> Tensor:
+    """Factors of a map in sparsity detection, where none are computed."""
+    assert isinstance(factors, Tensor), "computed factors in sparsity detection"
     return factors
 
 
-def moved(
-    factors: Tensor | Numbers, run: Callable[[Tensor], Tensor], shape: Shape
-) -> Tensor | Numbers:
-    """Factors in other places, of another shape."""
-    return factors.moved(run, shape) if isinstance(factors, Numbers) else run(factors)
+def move_factors(
+    factors: Tensor | ComputedFactors, run: Callable[[Tensor], Tensor], shape: Shape
+) -> Tensor | ComputedFactors:
+    """Factors moved by an index operation, into a tensor of another shape."""
+    return factors.move(run, shape) if isinstance(factors, ComputedFactors) else run(factors)
 
 
 @overload
@@ -99,14 +99,14 @@ def times(a: Known, b: Known) -> Known: ...
 @overload
 def times(a: Factors, b: Factors) -> Factors: ...
 def times(a: Factors, b: Factors) -> Factors:
-    """Product of factors, in which a structural zero stays zero whatever it meets."""
+    """Product of factors; a structural zero times any number (NaN too) is a structural zero."""
     if isinstance(a, float) and isinstance(b, float):
         if a == 0 or b == 0:
             return 0.0
         if abs(a) == 1 or abs(b) == 1 or math.isnan(a * b):
             return a * b
         return float(_product(_number(a), _number(b)))
-    if isinstance(a, Numbers) or isinstance(b, Numbers):
+    if isinstance(a, ComputedFactors) or isinstance(b, ComputedFactors):
         return _computed(torch.mul, a, b)
     if isinstance(a, float):
         a, b = b, a
@@ -117,11 +117,11 @@ def times(a: Factors, b: Factors) -> Factors:
         if b == 0:
             return 0.0
         if b == -1:
-            return on_support(torch.neg, a)
+            return map_unexpanded(torch.neg, a)
         if math.isnan(b):
-            return on_support(lambda x: torch.where(x == 0, x, UNKNOWN), a)
+            return map_unexpanded(lambda x: torch.where(x == 0, x, UNKNOWN), a)
         b = _number(b).expand(a.shape)
-    return on_support(_product, a, b)
+    return map_unexpanded(_product, a, b)
 
 
 @overload
@@ -129,96 +129,99 @@ def plus(a: Known, b: Known) -> Known: ...
 @overload
 def plus(a: Factors, b: Factors) -> Factors: ...
 def plus(a: Factors, b: Factors) -> Factors:
-    """Sum of factors: zero only where exact numbers cancel."""
+    """Sum of factors; a structural zero only where exact numbers cancel."""
     if isinstance(a, float) and isinstance(b, float):
         return float(_sum(_number(a), _number(b)))
-    if isinstance(a, Numbers) or isinstance(b, Numbers):
+    if isinstance(a, ComputedFactors) or isinstance(b, ComputedFactors):
         return _computed(torch.add, a, b)
     if isinstance(a, float):
         a, b = b, a
     assert isinstance(a, Tensor)
     if isinstance(b, float):
         b = _number(b).expand(a.shape)
-    return on_support(_sum, a, b)
+    return map_unexpanded(_sum, a, b)
 
 
 def _computed(function: Callable[..., Tensor], a: Factors, b: Factors) -> Factors:
-    """A sum or product with numbers that an engine computes."""
-    one, neutral = (a, b) if isinstance(a, Numbers) else (b, a)
-    if isinstance(neutral, float):
-        if neutral == (1 if function is torch.mul else 0):
-            return one
-        if neutral == 0:
+    """A sum or product of two factors, at least one of them computed."""
+    computed, operand = (a, b) if isinstance(a, ComputedFactors) else (b, a)
+    if isinstance(operand, float):
+        if operand == (1 if function is torch.mul else 0):
+            return computed
+        if operand == 0:
             return 0.0
-    if not isinstance(neutral, Numbers) and is_unknown(neutral):
+    if not isinstance(operand, ComputedFactors) and is_unknown(operand):
         return UNKNOWN
-    assert isinstance(one, Numbers)
+    assert isinstance(computed, ComputedFactors)
 
-    def made() -> Tensor:
-        x, other = one.value, neutral.value if isinstance(neutral, Numbers) else neutral
+    def compute() -> Tensor:
+        x, other = (
+            computed.value,
+            operand.value if isinstance(operand, ComputedFactors) else operand,
+        )
         if isinstance(other, float):
-            return on_support(lambda t: function(t, other), x)
-        return on_support(function, x, other.to(x.dtype) if other.dtype != x.dtype else other)
+            return map_unexpanded(lambda t: function(t, other), x)
+        return map_unexpanded(function, x, other.to(x.dtype) if other.dtype != x.dtype else other)
 
-    return Numbers(one.shape, made)
+    return ComputedFactors(computed.shape, compute)
 
 
 def is_unknown(factors: Known) -> bool:
-    """Whether a number among them is not known."""
+    """Whether any of the factors is unknown."""
     if isinstance(factors, float):
         return math.isnan(factors)
-    return bool(stored(factors).isnan().any())
+    return bool(unexpanded(factors).isnan().any())
 
 
-def spread(factors: Known, shape: Shape) -> Tensor:
-    """Factors as a tensor of a shape, without memory for one number."""
+def expand_factors(factors: Known, shape: Shape) -> Tensor:
+    """Factors as a tensor of a shape; a single number is expanded without memory."""
     if isinstance(factors, Tensor):
         return factors
     return torch.tensor(factors, dtype=torch.float64).expand(shape)
 
 
-def on_support(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Runs an elementwise function once for all elements that only repeat along an axis."""
+def map_unexpanded(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Applies an elementwise function once per stored element of expanded tensors."""
     shape = tensors[0].shape
     repeated = [
         i for i in range(len(shape)) if shape[i] > 1 and not any(t.stride(i) for t in tensors)
     ]
     if not repeated:
         return function(*tensors)
-    small = list(tensors)
+    collapsed = list(tensors)
     for axis in repeated:
-        small = [t.narrow(axis, 0, 1) for t in small]
-    return function(*small).expand(shape)
+        collapsed = [t.narrow(axis, 0, 1) for t in collapsed]
+    return function(*collapsed).expand(shape)
 
 
-def on_axis(function: Callable[[Tensor], Tensor], tensor: Tensor, axis: int) -> Tensor:
-    """Runs a function that acts along one axis once for all slices that only repeat.
+def map_axis(function: Callable[[Tensor], Tensor], tensor: Tensor, axis: int) -> Tensor:
+    """Applies a function along one axis, once per stored slice of an expanded tensor.
 
     Args:
-        function: Changes the size of that axis at most.
-        tensor: What it is run on.
+        function: Acts along the axis, and may change its size.
+        tensor: The argument.
         axis: The axis, not negative.
     """
-    small = tensor
+    collapsed = tensor
     for i, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if i != axis and size > 1 and not step:
-            small = small.narrow(i, 0, 1)
-    made = function(small)
+            collapsed = collapsed.narrow(i, 0, 1)
+    result = function(collapsed)
     shape = list(tensor.shape)
-    shape[axis] = made.shape[axis]
-    return made.expand(shape)
+    shape[axis] = result.shape[axis]
+    return result.expand(shape)
 
 
-def stored(tensor: Tensor) -> Tensor:
-    """The elements that are stored for themselves: axes along which nothing changes have size 1."""
+def unexpanded(tensor: Tensor) -> Tensor:
+    """The tensor with every expanded axis (stride 0) narrowed to size 1."""
     for axis, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if size > 1 and not step:
             tensor = tensor.narrow(axis, 0, 1)
     return tensor
 
 
-def is_single(x: Tensor) -> Tensor:
-    """Whether float32 holds a number; also true of NaN."""
+def is_float32(x: Tensor) -> Tensor:
+    """Whether float32 represents each number exactly; true for NaN."""
     return (x.contiguous().view(torch.int64) & BELOW_SINGLE) == 0
 
 
@@ -227,28 +230,28 @@ def _number(x: float) -> Tensor:
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    made = x * y
+    product = x * y
     zero = (x == 0) | (y == 0)
-    if not bool(made.isnan().all()):
-        exact = is_single(x) & is_single(y)
+    if not bool(product.isnan().all()):
+        exact = is_float32(x) & is_float32(y)
         if not bool(exact.all()):
-            rounded = is_single(made) & ~exact & made.isfinite()
+            rounded = is_float32(product) & ~exact & product.isfinite()
             rounded &= (x.abs() != 1) & (y.abs() != 1)
-            made = torch.where(rounded, torch.nextafter(made, 2 * made), made)
-        made = torch.where(made == 0, UNKNOWN, made)  # it was too small for float64
-    return torch.where(zero, 0.0, made)
+            product = torch.where(rounded, torch.nextafter(product, 2 * product), product)
+        product = torch.where(product == 0, UNKNOWN, product)  # underflow is no structural zero
+    return torch.where(zero, 0.0, product)
 
 
 def _sum(x: Tensor, y: Tensor) -> Tensor:
-    made = x + y
-    unknown = made.isnan()
+    total = x + y
+    unknown = total.isnan()
     if bool(unknown.all()):
-        return made
+        return total
     exact = (x == 0) | (y == 0) | unknown
     for grid in GRIDS:
-        fine = [(t * grid == (t * grid).round()) for t in (x, y)]
-        exact |= fine[0] & fine[1] & ((x.abs() + y.abs()) * grid <= BITS)
+        on_grid = [(t * grid == (t * grid).round()) for t in (x, y)]
+        exact |= on_grid[0] & on_grid[1] & ((x.abs() + y.abs()) * grid <= BITS)
         if bool(exact.all()):
-            return made
-    moved = torch.where(is_single(made), torch.nextafter(made, 2 * made), made)
-    return torch.where(exact, made, torch.where(made == 0, UNKNOWN, moved))
+            return total
+    inexact = torch.where(is_float32(total), torch.nextafter(total, 2 * total), total)
+    return torch.where(exact, total, torch.where(total == 0, UNKNOWN, inexact))

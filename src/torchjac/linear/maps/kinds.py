@@ -1,4 +1,4 @@
-"""The kinds of map: what each holds."""
+"""The kinds of linear map, one class each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchjac.linear.maps.factors import Numbers, Shape
+from torchjac.linear.maps.factors import ComputedFactors, Shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,8 +17,8 @@ class LinearMap:
     """A linear map between tensors.
 
     Attributes:
-        shape_out: Shape of what it gives.
-        shape_in: Shape of what it takes.
+        shape_out: Shape of the result.
+        shape_in: Shape of the argument.
     """
 
     shape_out: Shape
@@ -27,7 +27,7 @@ class LinearMap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Zero(LinearMap):
-    """No entry."""
+    """The zero map: no entry."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +35,7 @@ class Scaled(LinearMap):
     """A multiple of the identity.
 
     Attributes:
-        factor: The multiple; NaN if it is not known.
+        factor: The multiple; NaN if it is unknown.
     """
 
     factor: float
@@ -43,25 +43,25 @@ class Scaled(LinearMap):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Diagonal(LinearMap):
-    """One factor an element: `out = factors * in`.
+    """One factor per element: `out = factors * in`.
 
     Attributes:
-        factors: Of that shape; strides of 0 where they do not change along an axis.
+        factors: Tensor of `shape_out`; stride 0 along axes on which all factors are equal.
     """
 
-    factors: Tensor | Numbers
+    factors: Tensor | ComputedFactors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IndexMap(LinearMap):
     """Each element of the result is one element of the argument, or zero.
 
-    Kept as the operation itself: run on the positions of the elements it gives the index array,
-    with the strides it would give its result, so a broadcast costs no memory.
+    The map holds the operation itself. Run on a tensor of positions, the operation returns the
+    index array, with the strides of its result, so a broadcast costs no memory.
 
     Attributes:
-        run: The operation, on a tensor of `shape_in` of any dtype. May fill in zeros.
-        fills: Whether it may.
+        run: The operation, on tensors of `shape_in` of any dtype.
+        fills: Whether the operation may fill in zeros.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -81,7 +81,7 @@ class Scatter(LinearMap):
 
     Attributes:
         axis: The axis, not negative.
-        index: Where each slice goes.
+        index: Slice of the result for each slice of the argument.
     """
 
     axis: int
@@ -90,7 +90,7 @@ class Scatter(LinearMap):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AxisSum(LinearMap):
-    """The sum along axes, which are gone from the result.
+    """The sum along axes, which the result does not have.
 
     Attributes:
         axes: The axes, not negative.
@@ -101,13 +101,13 @@ class AxisSum(LinearMap):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense(LinearMap):
-    """All pairs along some axes, nothing known of the factors; the other axes are lanes.
+    """A dense block of unknown factors along some axes; the remaining axes are lanes.
 
     Lanes of argument and result correspond in order and have the same sizes.
 
     Attributes:
-        axes_out: Axes of the result on which every element depends on all of `axes_in`.
-        axes_in: Those axes of the argument.
+        axes_out: Axes of the result in the block.
+        axes_in: Axes of the argument in the block.
     """
 
     axes_out: Shape

@@ -1,9 +1,10 @@
-"""Rules: what each operation's local Jacobian looks like, one file a family."""
+"""Rules: the local Jacobian of each operation, one file per family."""
 
 from torchjac.linear.rules import combine, contract, move, reduce, scale
 from torchjac.linear.rules import convolve as _convolve
 from torchjac.linear.rules import index as _index
 from torchjac.linear.rules import linalg as _linalg
+from torchjac.linear.rules import mask as _mask
 from torchjac.linear.rules import nonlinear as _nonlinear
 from torchjac.linear.rules import opaque as _opaque
 from torchjac.linear.rules import pool as _pool
@@ -15,7 +16,7 @@ from torchjac.linear.rules.registry import (
     NotLinear,
     Op,
     Operand,
-    Vanishing,
+    ZeroPreserving,
     local_of,
     rule,
 )
@@ -27,7 +28,7 @@ __all__ = [
     "NotLinear",
     "Op",
     "Operand",
-    "Vanishing",
+    "ZeroPreserving",
     "combine",
     "contract",
     "local_of",

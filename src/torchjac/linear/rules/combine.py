@@ -1,4 +1,4 @@
-"""Combine: sums, and results that take each element from one of several tensors."""
+"""Combine: sums, and operations that assemble a result from elements of several tensors."""
 
 from __future__ import annotations
 
@@ -33,44 +33,48 @@ def add(op: Op) -> Local:
         "aten::sub": (1.0, -alpha),
         "aten::rsub": (-alpha, 1.0),
     }[name]
-    found: Local = []
+    local: Local = []
     for key, factor in (("self", first), ("other", second)):
         operand = op[key]
         if isinstance(operand, Operand) and operand.linear:
-            found += scaled(op, operand, factor)
+            local += scaled(op, operand, factor)
         elif not (operand.zero if isinstance(operand, Operand) else operand == 0):
             raise NotLinear
-    return found
+    return local
 
 
-def chosen(op: Op, *, data: tuple[str, ...]) -> Local:
-    """The operation run on one operand at a time, zeros in the place of the others.
+def one_operand_at_a_time(op: Op, *, data: tuple[str, ...]) -> Local:
+    """The maps of an operation that only moves elements of its data operands.
+
+    Each map runs the operation on one operand, with zeros in place of all other operands.
 
     Args:
-        op: An operation that only moves elements of its data operands.
-        data: Names of those operands (tensors, or a list of them).
+        op: The operation.
+        data: Names of the data operands (tensors or lists of tensors).
     """
-    operands = [o for name in data for o in _listed(op[name])]
+    operands = [o for name in data for o in _operands_in(op[name])]
     if any(o.linear and o not in operands for o in op.linear):
         raise NotLinear
-    if any(not o.linear and not vanishes(o) for o in operands):
+    if any(not o.linear and not contributes_nothing(o) for o in operands):
         raise NotLinear
-    rest = {k: _plain(v) for k, v in op.others(*data).items()}
+    rest = {k: _constants_in(v) for k, v in op.arguments_without(*data).items()}
     if any(v is None and isinstance(op[k], Operand) for k, v in rest.items()):
         raise NoRule(op.name, "case", "an index depends on the input")
 
-    def run_on(which: Operand, t: Tensor) -> Tensor:
-        def filled(o: Any) -> Any:
-            if o is which:
+    def run_on(operand: Operand, t: Tensor) -> Tensor:
+        def zeros_elsewhere(o: Any) -> Any:
+            if o is operand:
                 return t
             return torch.zeros((), dtype=t.dtype).expand(o.shape) if isinstance(o, Operand) else o
 
-        given = {
-            name: [filled(o) for o in op[name]] if isinstance(op[name], list) else filled(op[name])
+        data_arguments = {
+            name: [zeros_elsewhere(o) for o in op[name]]
+            if isinstance(op[name], list)
+            else zeros_elsewhere(op[name])
             for name in data
         }
-        made: Tensor = op.target(**given, **rest)
-        return made
+        result: Tensor = op.target(**data_arguments, **rest)
+        return result
 
     return [
         (o, index_map(partial(run_on, o), op.shape, o.shape, True)) for o in operands if o.linear
@@ -83,7 +87,7 @@ def cat(op: Op) -> Local | Concat:
     operands = op["tensors"]
     if len(operands) > _MANY and op.target is not aten.block_diag.default:
         return _concat(op)
-    return chosen(op, data=("tensors",))
+    return one_operand_at_a_time(op, data=("tensors",))
 
 
 def _concat(op: Op) -> Concat:
@@ -91,25 +95,25 @@ def _concat(op: Op) -> Concat:
     size = (1,) if op.target is aten.stack.default else ()
     parts = []
     for operand in op["tensors"]:
-        if not operand.linear and not vanishes(operand):
+        if not operand.linear and not contributes_nothing(operand):
             raise NotLinear
-        if operand.shape != (0,) or len(op.shape) == 1:  # cat skips those, whatever the others are
+        if operand.shape != (0,) or len(op.shape) == 1:  # cat skips empty vectors
             parts.append((operand, (*operand.shape[:axis], *size, *operand.shape[axis:])))
     return Concat(axis, tuple(parts))
 
 
-_MANY = 8  # operands: more are one `Concat`, in place of one map each
+_MANY = 8  # operands: above this, one `Concat` replaces the maps
 
 
 @rule(aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)
 def scattered_view(op: Op) -> Local:
     """A tensor with part of it replaced by another."""
-    return chosen(op, data=("self", "src"))
+    return one_operand_at_a_time(op, data=("self", "src"))
 
 
 @rule(aten.copy.default)
 def copy(op: Op) -> Local:
-    """Every element replaced by those of another tensor."""
+    """Every element replaced by an element of another tensor."""
     source = op["src"]
     if not source.linear:
         if source.zero:
@@ -124,29 +128,29 @@ def lerp(op: Op) -> Local:
     weight = op["weight"]
     if isinstance(weight, Operand) and weight.linear:
         raise NotLinear
-    found: Local = []
+    local: Local = []
     for name in ("self", "end"):
         operand = op[name]
         if operand.linear:
             factor = op.response(operand)
             if isinstance(weight, (int, float)):
                 factor = float(weight if name == "end" else 1 - weight)
-            found += scaled(op, operand, factor)
+            local += scaled(op, operand, factor)
         elif not operand.zero:
             raise NotLinear
-    return found
+    return local
 
 
-def vanishes(operand: Operand) -> bool:
-    """Whether an operand that is not linear adds nothing: it is zero, or nobody may read it."""
+def contributes_nothing(operand: Operand) -> bool:
+    """Whether a nonlinear operand is zero or uninitialized memory, which no program may read."""
     return operand.zero or operand.node.target in UNINITIALIZED
 
 
-def _listed(value: Any) -> list[Operand]:
+def _operands_in(value: Any) -> list[Operand]:
     return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Operand)]
 
 
-def _plain(value: Any) -> Any:
+def _constants_in(value: Any) -> Any:
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [_constants_in(v) for v in value]
     return value.constant if isinstance(value, Operand) else value

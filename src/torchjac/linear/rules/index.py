@@ -1,7 +1,7 @@
-"""Index: elements picked or placed by tensors of indices.
+"""Index: elements gathered or scattered by tensors of indices.
 
-Indices that are known make exact maps. Indices that depend on the input (argmax, sort, a gather by
-data) may be any of their axis: all-to-all along it, lanes elsewhere.
+Known indices give exact maps. Indices that depend on the input (argmax, sort, a gather by data) may
+be any position on their axis: dense along the axis, lanes elsewhere.
 """
 
 from __future__ import annotations
@@ -25,8 +25,15 @@ from torchjac.linear.maps import (
     product,
     reshape,
 )
-from torchjac.linear.rules.combine import vanishes
-from torchjac.linear.rules.places import Places, Slot, places, put, spared, take
+from torchjac.linear.rules.advanced_index import (
+    AdvancedIndex,
+    Slot,
+    advanced_index,
+    gather_map,
+    scatter_map,
+    untouched_factors,
+)
+from torchjac.linear.rules.combine import contributes_nothing
 from torchjac.linear.rules.registry import Local, NoRule, NotLinear, Op, Operand, rule
 
 
@@ -34,10 +41,10 @@ from torchjac.linear.rules.registry import Local, NoRule, NotLinear, Op, Operand
 def index(op: Op) -> Local:
     """`t[indices]`."""
     operand = op.only("self")
-    slots = _slots(op["indices"])
+    slots = index_slots(op["indices"])
     if slots is None:
         raise NoRule(op.name, "case", "a mask depends on the input")
-    return [(operand, take(places(operand.shape, slots)))]
+    return [(operand, gather_map(advanced_index(operand.shape, slots)))]
 
 
 @rule(aten.index_select.default)
@@ -46,9 +53,12 @@ def index_select(op: Op) -> Local:
     operand = op.only("self")
     shape = operand.shape or (1,)
     slots = [*[None] * (op["dim"] % len(shape)), _slot(op["index"], flat=True)]
-    taken = take(places(shape, slots))
+    gathered = gather_map(advanced_index(shape, slots))
     return [
-        (operand, product(reshape(op.shape, taken.shape_out), taken, reshape(shape, operand.shape)))
+        (
+            operand,
+            product(reshape(op.shape, gathered.shape_out), gathered, reshape(shape, operand.shape)),
+        )
     ]
 
 
@@ -56,7 +66,7 @@ def index_select(op: Op) -> Local:
 def embedding(op: Op) -> Local:
     """Rows of a table."""
     operand = op.only("weight")
-    return [(operand, take(places(operand.shape, [_slot(op["indices"])])))]
+    return [(operand, gather_map(advanced_index(operand.shape, [_slot(op["indices"])])))]
 
 
 @rule(aten.take.default)
@@ -65,55 +75,60 @@ def take_flat(op: Op) -> Local:
     operand = op.only("self")
     flat: Shape = (math.prod(operand.shape),)
     return [
-        (operand, product(take(places(flat, [_slot(op["index"])])), reshape(flat, operand.shape)))
+        (
+            operand,
+            product(
+                gather_map(advanced_index(flat, [_slot(op["index"])])), reshape(flat, operand.shape)
+            ),
+        )
     ]
 
 
 @rule(aten.gather.default)
 def gather(op: Op) -> Local:
-    """Elements by their index along an axis, which may differ from lane to lane."""
-    operand, where = op.only("self"), op["index"]
-    shape, mine = operand.shape or (1,), where.shape or (1,)
+    """Elements by indices along an axis; the indices may differ between lanes."""
+    operand, indices = op.only("self"), op["index"]
+    shape, index_shape = operand.shape or (1,), indices.shape or (1,)
     axis = op["dim"] % len(shape)
-    small = tuple(shape[i] if i == axis else mine[i] for i in range(len(shape)))
-    p, order = laned(_known(where), small, mine, axis)
-    back = [order.index(i) for i in range(len(order))]
-    taken = take(p)
-    placed = index_map(lambda t: t.permute(back), mine, taken.shape_out, False)
-    first = (_cut(small, shape), reshape(shape, operand.shape))
-    return [(operand, product(reshape(op.shape, mine), placed, taken, *first))]
+    source_shape = tuple(shape[i] if i == axis else index_shape[i] for i in range(len(shape)))
+    ix, order = index_along_axis(known_index(indices), source_shape, index_shape, axis)
+    inverse = [order.index(i) for i in range(len(order))]
+    gathered = gather_map(ix)
+    restored = index_map(lambda t: t.permute(inverse), index_shape, gathered.shape_out, False)
+    first = (_leading_part(source_shape, shape), reshape(shape, operand.shape))
+    return [(operand, product(reshape(op.shape, index_shape), restored, gathered, *first))]
 
 
 @rule(aten.scatter.src, aten.scatter_add.default, aten.scatter.reduce, aten.scatter_reduce.two)
 def scatter(op: Op) -> Local:
-    """Elements written or added to places along an axis."""
+    """Elements written, or added, at indices along an axis."""
     adds = op.target is not aten.scatter.src
     if "reduce" in op and (op["reduce"] not in ("add", "sum")):
         raise NoRule(op.name, "case", "not a sum")
     if "include_self" in op and not op["include_self"]:
         raise NoRule(op.name, "case", "what is not added to is lost")
-    target, source, where = op["self"], op["src"], op["index"]
-    shape, mine = op.shape or (1,), where.shape or (1,)
-    p, order = laned(_known(where), shape, mine, op["dim"] % len(shape))
-    placed = put(p, tuple(mine[i] for i in order), replace=not adds)
-    big = source.shape or (1,)
-    chosen = product(
+    target, source, indices = op["self"], op["src"], op["index"]
+    shape, index_shape = op.shape or (1,), indices.shape or (1,)
+    ix, order = index_along_axis(known_index(indices), shape, index_shape, op["dim"] % len(shape))
+    scattered = scatter_map(ix, tuple(index_shape[i] for i in order), replace=not adds)
+    source_shape = source.shape or (1,)
+    source_map = product(
         reshape(op.shape, shape),
-        placed,
-        index_map(lambda t: t.permute(order), placed.shape_in, mine, False),
-        _cut(mine, big),
-        reshape(big, source.shape),
+        scattered,
+        index_map(lambda t: t.permute(order), scattered.shape_in, index_shape, False),
+        _leading_part(index_shape, source_shape),
+        reshape(source_shape, source.shape),
     )
-    return _written(op, target, 1.0 if adds else spared(p), source, chosen)
+    return overwrite(op, target, 1.0 if adds else untouched_factors(ix), source, source_map)
 
 
 @rule(aten.scatter.value)
 def scatter_value(op: Op) -> Local:
-    """A number written to places along an axis."""
-    where = op["index"]
-    shape, mine = op.shape or (1,), where.shape or (1,)
-    p, _ = laned(_known(where), shape, mine, op["dim"] % len(shape))
-    return _written(op, op["self"], spared(p), op["value"], None)
+    """A number written at indices along an axis."""
+    indices = op["index"]
+    shape, index_shape = op.shape or (1,), indices.shape or (1,)
+    ix, _ = index_along_axis(known_index(indices), shape, index_shape, op["dim"] % len(shape))
+    return overwrite(op, op["self"], untouched_factors(ix), op["value"], None)
 
 
 @rule(aten.index_add.default, aten.index_copy.default)
@@ -123,16 +138,16 @@ def index_add(op: Op) -> Local:
     axis = op["dim"] % len(shape)
     adds = op.target is aten.index_add.default
     source = op["source"]
-    p = places(shape, [*[None] * axis, _slot(op["index"], flat=True)])
-    placed = put(p, p.taken, replace=not adds)
+    ix = advanced_index(shape, [*[None] * axis, _slot(op["index"], flat=True)])
+    scattered = scatter_map(ix, ix.result_shape, replace=not adds)
     alpha = float(op["alpha"]) if adds else 1.0
-    chosen = product(
+    source_map = product(
         reshape(op.shape, shape),
         diagonal(shape, alpha),
-        placed,
-        reshape(p.taken, source.shape),
+        scattered,
+        reshape(ix.result_shape, source.shape),
     )
-    return _written(op, op["self"], 1.0 if adds else spared(p), source, chosen)
+    return overwrite(op, op["self"], 1.0 if adds else untouched_factors(ix), source, source_map)
 
 
 @rule(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
@@ -140,12 +155,16 @@ def index_fill(op: Op) -> Local:
     """A number written over slices along an axis."""
     shape = op.shape or (1,)
     slot = _slot(op["index"], flat=True)
-    if isinstance(slot, Tensor):  # writing it once is enough
+    if isinstance(slot, Tensor):  # without repeated indices
         size = (shape[op["dim"]],)
-        (slot,) = places(size, [slot]).flat.bincount().nonzero().unbind(1)
-    p = places(shape, [*[None] * (op["dim"] % len(shape)), slot])
-    return _written(
-        op, op["self"], spared(p), op["value"], product(reshape(op.shape, shape), put(p, ()))
+        (slot,) = advanced_index(size, [slot]).flat_index.bincount().nonzero().unbind(1)
+    ix = advanced_index(shape, [*[None] * (op["dim"] % len(shape)), slot])
+    return overwrite(
+        op,
+        op["self"],
+        untouched_factors(ix),
+        op["value"],
+        product(reshape(op.shape, shape), scatter_map(ix, ())),
     )
 
 
@@ -153,17 +172,21 @@ def index_fill(op: Op) -> Local:
 def index_put(op: Op) -> Local:
     """Values written or added to `t[indices]`."""
     target, values, adds = op["self"], op["values"], bool(op["accumulate"])
-    slots = _slots(op["indices"])
+    slots = index_slots(op["indices"])
     if slots is None:  # a mask that depends on the input
         if len(values.shape) and math.prod(values.shape) != 1:
-            chosen = dense(op.shape, values.shape)
+            values_map = dense(op.shape, values.shape)
         else:
             one = broadcast(op.shape, ())
-            chosen = product(diagonal(op.shape, UNKNOWN), one, reshape((), values.shape))
-        return _written(op, target, 1.0 if adds else UNKNOWN, values, chosen)
-    p = places(target.shape, slots)
-    return _written(
-        op, target, 1.0 if adds else spared(p), values, put(p, values.shape, replace=not adds)
+            values_map = product(diagonal(op.shape, UNKNOWN), one, reshape((), values.shape))
+        return overwrite(op, target, 1.0 if adds else UNKNOWN, values, values_map)
+    ix = advanced_index(target.shape, slots)
+    return overwrite(
+        op,
+        target,
+        1.0 if adds else untouched_factors(ix),
+        values,
+        scatter_map(ix, values.shape, replace=not adds),
     )
 
 
@@ -171,215 +194,147 @@ def index_put(op: Op) -> Local:
 def put_flat(op: Op) -> Local:
     """Values written or added by their position in the flat tensor."""
     target, source, adds = op["self"], op["source"], bool(op["accumulate"])
-    p = places((math.prod(op.shape),), [_slot(op["index"])])
-    placed = put(p, source.shape, replace=not adds)
-    kept = 1.0 if adds else spared(p)
-    if isinstance(kept, Tensor):
-        kept = kept.reshape(op.shape)
-    return _written(op, target, kept, source, product(reshape(op.shape, p.shape), placed))
+    ix = advanced_index((math.prod(op.shape),), [_slot(op["index"])])
+    scattered = scatter_map(ix, source.shape, replace=not adds)
+    untouched = 1.0 if adds else untouched_factors(ix)
+    if isinstance(untouched, Tensor):
+        untouched = untouched.reshape(op.shape)
+    return overwrite(op, target, untouched, source, product(reshape(op.shape, ix.shape), scattered))
 
 
 @rule(aten.embedding_dense_backward.default)
 def embedding_dense_backward(op: Op) -> Local:
-    """Rows of the cotangent added up by index; the padding row gets none."""
-    operand, where = op.only("grad_output"), op["indices"]
+    """Rows of the cotangent added up by index; the gradient of the padding row is zero."""
+    operand, indices = op.only("grad_output"), op["indices"]
     rows, padding = op["num_weights"], op["padding_idx"]
-    known = _known(where)
+    known = known_index(indices)
     shape = operand.shape
-    p = places(op.shape, [_slot(where)])
+    ix = advanced_index(op.shape, [_slot(indices)])
     if known is None:
-        kept = torch.ones(rows, dtype=torch.float64)
+        not_padding = torch.ones(rows, dtype=torch.float64)
         if 0 <= padding < rows:
-            kept[padding] = 0.0
-        factors = kept[:, None].expand(op.shape)
-        return [(operand, product(diagonal(op.shape, factors), put(p, shape)))]
+            not_padding[padding] = 0.0
+        factors = not_padding[:, None].expand(op.shape)
+        return [(operand, product(diagonal(op.shape, factors), scatter_map(ix, shape)))]
     flat = known.reshape(-1)
     scale = torch.ones(flat.numel(), dtype=torch.float64)
     if op["scale_grad_by_freq"] and flat.numel():
         scale = 1 / torch.bincount(flat)[flat].to(torch.float64)
     scale = torch.where(flat == padding, 0.0, scale).reshape(*known.shape, 1).expand(shape)
-    return [(operand, product(put(p, shape), diagonal(shape, scale)))]
+    return [(operand, product(scatter_map(ix, shape), diagonal(shape, scale)))]
 
 
-@rule(aten._unsafe_masked_index.default)
-def masked_index(op: Op) -> Local:
-    """`t[indices]` where a mask holds, a number elsewhere."""
-    operand = op.only("self")
-    slots = _slots(op["indices"])
-    if slots is None or op["fill"] != 0:
-        raise NotLinear
-    taken = take(places(operand.shape, _within(slots, operand.shape)))
-    return [(operand, product(diagonal(op.shape, _mask(op["mask"], op.shape)), taken))]
-
-
-@rule(aten._unsafe_masked_index_put_accumulate.default)
-def masked_index_put(op: Op) -> Local:
-    """Values added to `t[indices]` where a mask holds."""
-    target, values = op["self"], op["values"]
-    slots = _slots(op["indices"])
-    if slots is None:
-        raise NoRule(op.name, "case", "a mask depends on the input")
-    p = places(target.shape, _within(slots, target.shape))
-    spread = product(
-        diagonal(p.taken, _mask(op["mask"], p.taken)), broadcast(p.taken, values.shape)
-    )
-    return _written(op, target, 1.0, values, product(put(p, p.taken), spread))
-
-
-@rule(aten.masked_select.default)
-def masked_select(op: Op) -> Local:
-    """The elements under a mask, in order."""
-    operand, known = op.only("self"), _known(op["mask"])
-    if known is None:
-        return [(operand, dense(op.shape, operand.shape))]
-    run = index_map(lambda t: t.masked_select(known), op.shape, operand.shape, False)
-    return [(operand, run)]
-
-
-@rule(aten.masked_scatter.default)
-def masked_scatter(op: Op) -> Local:
-    """Elements of a tensor, in order, written under a mask."""
-    target, source, known = op["self"], op["source"], _known(op["mask"])
-    if known is None:
-        return _written(op, target, UNKNOWN, source, dense(op.shape, source.shape))
-    whole = known.expand(op.shape)
-
-    def run(t: Tensor) -> Tensor:
-        return torch.zeros(op.shape, dtype=t.dtype).masked_scatter(whole, t)
-
-    kept: Factors = (~whole).to(torch.float64)
-    if target.linear and target.shape != op.shape:
-        raise NoRule(op.name, "case", "a target that is broadcast")
-    return _written(op, target, kept, source, index_map(run, op.shape, source.shape, True))
-
-
-@rule(aten.masked_scatter_backward.default)
-def masked_scatter_backward(op: Op) -> Local:
-    """The elements under a mask, in order, zeros after them."""
-    operand, known = op.only("grad_output"), _known(op["mask"])
-    if known is None:
-        return [(operand, dense(op.shape, operand.shape))]
-    sizes = op.shape
-
-    def run(t: Tensor) -> Tensor:
-        taken = t.masked_select(known)
-        rest = taken.new_zeros(max(math.prod(sizes) - len(taken), 0))
-        return torch.cat([taken, rest])[: math.prod(sizes)].reshape(sizes)
-
-    return [(operand, index_map(run, sizes, operand.shape, True))]
-
-
-def _written(
-    op: Op, target: Operand, kept: Factors, source: Any, placed: LinearMap | None
+def overwrite(
+    op: Op, target: Operand, untouched: Factors, source: Any, source_map: LinearMap | None
 ) -> Local:
-    """A target with factors for what is left of it, and what was put there."""
-    found: Local = []
+    """The local Jacobian of an operation that writes values into a target.
+
+    Args:
+        op: The operation.
+        target: The tensor that is written to.
+        untouched: Factor of each element of the target: 0 if overwritten.
+        source: The values, a tensor or a number.
+        source_map: Map from the values to the result; None if they are no tensor.
+    """
+    local: Local = []
     if any(o is not target and o is not source for o in op.linear):
         raise NotLinear  # an index cannot depend on the cotangent
     if target.linear:
-        found.append(
+        local.append(
             (
                 target,
-                diagonal(op.shape, kept if isinstance(kept, float) else kept.reshape(op.shape)),
+                diagonal(
+                    op.shape,
+                    untouched if isinstance(untouched, float) else untouched.reshape(op.shape),
+                ),
             )
         )
-    elif not vanishes(target):
+    elif not contributes_nothing(target):
         raise NotLinear
     if isinstance(source, Operand) and source.linear:
-        assert placed is not None
-        found.append((source, placed))
+        assert source_map is not None
+        local.append((source, source_map))
     elif not (source.zero if isinstance(source, Operand) else source == 0):
         raise NotLinear
-    return found
+    return local
 
 
-def _known(where: Operand) -> Tensor | None:
-    """Indices or a mask that are the same for every input."""
-    if where.linear:
+def known_index(indices: Operand) -> Tensor | None:
+    """The value of an index or a mask if it is equal for every input, else None."""
+    if indices.linear:
         raise NotLinear
-    value = where.constant
+    value = indices.constant
     return None if value is None else value.cpu()
 
 
-def _slot(where: Operand, *, flat: bool = False) -> Slot:
-    known = _known(where)
+def _slot(indices: Operand, *, flat: bool = False) -> Slot:
+    known = known_index(indices)
     if known is None:
-        return (math.prod(where.shape),) if flat else where.shape
+        return (math.prod(indices.shape),) if flat else indices.shape
     return known.reshape(-1) if flat else known
 
 
-def _slots(listed: list[Any]) -> list[Slot] | None:
-    """A slot for each index; None if a mask is not known."""
-    found: list[Slot] = []
-    for where in listed:
-        if not isinstance(where, Operand):
-            found.append(None)
+def index_slots(indices: list[Any]) -> list[Slot] | None:
+    """A slot for each index; None if a mask is unknown."""
+    slots: list[Slot] = []
+    for index in indices:
+        if not isinstance(index, Operand):
+            slots.append(None)
             continue
-        slot = _slot(where)
-        if isinstance(slot, tuple) and where.node.meta["val"].dtype in (torch.bool, torch.uint8):
+        slot = _slot(index)
+        if isinstance(slot, tuple) and index.node.meta["val"].dtype in (torch.bool, torch.uint8):
             return None
-        found.append(slot)
-    return found
+        slots.append(slot)
+    return slots
 
 
-def laned(known: Tensor | None, shape: Shape, mine: Shape, axis: int) -> tuple[Places, list[int]]:
-    """Slots for an index along one axis that has as many axes as the tensor.
+def index_along_axis(
+    known: Tensor | None, shape: Shape, index_shape: Shape, axis: int
+) -> tuple[AdvancedIndex, list[int]]:
+    """Slots for an index of the same rank as the tensor, which acts along one axis (`gather`).
 
-    Axes along which it does not change are lanes.
+    Axes along which the index does not change are lanes.
 
     Args:
-        known: The index, if it is known.
+        known: The index, or None if it is unknown.
         shape: Shape of the tensor.
-        mine: Shape of the index.
+        index_shape: Shape of the index.
         axis: The axis.
 
     Returns:
-        The slots, and the axes of the index in the order in which `t[slots]` has them.
+        The slots, and the axes of the index in their order in `t[slots]`.
     """
     if known is not None:
-        known = known.reshape(mine) if known.numel() else None
+        known = known.reshape(index_shape) if known.numel() else None
     lanes = [
         i
         for i in range(len(shape))
-        if i != axis and shape[i] == mine[i] and (known is None or _same(known, i))
+        if i != axis and shape[i] == index_shape[i] and (known is None or _is_repeated(known, i))
     ]
-    varied = [i for i in range(len(shape)) if i not in lanes]
-    sizes = tuple(mine[i] for i in varied)
+    varying = [i for i in range(len(shape)) if i not in lanes]
+    sizes = tuple(index_shape[i] for i in varying)
     slots: list[Slot] = [None] * len(shape)
-    for k, i in enumerate(varied):
+    for k, i in enumerate(varying):
         if i != axis:
-            slots[i] = torch.arange(mine[i]).reshape(-1, *[1] * (len(varied) - k - 1))
+            slots[i] = torch.arange(index_shape[i]).reshape(-1, *[1] * (len(varying) - k - 1))
         elif known is None:
             slots[i] = sizes
         else:
-            once = tuple(slice(1) if j in lanes else slice(None) for j in range(len(mine)))
+            once = tuple(slice(1) if j in lanes else slice(None) for j in range(len(index_shape)))
             slots[i] = known[once].reshape(sizes)
-    p = places(shape, slots)
-    return p, [*lanes[: p.at], *varied, *lanes[p.at :]]
+    ix = advanced_index(shape, slots)
+    return ix, [*lanes[: ix.position], *varying, *lanes[ix.position :]]
 
 
-def _same(known: Tensor, axis: int) -> bool:
-    """Whether indices do not change along an axis."""
+def _is_repeated(known: Tensor, axis: int) -> bool:
+    """Whether indices are equal along an axis."""
     return known.shape[axis] == 1 or bool(
         (known == known.narrow(axis, 0, min(1, known.shape[axis]))).all()
     )
 
 
-def _cut(small: Shape, shape: Shape) -> LinearMap:
-    """The first elements along each axis."""
-    if small == shape:
-        return reshape(small, shape)
-    return index_map(lambda t: t[tuple(map(slice, small))], small, shape, False)
-
-
-def _within(slots: list[Slot], shape: Shape) -> list[Slot]:
-    """Indices that a mask leaves out may lie outside."""
-    return [
-        s.clamp(0, max(shape[i] - 1, 0)) if isinstance(s, Tensor) else s
-        for i, s in enumerate(slots)
-    ]
-
-
-def _mask(mask: Operand, shape: Shape) -> Factors:
-    known = _known(mask)
-    return UNKNOWN if known is None else known.to(torch.float64).expand(shape)
+def _leading_part(sizes: Shape, shape: Shape) -> LinearMap:
+    """The first elements along each axis, as many as `sizes` says."""
+    if sizes == shape:
+        return reshape(sizes, shape)
+    return index_map(lambda t: t[tuple(map(slice, sizes))], sizes, shape, False)

@@ -1,4 +1,4 @@
-"""Move: elements go to other places. No formula: the operation itself is run on positions."""
+"""Move: elements go to other positions. No formulas: the operation itself runs on positions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torchjac.linear.maps import scatter as scattered
 from torchjac.linear.rules.registry import Local, NotLinear, Op, Operand, rule
 
 
-def moved(op: Op, name: str = "self", *, fills: bool = False) -> Local:
-    """The operation run on positions in the place of its linear operand."""
+def movement(op: Op, name: str = "self", *, fills: bool = False) -> Local:
+    """The index map of an operation that only moves elements of one operand."""
     operand = op.only(name)
-    rest = op.others(name)
+    rest = op.arguments_without(name)
 
     def run(t: Tensor) -> Tensor:
-        made: Tensor = op.target(**{name: t}, **rest)
-        return made
+        result: Tensor = op.target(**{name: t}, **rest)
+        return result
 
     return [(operand, index_map(run, op.shape, operand.shape, fills))]
 
@@ -80,19 +80,19 @@ def view(op: Op) -> Local:
 )
 def rearranged(op: Op) -> Local:
     """Elements of the argument in another order, some left out or repeated."""
-    return moved(op)
+    return movement(op)
 
 
 @rule(aten.tril.default, aten.triu.default, aten.diag_embed.default)
 def masked(op: Op) -> Local:
     """Elements of the argument, zeros elsewhere."""
-    return moved(op, fills=True)
+    return movement(op, fills=True)
 
 
 @rule(aten.slice_backward.default, aten.select_backward.default, aten.diagonal_backward.default)
 def embedded(op: Op) -> Local:
-    """The backward of a view: elements in their old place, zeros elsewhere."""
-    return moved(op, "grad_output", fills=True)
+    """The backward of a view: elements at their position in the base, zeros elsewhere."""
+    return movement(op, "grad_output", fills=True)
 
 
 @rule(aten.trace.default)
@@ -106,25 +106,25 @@ def trace(op: Op) -> Local:
 
 @rule(aten.unfold_backward.default)
 def unfold_backward(op: Op) -> Local:
-    """Windows along an axis added up where they were taken from."""
+    """Windows along an axis added to the elements that they were read from."""
     operand, shape = op.only("grad_in"), op.shape
     if not shape:
         return [(operand, product(reshaped((), ()), axis_sum(operand.shape, [0])))]
     axis = op["dim"] % len(shape)
-    place = torch.arange(shape[axis]).unfold(0, op["size"], op["step"]).reshape(-1)
-    aside = (*shape[:axis], *operand.shape[axis : axis + 1], op["size"], *shape[axis + 1 :])
-    windows = index_map(lambda t: t.movedim(-1, axis + 1), aside, operand.shape, False)
-    flat = (*shape[:axis], len(place), *shape[axis + 1 :])
-    added = scattered(shape, flat, axis, place)
-    return [(operand, product(added, reshaped(flat, aside), windows))]
+    positions = torch.arange(shape[axis]).unfold(0, op["size"], op["step"]).reshape(-1)
+    windows_shape = (*shape[:axis], *operand.shape[axis : axis + 1], op["size"], *shape[axis + 1 :])
+    windows = index_map(lambda t: t.movedim(-1, axis + 1), windows_shape, operand.shape, False)
+    flat = (*shape[:axis], len(positions), *shape[axis + 1 :])
+    scatter_add = scattered(shape, flat, axis, positions)
+    return [(operand, product(scatter_add, reshaped(flat, windows_shape), windows))]
 
 
 @rule(aten.constant_pad_nd.default)
 def constant_pad(op: Op) -> Local:
-    """Zeros around (or elements cut off)."""
+    """Padding with zeros; negative padding crops."""
     if op["value"] not in (0, None):
         raise NotLinear
-    return moved(op, fills=True)
+    return movement(op, fills=True)
 
 
 @rule(
@@ -142,11 +142,11 @@ def constant_pad(op: Op) -> Local:
 def split(op: Op) -> tuple[Local, ...]:
     """Parts of the argument, each a result of its own."""
     operand = op.only("self")
-    rest = op.others("self")
+    rest = op.arguments_without("self")
 
     def run(k: int, t: Tensor) -> Tensor:
-        made: list[Tensor] = op.target(t, **rest)
-        return made[k]
+        parts: list[Tensor] = op.target(t, **rest)
+        return parts[k]
 
     return tuple(
         [(operand, index_map(partial(run, k), tuple(v.shape), operand.shape, False))]
@@ -156,71 +156,71 @@ def split(op: Op) -> tuple[Local, ...]:
 
 @rule(aten.as_strided.default, aten.as_strided_copy.default)
 def as_strided(op: Op) -> Local:
-    """Elements by their place in memory."""
+    """Elements by their cell in storage."""
     operand = op.only("self")
-    memory = Memory(operand)
-    picked = memory.places(op["size"], op["stride"], op["storage_offset"])
-    if not memory.holds(picked):
-        raise NotLinear  # it reaches for elements of another tensor
-    return [(operand, index_map(lambda t: memory.of(t)[picked], op.shape, operand.shape, False))]
+    storage = Storage(operand)
+    picked = storage.places(op["size"], op["stride"], op["storage_offset"])
+    if not storage.holds(picked):
+        raise NotLinear  # the view reads elements of another tensor
+    return [(operand, index_map(lambda t: storage.of(t)[picked], op.shape, operand.shape, False))]
 
 
 @rule(aten.as_strided_scatter.default)
 def as_strided_scatter(op: Op) -> Local:
-    """A tensor with elements replaced by their place in memory."""
+    """A tensor with elements replaced by their cell in storage."""
     target, source = op["self"], op["src"]
     if not (target.linear or target.zero) or not (source.linear or source.zero):
         raise NotLinear
-    memory = Memory(target)
-    picked = memory.places(op["size"], op["stride"], op["storage_offset"])
-    if not memory.holds(picked) or bool((picked.reshape(-1).bincount() > 1).any()):
+    storage = Storage(target)
+    picked = storage.places(op["size"], op["stride"], op["storage_offset"])
+    if not storage.holds(picked) or bool((picked.reshape(-1).bincount() > 1).any()):
         raise NotLinear
 
-    def around(t: Tensor) -> Tensor:
-        cells = memory.of(t)
+    def keep_target(t: Tensor) -> Tensor:
+        cells = storage.of(t)
         cells[picked] = 0
-        return cells[memory.own]
+        return cells[storage.own]
 
-    def inside(t: Tensor) -> Tensor:
-        cells = torch.zeros(memory.cells, dtype=t.dtype)
+    def write_source(t: Tensor) -> Tensor:
+        cells = torch.zeros(storage.cells, dtype=t.dtype)
         cells[picked] = t
-        return cells[memory.own]
+        return cells[storage.own]
 
     return [
         (o, index_map(run, op.shape, o.shape, True))
-        for o, run in ((target, around), (source, inside))
+        for o, run in ((target, keep_target), (source, write_source))
         if o.linear
     ]
 
 
-class Memory:
-    """The memory behind a tensor, cell by cell.
+class Storage:
+    """The storage of a tensor, one cell per element.
 
     Attributes:
-        cells: How many there are.
+        cells: Number of cells.
         own: Cell of each element of the tensor.
     """
 
     def __init__(self, operand: Operand):
-        """Reads the layout that the tensor had when it was traced."""
+        """Reads the layout of the traced tensor."""
         value = operand.node.meta["val"]
         self._offset = int(value.storage_offset())
         self.cells = int(value.untyped_storage().nbytes()) // value.element_size()
         self.own = self.places(value.shape, value.stride(), self._offset)
 
     def places(self, size: Any, stride: Any, offset: int | None) -> Tensor:
-        """Cells that `as_strided` takes."""
+        """The cells of a view by `as_strided`."""
         first = self._offset if offset is None else offset
         return torch.arange(self.cells).as_strided(tuple(size), tuple(stride), first)
 
     def holds(self, picked: Tensor) -> bool:
-        """Whether all these cells belong to elements of the tensor."""
+        """Whether every cell belongs to an element of the tensor."""
         mine = torch.zeros(self.cells, dtype=torch.bool)
         mine[self.own] = True
         return bool(mine[picked].all())
 
     def of(self, t: Tensor) -> Tensor:
-        """The cells with the elements of a tensor of that shape in them."""
+        """The content of all cells: elements of a tensor of the same shape, zero elsewhere."""
         cells = torch.zeros(self.cells, dtype=t.dtype)
         cells[self.own] = t
         return cells
@@ -228,7 +228,7 @@ class Memory:
 
 @rule(aten.view_as_real.default, aten.view_as_real_copy.default)
 def view_as_real(op: Op) -> Local:
-    """Real and imaginary parts: both depend on what the complex element depends on."""
+    """Real and imaginary part of each complex element."""
     operand = op.only("self")
     apart = reshaped((*operand.shape, 1), operand.shape)
     both = broadcast(op.shape, apart.shape_out)
@@ -237,7 +237,7 @@ def view_as_real(op: Op) -> Local:
 
 @rule(aten.view_as_complex.default, aten.view_as_complex_copy.default)
 def view_as_complex(op: Op) -> Local:
-    """A complex element depends on what its parts depend on."""
+    """A complex element from its real and imaginary part."""
     operand = op.only("self")
     both = axis_sum(operand.shape, [-1])
     return [(operand, product(diagonal(op.shape, UNKNOWN), both, diagonal(operand.shape, UNKNOWN)))]
@@ -245,20 +245,20 @@ def view_as_complex(op: Op) -> Local:
 
 @rule(aten.real.default, aten.imag.default)
 def part(op: Op) -> Local:
-    """One part of a complex element (which, of a real one, is the element or zero)."""
+    """The real or imaginary part of each element."""
     operand = op.only("self")
     return [(operand, diagonal(op.shape, UNKNOWN))]
 
 
 @rule(aten.complex.default)
 def complex_(op: Op) -> Local:
-    """A complex element made of its parts."""
-    found: Local = []
+    """Complex elements from tensors of real and imaginary parts."""
+    local: Local = []
     for name in ("real", "imag"):
         operand = op[name]
         if operand.linear:
-            spread = broadcast(op.shape, operand.shape)
-            found.append((operand, product(diagonal(op.shape, UNKNOWN), spread)))
+            broadcast_map = broadcast(op.shape, operand.shape)
+            local.append((operand, product(diagonal(op.shape, UNKNOWN), broadcast_map)))
         elif not operand.zero:
             raise NotLinear
-    return found
+    return local

@@ -1,8 +1,9 @@
 """Nonlinear: functions that a custom backward may apply to a cotangent.
 
-The backward of a custom `autograd.Function` is whatever its author wrote: a clipped gradient, a
-sign, a mask by the cotangent itself. What makes such a step safe is that its result is zero where
-the cotangent is (`VANISHING`); where it is not, every row of J may be nonzero (`NotLinear`).
+The backward of a custom `autograd.Function` may be nonlinear in the cotangent: a clipped gradient,
+a sign, a mask by the cotangent itself. If f(0) = 0, the result is zero where the cotangent is, and
+the pattern is known (`ZeroPreserving`). If f(0) is nonzero, every row of J may be nonzero
+(`NotLinear`).
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from typing import Any
 
 from torchjac._torch.operators import aten
 from torchjac.linear.maps import UNKNOWN, LinearMap, dense, product, reshape
-from torchjac.linear.rules.registry import Local, NotLinear, Op, Operand, Vanishing, rule
-from torchjac.linear.rules.scale import scaled, vanishing
+from torchjac.linear.rules.registry import Local, NotLinear, Op, Operand, ZeroPreserving, rule
+from torchjac.linear.rules.scale import scaled, zero_preserving
 
 
 def nonlinear(*operations: Any) -> Callable[[Callable[[Op], Local]], Callable[[Op], Local]]:
-    """Registers a rule that says where results are zero, not what they are."""
+    """Registers a rule for the pattern of operations with f(0) = 0, not for their derivative."""
 
     def register(function: Callable[[Op], Local]) -> Callable[[Op], Local]:
         @functools.wraps(function)
-        def vanishes(op: Op) -> Local:
-            return Vanishing(function(op))
+        def zero_preserving_rule(op: Op) -> Local:
+            return ZeroPreserving(function(op))
 
-        rule(*operations)(vanishes)
-        return vanishes
+        rule(*operations)(zero_preserving_rule)
+        return zero_preserving_rule
 
     return register
 
@@ -70,7 +71,7 @@ def nonlinear(*operations: Any) -> Callable[[Callable[[Op], Local]], Callable[[O
     aten.tanh.default,
     aten.trunc.default,
 )
-def odd(op: Op) -> Local:
+def zero_at_zero(op: Op) -> Local:
     """f(0) = 0, element by element."""
     return scaled(op, op.only("self"), UNKNOWN)
 
@@ -129,7 +130,7 @@ def odd(op: Op) -> Local:
     aten._softmax.default,
 )
 def not_linear(op: Op) -> Local:
-    """f(0) is not zero, or not for every argument, or an index comes of it."""
+    """f(0) is nonzero, at least for some arguments, or the result is an index."""
     raise NotLinear
 
 
@@ -150,30 +151,30 @@ def not_linear(op: Op) -> Local:
     aten.bitwise_or.Tensor,
     aten.bitwise_xor.Tensor,
 )
-def of_zeros(op: Op) -> Local:
-    """f(0, 0) = 0: what is not linear must be zero."""
+def zero_at_zeros(op: Op) -> Local:
+    """f(0, 0) = 0: an operand that is not linear must be zero."""
     for name in ("self", "other"):
         value = op[name]
         zero = value.linear or value.zero if isinstance(value, Operand) else value == 0
         if not zero:
-            return _compared(op)
-    return vanishing(op)
+            return _comparison(op)
+    return zero_preserving(op)
 
 
-def _compared(op: Op) -> Local:
+def _comparison(op: Op) -> Local:
     """`self > c` is false at zero where c is positive, `self < c` where c is negative."""
     limit, name = op["other"], op.name
     if isinstance(limit, Operand) or not isinstance(op["self"], Operand):
         raise NotLinear
     if (name == "aten::gt" and limit > 0) or (name == "aten::lt" and limit < 0):
-        return vanishing(op)
+        return zero_preserving(op)
     raise NotLinear
 
 
 @nonlinear(aten.logical_and.default, aten.bitwise_and.Tensor)
-def both(op: Op) -> Local:
-    """False where one of the operands is."""
-    return vanishing(op)
+def logical_and(op: Op) -> Local:
+    """False where either operand is false."""
+    return zero_preserving(op)
 
 
 @nonlinear(
@@ -186,7 +187,7 @@ def both(op: Op) -> Local:
     aten.hardtanh.default,
 )
 def clamp(op: Op) -> Local:
-    """Zero stays zero where it lies within the limits."""
+    """f(0) = 0 if zero lies within the limits."""
     for name, limit in op.arguments.items():
         if name.startswith("min") and not _at_most(limit, 0, 1):
             raise NotLinear
@@ -205,7 +206,7 @@ def _at_most(limit: object, bound: float, sign: float) -> bool:
 
 @nonlinear(aten.threshold.default)
 def threshold(op: Op) -> Local:
-    """The argument where it is above the threshold, a value elsewhere."""
+    """Elements above the threshold, a constant elsewhere."""
     if op["threshold"] >= 0 and op["value"] != 0:
         raise NotLinear
     return scaled(op, op.only("self"), UNKNOWN)
@@ -238,8 +239,8 @@ def power(op: Op) -> Local:
     aten.std.correction,
     aten.var.correction,
 )
-def of_many(op: Op) -> Local:
-    """A function of all elements along axes that is zero where all of them are."""
+def zero_reduction(op: Op) -> Local:
+    """A reduction along axes with f(0, ..., 0) = 0."""
     order = op["ord"] if op.target is aten.linalg_vector_norm.default else 1
     if op.target in (aten.norm.Scalar, aten.norm.ScalarOpt_dim):
         order = op["p"]
@@ -247,18 +248,18 @@ def of_many(op: Op) -> Local:
         raise NotLinear  # a limit at zero
     operand = op.only("self")
     if 0 in operand.shape:
-        raise NotLinear  # a product of nothing is one
-    return [(operand, along(op.shape, operand.shape, op.arguments.get("dim")))]
+        raise NotLinear  # the empty product is one
+    return [(operand, dense_along(op.shape, operand.shape, op.arguments.get("dim")))]
 
 
-def along(
+def dense_along(
     shape_out: Sequence[int], shape_in: Sequence[int], axes: Sequence[int] | int | None
 ) -> LinearMap:
-    """All to all along axes of the argument, which the result may have with any size, or not."""
-    given = [axes] if isinstance(axes, int) else list(axes or range(len(shape_in)))
+    """Dense along axes of the argument; the result has the axes with any size, or drops them."""
+    axis_list = [axes] if isinstance(axes, int) else list(axes or range(len(shape_in)))
     if not shape_in:
         return dense(shape_out, shape_in)
-    summed = {a % len(shape_in) for a in given}
+    summed = {a % len(shape_in) for a in axis_list}
     lanes = [1 if i in summed else s for i, s in enumerate(shape_in)]
     if len(shape_out) == len(shape_in):
         return dense(shape_out, shape_in, sorted(summed), sorted(summed))

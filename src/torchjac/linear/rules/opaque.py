@@ -1,7 +1,7 @@
-"""Opaque: kernels that are linear in a cotangent, whose factors are not followed.
+"""Opaque: kernels that are linear in a cotangent, with unknown factors.
 
-`TABLE` names them one by one: which operand they are linear in, and along which axes its elements
-and those of each result are mixed. Axes that are not named are lanes: the kernel treats them apart.
+For each kernel, `TABLE` names the linear operand, and the axes of the operand and of each result
+along which the local Jacobian is dense. All other axes are lanes.
 """
 
 from __future__ import annotations
@@ -33,23 +33,22 @@ Axes = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """What mixes with what.
+    """The structure of an opaque kernel.
 
     Attributes:
-        operand: Name of the operand that the kernel is linear in.
-        results: For each result, the axes of the result and of the operand that are mixed; None
-            where nothing is known.
+        operand: Name of the linear operand.
+        results: For each result, the dense axes of the result and of the operand; None if all are.
     """
 
     operand: str
     results: tuple[tuple[Axes, Axes] | None, ...]
 
 
-# Of a query's cotangent: the gradient of that query; the gradients of all keys of the same head; of
-# all values of the same head, feature by feature. (batch, head, position, feature)
+# The cotangent of a query, (batch, head, position, feature), goes to the gradient of the query, of
+# all keys of the same head, and of all values of the same head, feature by feature.
 _ATTENTION = (((-1,), (-1,)), ((-2, -1), (-2, -1)), ((-2,), (-2,)))
 
-# The gradient of the image: within a channel. Of the grid: at that point, from all channels.
+# The gradient of the image mixes within a channel; that of the grid mixes channels at one point.
 _GRID_2D = (((-2, -1), (-2, -1)), ((-1,), (1,)))
 _GRID_3D = (((-3, -2, -1), (-3, -2, -1)), ((-1,), (1,)))
 
@@ -80,25 +79,27 @@ TABLE: dict[OpOverload, Opaque] = known(
 
 @rule(*TABLE)
 def opaque(op: Op) -> Local | tuple[Local, ...]:
-    """All to all along the axes that the table names."""
+    """Dense along the axes that the table names."""
     entry = TABLE[op.target]
     operand = op.only(entry.operand)
     value = op.node.meta["val"]
     if isinstance(value, Tensor):
-        return [(operand, _mixed(tuple(value.shape), operand.shape, entry.results[0]))]
+        return [(operand, _dense_block(tuple(value.shape), operand.shape, entry.results[0]))]
     return tuple(
-        [(operand, _mixed(tuple(v.shape), operand.shape, mixed))] if isinstance(v, Tensor) else []
+        [(operand, _dense_block(tuple(v.shape), operand.shape, mixed))]
+        if isinstance(v, Tensor)
+        else []
         for v, mixed in zip(value, entry.results, strict=True)
     )
 
 
-def _mixed(out: Shape, in_: Shape, mixed: tuple[Axes, Axes] | None) -> LinearMap:
-    """All to all along axes, where the others have the same sizes; along all of them if not."""
+def _dense_block(out: Shape, in_: Shape, mixed: tuple[Axes, Axes] | None) -> LinearMap:
+    """Dense along axes if the other axes of result and operand agree; else along all axes."""
     if mixed is None:
         return dense(out, in_)
     axes = [
-        {a % len(s) for a in given} if s else set()
-        for given, s in zip(mixed, (out, in_), strict=True)
+        {a % len(s) for a in signed} if s else set()
+        for signed, s in zip(mixed, (out, in_), strict=True)
     ]
     lanes = [
         [size for i, size in enumerate(shape) if i not in which]
@@ -111,7 +112,7 @@ def _mixed(out: Shape, in_: Shape, mixed: tuple[Axes, Axes] | None) -> LinearMap
 
 @rule(aten._softmax_backward_data.default, aten._masked_softmax_backward.default)
 def softmax_backward(op: Op) -> Local:
-    """`y * (g - sum(y * g))`: all to all along an axis, but for what the softmax made zero."""
+    """`y * (g - sum(y * g))`: dense along an axis, except for zeros of the softmax."""
     operand, y = op.only("grad_output"), diagonal(op.shape, op["output"].factors)
     axis = op["dim"]
     axes = None if axis is None or not op.shape else [axis]
@@ -120,7 +121,7 @@ def softmax_backward(op: Op) -> Local:
 
 @rule(aten._log_softmax_backward_data.default)
 def log_softmax_backward(op: Op) -> Local:
-    """`g - exp(y) * sum(g)`: all to all along an axis."""
+    """`g - exp(y) * sum(g)`: dense along an axis."""
     operand = op.only("grad_output")
     axes = [op["dim"]] if op.shape else None
     return [(operand, dense(op.shape, operand.shape, axes, axes))]
@@ -148,7 +149,7 @@ def pdist_backward(op: Op) -> Local:
 
 
 def _bags(op: Op) -> tuple[Tensor, Tensor] | None:
-    """Row of the table and bag of each index, if they are the same for every input."""
+    """Row of the table and bag of each index, if both are equal for every input."""
     indices: Tensor | None = op["indices"].constant
     bags: Tensor | None = op["offset2bag"].constant
     if indices is None:
@@ -163,21 +164,21 @@ def _bags(op: Op) -> tuple[Tensor, Tensor] | None:
 
 
 def _offsets(op: Op) -> Tensor | None:
-    """Where each bag begins, if the operation has that argument and it is known."""
+    """The first index of each bag, or None if the argument is missing or unknown."""
     if "offsets" not in op:
         return None
-    found: Tensor | None = op["offsets"].constant
-    return found
+    offsets: Tensor | None = op["offsets"].constant
+    return offsets
 
 
 @rule(aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default)
 def embedding_bag_backward(op: Op) -> Local:
-    """The cotangent of a bag goes to the rows that are in it; columns are lanes."""
+    """The cotangent of a bag goes to the rows in the bag; columns are lanes."""
     operand = op.only("grad")
-    found = _bags(op)
-    if found is None:
+    rows_and_bags = _bags(op)
+    if rows_and_bags is None:
         return [(operand, dense(op.shape, operand.shape, [0], [0]))]
-    indices, bags = found
+    indices, bags = rows_and_bags
     entries = (len(bags), *operand.shape[1:])
     return [
         (
@@ -193,12 +194,12 @@ def embedding_bag_backward(op: Op) -> Local:
 
 @rule(aten._embedding_bag_per_sample_weights_backward.default)
 def embedding_bag_weights_backward(op: Op) -> Local:
-    """The weight of a sample: from the cotangent of its bag, all columns."""
+    """The gradient of a sample's weight: the cotangent of its bag, summed over columns."""
     operand = op.only("grad")
-    found = _bags(op)
-    if found is None:
+    rows_and_bags = _bags(op)
+    if rows_and_bags is None:
         return [(operand, dense(op.shape, operand.shape))]
-    _, bags = found
+    _, bags = rows_and_bags
     total = axis_sum(operand.shape, [1])
     unsigned = diagonal(operand.shape, UNKNOWN)
     gather = index_map(lambda t: t.index_select(0, bags), op.shape, total.shape_out, False)
@@ -238,8 +239,8 @@ def segment_reduce_backward(op: Op) -> Local:
     """The cotangent of a segment goes to its elements."""
     operand, axis = op.only("grad"), op["axis"]
     lengths, offsets = op["lengths"], op["offsets"]
-    given: Operand = lengths if lengths is not None else offsets
-    known = given.constant
+    segments: Operand = lengths if lengths is not None else offsets
+    known = segments.constant
     # Lengths of several rows of segments differ from row to row.
     if known is None or known.dim() != 1:
         return [(operand, dense(op.shape, operand.shape, [axis], [axis]))]

@@ -1,8 +1,7 @@
-"""Probe: operations that are linear with coefficients that no input changes.
+"""Probe: sparse matrices of operations that are linear with constant coefficients.
 
-Pooling, interpolation and padding act along each spatial axis in the same way whatever is on the
-others, so an operation on a plane is a product of one small sparse matrix an axis. A matrix is
-found by running the operation on the unit vectors of its axis.
+Pooling, interpolation and padding are separable: an operation on a plane is a product of one small
+sparse matrix per spatial axis. The matrix of an axis is probed: the operation runs on unit vectors.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from torchjac.linear.maps import (
     product,
     scatter,
 )
-from torchjac.linear.rules.places import along
+from torchjac.linear.rules.advanced_index import index_select
 
-# A probe with all unit vectors at once has at most this many numbers (8 bytes each).
-_AT_ONCE = 2**20
-# How many neighbors a result may see on an axis too long for that, if nobody knows better.
+# Numbers (8 bytes each) in a probe with all unit vectors; a larger probe is compressed.
+_MAX_PROBE = 2**20
+# Default number of elements that one result reads, for a compressed probe.
 _REACH = 96
 
 Run = Callable[[Tensor], Tensor]
@@ -42,7 +41,7 @@ class AxisMatrix:
         rows: Row of each entry.
         columns: Column of each entry.
         factors: Value of each entry.
-        shape: Its size.
+        shape: Number of rows and of columns.
     """
 
     rows: Tensor
@@ -63,45 +62,47 @@ class AxisMatrix:
         return AxisMatrix(self.columns, self.rows, self.factors, (columns, rows))
 
 
-def probed(
+def probe_matrix(
     run: Run, size: int, dtype: torch.dtype = torch.float64, reach: int = _REACH
 ) -> AxisMatrix | None:
-    """The matrix of an operation on one axis, or None if it is too long and not local.
+    """The matrix of an operation on one axis, or None if a long axis is not banded.
 
     Args:
-        run: Takes numbers of shape (vectors, size), acts on the last axis.
+        run: The operation, on the last axis of a tensor of shape (vectors, size).
         size: Length of the axis.
-        dtype: Of the tensors that the program works with. A weight that float64 rounds to zero and
-            this dtype does not is an entry, of unknown value.
-        reach: How many neighbors a result sees at most; a long axis is probed with so many vectors.
-            A number that is too small is found out.
+        dtype: Dtype of the program. A weight that is zero in float64 and nonzero in this dtype is
+            an entry of unknown value.
+        reach: Most elements that one result reads; a long axis is probed with that many vectors.
+            A bound that is too small is detected.
     """
     with real_values():
         length = run(torch.zeros(1, size, dtype=torch.float64)).shape[1]
-        local = size * max(size, length) > _AT_ONCE
-        vectors = _one_in(reach, size) if local else torch.eye(size, dtype=torch.float64)
-        made = run(vectors)
-        more = torch.zeros_like(made)
+        local = size * max(size, length) > _MAX_PROBE
+        vectors = _combs(reach, size) if local else torch.eye(size, dtype=torch.float64)
+        responses = run(vectors)
+        subnormal = torch.zeros_like(responses)
         if dtype != torch.float64:
-            more = torch.where((made == 0) & (run(vectors.float()) != 0), UNKNOWN, 0.0).to(made)
+            subnormal = torch.where(
+                (responses == 0) & (run(vectors.float()) != 0), UNKNOWN, 0.0
+            ).to(responses)
         if local:
-            return None if bool(more.any()) else _by_color(run, vectors, made)
-        made = made + more
-        columns, rows = made.nonzero().unbind(1)
-        return AxisMatrix(rows, columns, made[columns, rows], (length, size))
+            return None if bool(subnormal.any()) else _by_color(run, vectors, responses)
+        responses = responses + subnormal
+        columns, rows = responses.nonzero().unbind(1)
+        return AxisMatrix(rows, columns, responses[columns, rows], (length, size))
 
 
-def _one_in(count: int, size: int) -> Tensor:
-    """Vector c is one at elements c, c + count, c + 2 count, ..."""
+def _combs(count: int, size: int) -> Tensor:
+    """Seeds of a banded matrix: vector c is one at elements c, c + count, c + 2 count, ..."""
     mine = torch.arange(size)[None, :] % count == torch.arange(count)[:, None]
     return mine.to(torch.float64)
 
 
 def _by_color(run: Run, ones: Tensor, factors: Tensor) -> AxisMatrix | None:
-    """The entries from vectors that stand for many unit vectors each.
+    """The entries from a compressed probe, or None if two elements of a seed met in one result.
 
-    A result that sees few neighbors saw only one of the elements of a vector; which one is read off
-    a run with the numbers of the elements in their place, and checked with two more.
+    If no result reads two elements of one seed, the column of each entry is read off a run with
+    seeds weighted by the numbers of their elements. Two runs with random weights check the columns.
     """
     size = ones.shape[1]
     number = torch.arange(1, size + 1, dtype=torch.float64)
@@ -118,39 +119,39 @@ def _by_color(run: Run, ones: Tensor, factors: Tensor) -> AxisMatrix | None:
     return AxisMatrix(rows, columns, values, (factors.shape[1], size))
 
 
-def applied(matrix: AxisMatrix, axis: int, shape_in: Shape) -> LinearMap:
-    """The matrix along one axis; the others are lanes."""
+def axis_matrix_map(matrix: AxisMatrix, axis: int, shape_in: Shape) -> LinearMap:
+    """The matrix as a map along one axis; all other axes are lanes."""
     length, size = matrix.shape
     assert shape_in[axis] == size, (shape_in, axis, matrix.shape)
     count = len(matrix.rows)
     entries = (*shape_in[:axis], count, *shape_in[axis + 1 :])
     shape_out = (*shape_in[:axis], length, *shape_in[axis + 1 :])
     columns = matrix.columns
-    gather = index_map(lambda t: along(t, axis, columns), entries, shape_in, False)
+    gather = index_map(lambda t: index_select(t, axis, columns), entries, shape_in, False)
     factors = matrix.factors.reshape(-1, *[1] * (len(shape_in) - axis - 1)).expand(entries)
     known = 1.0 if bool((matrix.factors == 1).all()) else factors
     scaled = product(diagonal(entries, known), gather)
     order = matrix.rows.argsort(stable=True)
     if count == length and bool((matrix.rows[order] == torch.arange(length)).all()):
         return product(
-            index_map(lambda t: along(t, axis, order), shape_out, entries, False), scaled
+            index_map(lambda t: index_select(t, axis, order), shape_out, entries, False), scaled
         )
     return product(scatter(shape_out, entries, axis, matrix.rows), scaled)
 
 
 def separable(matrices: Sequence[AxisMatrix], shape_in: Shape) -> LinearMap:
-    """A matrix for each of the last axes."""
+    """The product of one matrix for each of the last axes."""
     first = len(shape_in) - len(matrices)
     steps: list[LinearMap] = []
     shape = shape_in
     for i, matrix in enumerate(matrices):
-        step = applied(matrix, first + i, shape)
+        step = axis_matrix_map(matrix, first + i, shape)
         steps.append(step)
         shape = step.shape_out
     return product(*reversed(steps))
 
 
-def planes(shape_out: Shape, shape_in: Shape, ndim: int) -> LinearMap:
-    """All pairs along the last axes."""
+def dense_planes(shape_out: Shape, shape_in: Shape, ndim: int) -> LinearMap:
+    """A dense map along the last axes."""
     axes = range(-ndim, 0)
     return dense(shape_out, shape_in, axes, axes)

@@ -1,4 +1,4 @@
-"""Reduce: sums along axes, whole or running."""
+"""Reduce: sums and running sums along axes."""
 
 from __future__ import annotations
 
@@ -48,36 +48,36 @@ def mean(op: Op) -> Local:
 
 @rule(aten.cumsum.default)
 def cumsum(op: Op) -> Local:
-    """Running sum along an axis: the sum over a pair axis, masked to what came before."""
+    """Running sum along an axis: a lower triangular matrix of ones."""
     operand, axis = op.only("self"), op["dim"]
     shape = operand.shape
     if not shape:
         return [(operand, reshape(op.shape, shape))]
     size = shape[axis]
-    map_ = along_pairs(
+    map_ = dense_with_mask(
         shape, axis, size, lambda: torch.ones(size, size, dtype=torch.float64).tril()
     )
     return [(operand, map_)]
 
 
-# A mask of all pairs along an axis is written out up to this size (4096 x 4096 factors are 128
-# MiB); a longer axis is taken to be all to all.
-_PAIRS = 2**24
+# Pairs along an axis up to which a mask is materialized (4096 x 4096 factors take 128 MiB); a
+# longer axis is dense.
+_MAX_PAIRS = 2**24
 
 
-def along_pairs(shape_in: Shape, axis: int, size: int, mask: Callable[[], Tensor]) -> LinearMap:
-    """A matrix along one axis, the same in all lanes.
+def dense_with_mask(shape_in: Shape, axis: int, size: int, mask: Callable[[], Tensor]) -> LinearMap:
+    """A matrix along one axis, equal in all lanes.
 
     Args:
         shape_in: Shape of the argument.
         axis: The axis.
-        size: Its size in the result.
-        mask: Gives the factors, `(size, shape_in[axis])`.
+        size: Size of the axis in the result.
+        mask: Returns the factors, shape `(size, shape_in[axis])`.
     """
     axis %= len(shape_in)
     before, after = shape_in[:axis], shape_in[axis + 1 :]
     shape_out = (*before, size, *after)
-    if size * shape_in[axis] > _PAIRS:
+    if size * shape_in[axis] > _MAX_PAIRS:
         return dense(shape_out, shape_in, [axis], [axis])
     pairs = (*before, size, shape_in[axis], *after)
     factors = mask().reshape(*[1] * axis, size, shape_in[axis], *[1] * len(after)).expand(pairs)
@@ -92,6 +92,6 @@ def along_pairs(shape_in: Shape, axis: int, size: int, mask: Callable[[], Tensor
 
 @rule(aten.nansum.default)
 def nansum(op: Op) -> Local:
-    """The sum of what is a number."""
+    """The sum of all elements that are not NaN."""
     operand = op.only("self")
     return [(operand, product(summed(op), diagonal(operand.shape, UNKNOWN)))]

@@ -1,8 +1,8 @@
-"""The registry of rules: one signature, one entry an operation.
+"""The registry of rules: one signature, one entry per operation.
 
-A rule takes an `Op` (one node of the linear graph) and says how its result depends on each operand
-that is linear in the cotangent: a list of `(operand, map)`; for an operation with several results
-a tuple of such lists. Everything a rule needs to know of its node it asks of the `Op`.
+A rule takes an `Op` (one node of the linear graph) and returns the local Jacobian by each operand
+that is linear in the cotangent: a list of `(operand, map)`, or a tuple of lists for an operation
+with several results. A rule reads its node through the `Op` only.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor, fx
 
 from torchjac._torch.operators import known
 from torchjac._torch.trace.op_traits import OpOverload
-from torchjac.linear.known_values import Values
-from torchjac.linear.maps import UNKNOWN, Factors, LinearMap, Numbers, Shape
+from torchjac.linear.known_values import KnownValues
+from torchjac.linear.maps import UNKNOWN, ComputedFactors, Factors, LinearMap, Shape
 
 
 class NotLinear(Exception):
-    """The result of an operation need not be zero where the cotangent is."""
+    """The result of an operation may be nonzero although the cotangent is zero."""
 
 
-# What rules do not cover: an operation, one case of it, or this version of its schema.
+# The gap in the rules: an operation, one case of the operation, or this version of its schema.
 Lack = Literal["operation", "case", "version"]
 
 
 class NoRule(Exception):
-    """There is no local Jacobian of an operation.
+    """The local Jacobian of an operation is unknown.
 
     Attributes:
-        operation: Its name.
-        lack: What the rules do not cover.
+        operation: Name of the operation.
+        lack: The gap in the rules.
     """
 
     def __init__(self, operation: str, lack: Lack, reason: str = "there is no rule for it"):
@@ -47,34 +47,34 @@ class Operand:
     """A tensor argument of an operation.
 
     Attributes:
-        node: The node that makes it.
-        shape: Its shape.
-        linear: Whether it depends on the cotangent.
+        node: The node that computes the tensor.
+        shape: Shape of the tensor.
+        linear: Whether the tensor depends on the cotangent.
     """
 
     node: fx.Node
     shape: Shape
     linear: bool
-    _values: Values = field(repr=False)
+    _values: KnownValues = field(repr=False)
 
     @property
-    def factors(self) -> Tensor | Numbers:
-        """Its numbers, as factors of a map. Not for linear operands."""
+    def factors(self) -> Tensor | ComputedFactors:
+        """The elements, as factors of a map. Not for linear operands."""
         return self._values.coefficients(self.node)
 
     @property
     def known(self) -> Tensor:
-        """Float64 numbers of its shape; NaN where they are not known. Not for linear operands."""
+        """The known elements: float64, NaN where unknown. Not for linear operands."""
         return self._values.factors(self.node)
 
     @property
     def constant(self) -> Any:
-        """Its value if that is the same for every input, else None."""
+        """The value if it is equal for every input, else None."""
         return None if self.linear else self._values.constant(self.node)
 
     @property
     def zero(self) -> bool:
-        """Whether it is known to be zero everywhere."""
+        """Whether every element is a known zero."""
         return not self.linear and self._values.is_zero(self.node)
 
 
@@ -83,7 +83,7 @@ Local = list[tuple[Operand, LinearMap]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Concat:
-    """A concatenation of many operands. One map per operand would cost their number squared.
+    """A concatenation of many operands. One map per operand would take quadratic time.
 
     Attributes:
         axis: Axis of the result along which the parts follow each other.
@@ -95,10 +95,10 @@ class Concat:
     parts: tuple[tuple[Operand, Shape], ...]
 
 
-class Vanishing(list[tuple[Operand, LinearMap]]):
-    """A `Local` of an operation that need not be linear: its result is zero where operands are.
+class ZeroPreserving(list[tuple[Operand, LinearMap]]):
+    """The dependence of an operation with f(0) = 0, linear or not, in the form of a `Local`.
 
-    That is enough for a pattern; an engine must not take it for a derivative.
+    Enough for a pattern, but no derivative: the compiler must not use the maps.
     """
 
 
@@ -106,9 +106,9 @@ Rule = Callable[["Op"], Local | tuple[Local, ...] | Concat]
 
 
 class Op:
-    """One node of the linear graph, as rules see it: arguments by their names in the schema."""
+    """One node of the linear graph: its arguments by their names in the schema."""
 
-    def __init__(self, node: fx.Node, linear: set[fx.Node], values: Values):
+    def __init__(self, node: fx.Node, linear: set[fx.Node], values: KnownValues):
         """Binds the arguments of a node."""
         self.node = node
         self.target = cast(Any, node.target)
@@ -118,7 +118,7 @@ class Op:
         args, kwargs = node.args, node.kwargs
         for position, (name, default) in enumerate(_arguments(self.target)):
             value = args[position] if position < len(args) else kwargs.get(name, default)
-            self._arguments[name] = self._wrapped(value)
+            self._arguments[name] = self._wrap(value)
 
     def __getitem__(self, name: str) -> Any:
         """An argument: an `Operand` (or a list of them) for tensors, else the Python value.
@@ -140,8 +140,8 @@ class Op:
         """All arguments by name, in the order of the schema."""
         return self._arguments
 
-    def others(self, *names: str) -> dict[str, Any]:
-        """The arguments that have other names."""
+    def arguments_without(self, *names: str) -> dict[str, Any]:
+        """All arguments except the named ones."""
         return {k: v for k, v in self._arguments.items() if k not in names}
 
     @property
@@ -159,12 +159,12 @@ class Op:
     @property
     def operands(self) -> list[Operand]:
         """Every tensor argument, in order."""
-        found: list[Operand] = []
+        operands: list[Operand] = []
         for value in self._arguments.values():
             for part in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(part, Operand):
-                    found.append(part)
-        return found
+                    operands.append(part)
+        return operands
 
     @property
     def linear(self) -> list[Operand]:
@@ -172,10 +172,10 @@ class Op:
         return [o for o in self.operands if o.linear]
 
     def only(self, name: str) -> Operand:
-        """The one linear operand, which must be this one.
+        """The named operand, which must be the only linear one.
 
         Raises:
-            NotLinear: Another operand depends on the cotangent as well.
+            NotLinear: Another operand depends on the cotangent.
         """
         if any(o is not self[name] for o in self.linear):
             raise NotLinear
@@ -183,39 +183,39 @@ class Op:
         return operand
 
     def response(self, operand: Operand, known: Factors = UNKNOWN) -> Factors:
-        """What each element of a linear operand is multiplied by, in an elementwise operation.
+        """The diagonal of the local Jacobian of an elementwise operation by one operand.
 
-        An engine that needs the numbers runs the operation on ones.
+        The compiler computes the factors: it runs the operation on ones.
 
         Args:
-            operand: The operand; others that are linear count as zero.
-            known: What is known of the factors beforehand.
+            operand: The linear operand; all other linear operands count as zero.
+            known: The factors that are known before the program runs.
         """
         return self._values.response(self.node, operand.node, known)
 
     def constants(self) -> dict[str, Any] | None:
-        """All arguments with values for tensors, linear ones left out; None if one is unknown."""
-        found: dict[str, Any] = {}
+        """All arguments but linear ones, tensors as values; None if a value is unknown."""
+        constants: dict[str, Any] = {}
         for name, value in self._arguments.items():
             if isinstance(value, Operand):
                 if not value.linear:
-                    found[name] = value.constant
-                    if found[name] is None:
+                    constants[name] = value.constant
+                    if constants[name] is None:
                         return None
             elif isinstance(value, list):
                 return None
             else:
-                found[name] = value
-        return found
+                constants[name] = value
+        return constants
 
-    def _wrapped(self, value: Any) -> Any:
+    def _wrap(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
-            made = value.meta.get("val")
-            if isinstance(made, Tensor):
-                return Operand(value, tuple(made.shape), value in self._linear, self._values)
+            traced = value.meta.get("val")
+            if isinstance(traced, Tensor):
+                return Operand(value, tuple(traced.shape), value in self._linear, self._values)
             return value
         if isinstance(value, (list, tuple)):
-            return [self._wrapped(v) for v in value]
+            return [self._wrap(v) for v in value]
         return value
 
 
@@ -226,7 +226,7 @@ def _name(target: OpOverload) -> str:
 
 @lru_cache(maxsize=4096)
 def _arguments(target: OpOverload) -> tuple[tuple[str, Any], ...]:
-    """Names and defaults (asking a schema takes longer than anything else about a node)."""
+    """Names and defaults of arguments, cached: reading a schema is the slowest part of an `Op`."""
     schema = target._schema
     renamed = _RENAMED.get(schema.name, {})
     return tuple(
@@ -235,7 +235,7 @@ def _arguments(target: OpOverload) -> tuple[tuple[str, Any], ...]:
     )
 
 
-# Arguments that have another name in some version of torch, and the name that rules use.
+# Arguments with another name in some version of torch, and their name in the rules.
 _RENAMED: dict[str, dict[str, str]] = {
     "aten::_cdist_backward": {"grad": "grad_output"},  # before torch 2.14
     "aten::_pdist_backward": {"grad": "grad_output"},
@@ -246,20 +246,20 @@ RULES: dict[OpOverload, Rule] = {}
 
 
 def local_of(op: Op) -> Local | tuple[Local, ...] | Concat:
-    """What the rule of an operation says.
+    """The local Jacobian of a node, by the rule of its operation.
 
     Raises:
-        NoRule: There is none, or it does not cover this case.
+        NoRule: The operation has no rule, or its rule does not cover this case.
         NotLinear: The operation is not linear here.
     """
-    found = RULES.get(op.target)
-    if found is None:
+    function = RULES.get(op.target)
+    if function is None:
         raise NoRule(op.name, "operation")
-    return found(op)
+    return function(op)
 
 
 def rule(*operations: OpOverload) -> Callable[[Rule], Rule]:
-    """Registers a rule for operations; those that this torch lacks are left out.
+    """Registers a rule for operations, except those that this version of torch lacks.
 
     Raises:
         ValueError: An operation has a rule already.

@@ -8,32 +8,40 @@ from torch import Tensor
 from torchjac._torch.modes import real_values
 from torchjac._torch.operators import aten
 from torchjac.linear.known_values import device_of
-from torchjac.linear.maps import UNKNOWN, Factors, broadcast, diagonal, on_support, product, times
-from torchjac.linear.maps.factors import is_single
-from torchjac.linear.rules.registry import Local, NotLinear, Op, Operand, Vanishing, rule
+from torchjac.linear.maps import (
+    UNKNOWN,
+    Factors,
+    broadcast,
+    diagonal,
+    map_unexpanded,
+    product,
+    times,
+)
+from torchjac.linear.maps.factors import is_float32
+from torchjac.linear.rules.registry import Local, NotLinear, Op, Operand, ZeroPreserving, rule
 
 
 def scaled(op: Op, operand: Operand, factors: Factors) -> Local:
     """The operand, broadcast to the result, times factors."""
-    made = diagonal(op.shape, factors)
+    map_ = diagonal(op.shape, factors)
     if operand.shape != op.shape:
-        made = product(made, broadcast(op.shape, operand.shape))
-    return [(operand, made)]
+        map_ = product(map_, broadcast(op.shape, operand.shape))
+    return [(operand, map_)]
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)
 def mul(op: Op) -> Local:
-    """`a * b`; where both are linear the product still vanishes with them."""
+    """`a * b`; if both are linear, the product is zero where either operand is."""
     first, second = op["self"], op["other"]
     if len(op.linear) > 1:
-        return vanishing(op)
+        return zero_preserving(op)
     operand, other = (first, second) if _is_linear(first) else (second, first)
     return scaled(op, operand, _factor(other, op.shape))
 
 
-def vanishing(op: Op) -> Local:
-    """A result that is zero where every linear operand is, element by element."""
-    return Vanishing(part for operand in op.linear for part in scaled(op, operand, UNKNOWN))
+def zero_preserving(op: Op) -> Local:
+    """The dependence of an elementwise operation with f(0) = 0 on its linear operands."""
+    return ZeroPreserving(part for operand in op.linear for part in scaled(op, operand, UNKNOWN))
 
 
 @rule(aten.div.Tensor, aten.div.Scalar)
@@ -41,17 +49,17 @@ def div(op: Op) -> Local:
     """`a / b` with b not linear."""
     operand, other = op.only("self"), op["other"]
     if isinstance(other, Operand):
-        inverse: Factors = on_support(_inverse, other.known.expand(op.shape))
+        inverse: Factors = map_unexpanded(_inverse, other.known.expand(op.shape))
     else:
         inverse = float(_inverse(torch.tensor(float(other), dtype=torch.float64)))
     return scaled(op, operand, op.response(operand, inverse))
 
 
 def _inverse(factors: Tensor) -> Tensor:
-    """One over each factor; only of powers of two is it an exact number."""
-    made = torch.where(factors == 0, UNKNOWN, 1 / factors)
-    rounded = is_single(made) & (torch.frexp(factors).mantissa.abs() != 0.5)
-    return torch.where(rounded, torch.nextafter(made, 2 * made), made)
+    """The reciprocal of each factor; exact for powers of two only."""
+    inverse = torch.where(factors == 0, UNKNOWN, 1 / factors)
+    rounded = is_float32(inverse) & (torch.frexp(factors).mantissa.abs() != 0.5)
+    return torch.where(rounded, torch.nextafter(inverse, 2 * inverse), inverse)
 
 
 @rule(aten.neg.default)
@@ -76,34 +84,34 @@ def neg(op: Op) -> Local:
     aten.resolve_neg.default,
 )
 def same(op: Op) -> Local:
-    """The same values (or their conjugates) in another tensor."""
+    """A copy, alias, cast or conjugate."""
     operand = op.only("self")
     kind, before = op.node.meta["val"].dtype, operand.node.meta["val"].dtype
     exact = kind.is_complex or (kind.is_floating_point and not before.is_complex)
     if op.target in (aten._conj.default, aten._conj_physical.default):
         exact = not kind.is_complex
-    if not exact:  # a cast to integers, to bool, or to the real part: zero stays zero
-        made = scaled(op, operand, UNKNOWN)
-        return made if kind.is_floating_point or kind.is_complex else Vanishing(made)
+    if not exact:  # a cast to an integer, to bool, or to the real part: f(0) = 0
+        local = scaled(op, operand, UNKNOWN)
+        return local if kind.is_floating_point or kind.is_complex else ZeroPreserving(local)
     return scaled(op, operand, -1.0 if op.target is aten._neg_view.default else 1.0)
 
 
 @rule(aten.where.self)
 def where(op: Op) -> Local:
-    """Elements of two tensors; a condition may depend on the cotangent as well."""
+    """Elements of two tensors; the condition may depend on the cotangent."""
     condition = op["condition"]
     mask = condition.constant
-    found: Local = scaled(op, condition, UNKNOWN) if condition.linear else []
+    local: Local = scaled(op, condition, UNKNOWN) if condition.linear else []
     for name, keeps in (("self", True), ("other", False)):
         operand = op[name]
         factors: Factors = UNKNOWN
         if mask is not None:
             factors = (mask if keeps else ~mask).cpu().to(torch.float64).expand(op.shape)
         if operand.linear:
-            found += scaled(op, operand, op.response(operand, factors))
+            local += scaled(op, operand, op.response(operand, factors))
         elif not operand.zero:
             raise NotLinear
-    return Vanishing(found) if condition.linear else found
+    return ZeroPreserving(local) if condition.linear else local
 
 
 @rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -145,26 +153,26 @@ def masked_fill(op: Op) -> Local:
     aten.binary_cross_entropy_backward.default,
 )
 def pointwise_backward(op: Op) -> Local:
-    """The backward of a pointwise function: the cotangent times something of that element.
+    """The backward of a pointwise function: the cotangent times a factor per element.
 
-    The factors are what the operation gives for a cotangent of ones.
+    The factors are the result of the operation for a cotangent of ones.
     """
     (name,) = [n for n in ("grad_output", "grad_out", "grad") if n in op]
     operand = op.only(name)
     constants = op.constants()
-    made = operand.node.meta["val"]
-    if constants is None or not made.is_floating_point():
+    meta = operand.node.meta["val"]
+    if constants is None or not meta.is_floating_point():
         return scaled(op, operand, op.response(operand))
     with real_values():
-        ones = torch.ones(operand.shape, dtype=made.dtype, device=device_of(operand.node))
+        ones = torch.ones(operand.shape, dtype=meta.dtype, device=device_of(operand.node))
         factors: Tensor = op.target(**{name: ones}, **constants)
-    return scaled(op, operand, op.response(operand, _masked(op, factors)))
+    return scaled(op, operand, op.response(operand, _zeros_only(op, factors)))
 
 
-def _masked(op: Op, factors: Tensor) -> Factors:
-    """Numbers that a saved tensor went into hold for zeros only."""
-    found = factors.detach().cpu().to(torch.float64)
-    return found.masked_fill(found != 0, UNKNOWN)
+def _zeros_only(op: Op, factors: Tensor) -> Factors:
+    """Factors with every nonzero unknown: they depend on a saved tensor, only zeros are certain."""
+    numbers = factors.detach().cpu().to(torch.float64)
+    return numbers.masked_fill(numbers != 0, UNKNOWN)
 
 
 def _is_linear(value: object) -> bool:
@@ -191,13 +199,13 @@ def addcmul(op: Op) -> Local:
         raise NotLinear
     if not (added.linear or added.zero):
         raise NotLinear
-    found = scaled(op, added, 1.0) if added.linear else []
+    local = scaled(op, added, 1.0) if added.linear else []
     for operand, other in ((first, second), (second, first)):
         if operand.linear:
             known = not (other.linear or divides)
             factors = times(other.known.expand(op.shape), value) if known else UNKNOWN
-            found += scaled(op, operand, op.response(operand, factors))
-    return found
+            local += scaled(op, operand, op.response(operand, factors))
+    return local
 
 
 @rule(
@@ -208,7 +216,7 @@ def addcmul(op: Op) -> Local:
     aten.ldexp.Tensor,
 )
 def times_logarithm(op: Op) -> Local:
-    """`a log(b)`, `a 2 ** b`: zero where the first operand is, whatever the second is."""
+    """`a log(b)`, `a 2 ** b`: linear in a."""
     operand = op.only("self")
     return scaled(op, operand, op.response(operand))
 
@@ -224,8 +232,8 @@ def times_logarithm(op: Op) -> Local:
     aten.copysign.Scalar,
 )
 def times_function(op: Op) -> Local:
-    """Zero where the first operand is, whatever the second is; only the first is linear."""
-    return Vanishing(scaled(op, op.only("self"), UNKNOWN))
+    """f(0, b) = 0 for every b; only the first operand is linear."""
+    return ZeroPreserving(scaled(op, op.only("self"), UNKNOWN))
 
 
 @rule(aten.polar.default)

@@ -1,4 +1,4 @@
-"""Transforms: every element along the axes of a transform counts; the other axes are lanes."""
+"""Transforms: dense along the axes of the transform; all other axes are lanes."""
 
 from __future__ import annotations
 

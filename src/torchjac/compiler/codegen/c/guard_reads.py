@@ -52,7 +52,7 @@ def unchanged(readings: Sequence[Reading]) -> Callable[[], bool] | None:
         return None
     rows = array("q")
     for r in readings:
-        rows.extend((r.function, r.argument, r.by_reference, r.mask, *r.now()))
+        rows.extend((r.function, r.argument, r.by_reference, r.mask, *r.read()))
     return bound(library.torchjac_unchanged, rows.tobytes())
 
 
