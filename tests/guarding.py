@@ -12,8 +12,9 @@ from torchjac.call import Call
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function
 from torchjac.compiler.codegen.c.guard_reads import unchanged
-from torchjac.guards.builder import Mismatch, Policy
-from torchjac.guards.guard import Guard, Unguardable, fingerprint
+from torchjac.guards.builder import Policy
+from torchjac.guards.guard import Guard, Unguardable, build_guard
+from torchjac.guards.rules import Mismatch
 from torchjac.jit.cache import CaptureCache
 
 D = torch.float64
@@ -30,15 +31,15 @@ class GuardOfCall:
     def __init__(self, found: Guard, c: Call):
         self._found, self._call = found, c
         self.size = found.size
-        self.glance = found.glance(c)
-        self._native = found.glance(c, unchanged=unchanged)  # settings read from torch's library
+        self.predicate = found.predicate(c)
+        self._native = found.predicate(c, unchanged=unchanged)  # settings read from torch's library
 
     def mismatch(self, c: Call) -> Mismatch | None:
         found, mine = self._found.mismatch(c), self._call
         alike = (c.function, c.argnums, c.has_aux) == (mine.function, mine.argnums, mine.has_aux)
-        for glance in (self.glance, self._native):
-            if glance is not None and alike and not c.kwargs:
-                assert found is None or not glance(c.args), f"passed, but {found.reason}"
+        for predicate in (self.predicate, self._native):
+            if predicate is not None and alike and not c.kwargs:
+                assert found is None or not predicate(c.args), f"passed, but {found.reason}"
         return found
 
     def has_grown(self) -> bool:
@@ -46,7 +47,7 @@ class GuardOfCall:
 
 
 def bare(c: Call, policy: Policy = Policy()) -> Guard:  # noqa: B008
-    found = fingerprint(c, policy)
+    found = build_guard(c, policy)
     assert isinstance(found, Guard), found
     return found
 
@@ -56,7 +57,7 @@ def guarded(c: Call, policy: Policy = Policy()) -> GuardOfCall:  # noqa: B008
 
 
 def reason(f: Callable[..., Any], *args: Any) -> str:
-    found = fingerprint(call(f, *args))
+    found = build_guard(call(f, *args))
     assert isinstance(found, Unguardable), found
     return found.reason
 

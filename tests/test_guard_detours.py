@@ -33,7 +33,7 @@ import changes_detours as detours
 from changes import Case
 from guarding import call, direct, guarded, reason
 from torchjac.guards.bytecode import is_trusted
-from torchjac.guards.guard import Unguardable, fingerprint
+from torchjac.guards.guard import Unguardable, build_guard
 from torchjac.jit.cache import CaptureCache
 
 
@@ -180,7 +180,7 @@ class TestRefused:
         assert "torchjac_tests" in reason(lambda x: packet.default(x))
         ops = torch.ops
         assert "torchjac_tests" in reason(lambda x: ops.torchjac_tests.scaled(x))
-        assert isinstance(fingerprint(call(lambda x: scaled(x))), Unguardable)
+        assert isinstance(build_guard(call(lambda x: scaled(x))), Unguardable)
 
     def test_modules_that_compute_their_attributes(self) -> None:
         lazy = detours.module("lazy_of_mine", "def __getattr__(name): return 2.0")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guarding import Cached, D, X, call, direct
-from torchjac.guards.lru_caches import remembered
+from torchjac.guards.lru_caches import cached_results
 from torchjac.jit.cache import CaptureCache
 
 
@@ -61,7 +61,7 @@ class TestMemories:
         memory = functools.lru_cache(maxsize=size)(lambda n: {n: [n]})
         for n in given:
             memory(n)
-        held = remembered(memory)
+        held = cached_results(memory)
         assert held is not None
         assert len(held) == memory.cache_info().currsize
         results = [result for _, result in held.values()]
@@ -77,6 +77,6 @@ class TestMemories:
         for n in (3, 4, 4, 3):
             memory(n)
             memory(n, m=1)
-        held = remembered(memory)
+        held = cached_results(memory)
         assert held is not None
         assert sorted(result for _, result in held.values()) == [3, 3, 4, 4]

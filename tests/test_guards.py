@@ -24,7 +24,7 @@ from changes import Case
 from changes_objects import Net, fresh
 from guarding import Cached, D, X, call, direct, guarded, reason
 from torchjac.guards.builder import MOST_CHECKS, Policy
-from torchjac.guards.guard import Guard, Unguardable, fingerprint
+from torchjac.guards.guard import Guard, Unguardable, build_guard
 from torchjac.jit.cache import CaptureCache
 
 k = 2.0
@@ -46,13 +46,13 @@ class TestWhatMatters:
         assert len(found.reason) > 10
         assert "cannot be compared" not in found.reason
 
-    def test_a_glance_sees_that_nothing_changed(self, case: Callable[[], Case]) -> None:
+    def test_the_predicate_sees_that_nothing_changed(self, case: Callable[[], Case]) -> None:
         f, change = fresh(case)
-        glance = guarded(call(f)).glance
-        assert glance is not None
-        assert all(glance((X.clone(),)) for _ in range(3))
+        predicate = guarded(call(f)).predicate
+        assert predicate is not None
+        assert all(predicate((X.clone(),)) for _ in range(3))
         change()
-        assert not glance((X,))
+        assert not predicate((X,))
 
     def test_the_answer_is_that_of_the_function_as_it_is(self, case: Callable[[], Case]) -> None:
         f, change = fresh(case)
@@ -222,7 +222,7 @@ class TestUnguardable:
 
             __hash__ = None  # type: ignore[assignment]
 
-        assert isinstance(fingerprint(call(Odd())), (Guard, Unguardable))
+        assert isinstance(build_guard(call(Odd())), (Guard, Unguardable))
 
 
 class TestRecursion:

@@ -6,22 +6,22 @@ import gc
 from typing import Any
 
 
-def remembered(memory: Any) -> dict[int, tuple[Any, Any]] | None:
+def cached_results(function: Any) -> dict[int, tuple[Any, Any]] | None:
     """Arguments and result of each call that is remembered, by the identity of the arguments.
 
     Args:
-        memory: A function that `functools.lru_cache` made.
+        function: A function that `functools.lru_cache` made.
 
     Returns:
         None where they are not seen.
     """
-    size = memory.cache_info().currsize
+    size = function.cache_info().currsize
     if not size:
         return {}
     # Key, result and type of one link after the other, if their number is limited; then the table.
-    met = gc.get_referents(memory)
-    start = 1 if met[0] is type(memory) else 0
-    limited = memory.cache_info().maxsize is not None
+    met = gc.get_referents(function)
+    start = 1 if met[0] is type(function) else 0
+    limited = function.cache_info().maxsize is not None
     step = 3 if _is_link(met[start + 2]) else 2
     end = start + step * size if limited else start
     table = met[end] if end < len(met) else None

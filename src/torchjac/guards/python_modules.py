@@ -12,17 +12,20 @@ from typing import Any
 import torch
 
 from torchjac._torch.state import registered_namespaces
-from torchjac.guards.builder import Check, Mismatch, Policy, Seen
+from torchjac.guards.builder import Policy
 from torchjac.guards.bytecode import READS_FILES, computed, is_trusted, is_volatile, volatile_in
-from torchjac.guards.constants import TRUSTED_OPERATORS, NotUnderstood, shown
-from torchjac.guards.containers import ContainerWatcher
-from torchjac.guards.predicate import inlined
+from torchjac.guards.checks import All, At, Compound, Parts
+from torchjac.guards.constants import TRUSTED_OPERATORS, NotUnderstood
+from torchjac.guards.containers import ContainerBuilder
+from torchjac.guards.rules import NAMESPACE, Access, Check, Clause, Rule, identical
 
 _OUTSIDE = "reads what lies outside of the program, or gives another value on every call"
+_FOUND = Access("x.get(key)")
+_MODULE = Rule("module", Clause("x is module()", "{path} is another module now: {shown(x)}"))
 _NAMED = (types.BuiltinFunctionType, types.FunctionType, type)
 
 
-class ModuleWatcher(ContainerWatcher):
+class ModuleBuilder(ContainerBuilder):
     """Builds checks of modules.
 
     Which attributes of objects and modules are read is known by their names: the names in all code
@@ -30,13 +33,13 @@ class ModuleWatcher(ContainerWatcher):
 
     Attributes:
         names: Names in the code that earlier walks reached.
-        found: Names in the code that this walk reached.
+        reached: Names in the code that this walk reached.
     """
 
     def __init__(self, policy: Policy, names: frozenset[str]):
         super().__init__(policy)
         self.names = names
-        self.found: set[str] = set()
+        self.reached: set[str] = set()
         self.kinds = [*self.kinds, (types.ModuleType, self._module)]
 
     def refuse(self, reason: str) -> None:
@@ -54,9 +57,9 @@ class ModuleWatcher(ContainerWatcher):
             if is_volatile(home, value.__name__):
                 self.refuse(f"{path}: {home}.{value.__name__} {_OUTSIDE}")
             if is_trusted(home):  # under another name it is the same function
-                self.found.add(value.__name__)
+                self.reached.add(value.__name__)
         elif isinstance(value, types.ModuleType):
-            self.found.add(_read(value, _ALL))
+            self.reached.add(_read(value, _ALL))
             self._within(value, path)
         elif value is sys.modules:
             self.refuse(f"{path} holds every module")
@@ -93,24 +96,14 @@ class ModuleWatcher(ContainerWatcher):
         else:
             below = [(n, self._known(space[n], f"{path}.{n}")) for n in sorted(named & modules)]
             named -= modules
-        inner = self.attributes(space, path, named.__contains__)
-        expected = weakref.ref(value)
-
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            if new is not expected():
-                return Mismatch(f"{path} is another module now: {shown(new)}")
-            for name, test in below:
-                mismatch = test(vars(new).get(name), seen)
-                if mismatch is not None:
-                    return mismatch
-            return inner(vars(new), seen)
-
-        return check
+        checks: list[Check] = [Parts(_FOUND, [n for n, _ in below], [check for _, check in below])]
+        checks.append(self.attributes(space, path, named.__contains__))
+        return Compound(_MODULE(path, weakref.ref(value)), [At(NAMESPACE, All(checks))])
 
     def _along(self, module: types.ModuleType, path: str, parts: list[str]) -> None:
         """Refuses the outside where code reads these attributes, one of the other."""
         for part in parts:
-            self.found.add(_read(module, part))
+            self.reached.add(_read(module, part))
             if is_volatile(module.__name__, part):
                 self.refuse(f"{path}: {module.__name__}.{part} {_OUTSIDE}")
             if module is torch.ops and part not in TRUSTED_OPERATORS:
@@ -121,7 +114,7 @@ class ModuleWatcher(ContainerWatcher):
             if not isinstance(inner, types.ModuleType):
                 return
             module = inner
-        self.found.add(_read(module, _ALL))
+        self.reached.add(_read(module, _ALL))
         self._within(module, path)
 
     def _within(self, module: types.ModuleType, path: str) -> None:
@@ -160,12 +153,3 @@ _HEAD = frozenset(vars(types.ModuleType("m"))) | {"__builtins__", "__cached__", 
 def _read(module: types.ModuleType, name: str) -> str:
     """Stands among the names of code for: this is read of the module."""
     return f"{module.__name__}:{name}"
-
-
-def identical(value: Any, path: str) -> Check:
-    """A check that this very object is still there; only for what lives as long as the program."""
-
-    def check(new: Any, seen: Seen) -> Mismatch | None:
-        return None if new is value else Mismatch(f"{path} was replaced: {shown(new)}")
-
-    return inlined(check, lambda lines, place: lines.need(f"{place} is {lines.hold(value)}"))

@@ -13,10 +13,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torchjac.call import Call
-from torchjac.guards.builder import Check, Policy
+from torchjac.guards.builder import Policy
 from torchjac.guards.bytecode import is_trusted, reads
+from torchjac.guards.checks import All
 from torchjac.guards.functions import ROOT
-from torchjac.guards.objects import ObjectWatcher, slots_of
+from torchjac.guards.objects import ObjectBuilder, slots_of
+from torchjac.guards.rules import Check
 
 PutBack = Callable[[], None]
 _UNSET = object()
@@ -47,9 +49,10 @@ def restoring(call: Call) -> Callable[[], AbstractContextManager[None]]:
 
 
 _MOST = 10_000
+_NOTHING = All(())
 
 
-class _Collector(ObjectWatcher):
+class _Collector(ObjectBuilder):
     """Walks on where something is not understood.
 
     Attributes:
@@ -67,13 +70,13 @@ class _Collector(ObjectWatcher):
         """A check that is not used; what matters is what was met."""
         self.walked += 1
         if self.walked > _MOST:
-            return lambda new, seen: None
+            return _NOTHING
         if isinstance(value, set):
             self.alive.append(value)
         try:
             return super().value(value, path)
         except Exception:  # code of a user's objects runs here (properties, `==`)
-            return lambda new, seen: None
+            return _NOTHING
 
 
 def _met(call: Call) -> tuple[list[Any], frozenset[str]]:
@@ -85,10 +88,10 @@ def _met(call: Call) -> tuple[list[Any], frozenset[str]]:
         collector.value(call.function, ROOT)
         collector.value(list(call.args), "args")
         collector.value(call.kwargs, "kwargs")
-        if collector.found <= names or collector.walked > _MOST:
+        if collector.reached <= names or collector.walked > _MOST:
             met, collector.alive = collector.alive, []
             return met, names
-        names |= collector.found
+        names |= collector.reached
         walked = collector.walked
 
 

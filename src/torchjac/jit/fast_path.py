@@ -62,7 +62,7 @@ def fast_path(
         for x in call.args
     )
     glance = (
-        guard.glance(call, (transform, depth, forced, is_checking), unchanged) if plain else None
+        guard.predicate(call, (transform, depth, forced, is_checking), unchanged) if plain else None
     )
     if glance is None:
         return None

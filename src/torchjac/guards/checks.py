@@ -1,0 +1,227 @@
+"""Checks of checks: parts of a value, several conditions, objects met again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torchjac.guards.rules import Access, Check, Leaf, Mismatch, Seen, constant
+
+if TYPE_CHECKING:
+    from torchjac.guards.predicate import GuardCode
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class At(Check):
+    """A check of one part of a value."""
+
+    access: Access
+    check: Check
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The mismatch of the part."""
+        return self.check.explain(self.access.get(x), seen)
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes the check of the part."""
+        access = self.access
+        self.check.emit(code, access.at(code, place))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts(Check):
+    """Checks of several parts of a value, read in one way.
+
+    Attributes:
+        access: How parts are read.
+        keys: The key of each part.
+        checks: The check of each part.
+        absent: The reason of a mismatch where a part cannot be read, with `{key}`; empty where
+            other checks say so before.
+        labels: The keys in words, where these are others.
+    """
+
+    access: Access
+    keys: Sequence[Any]
+    checks: Sequence[Check]
+    absent: str = ""
+    labels: Sequence[str] = ()
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The mismatch of the first part that has one."""
+        try:
+            parts = self.access.all(x, self.keys)
+        except Exception:
+            return self._absent(x, seen)
+        for check, part in zip(self.checks, parts):  # noqa: B905 -- they are as many
+            mismatch = check.explain(part, seen)
+            if mismatch is not None:
+                return mismatch
+        return None
+
+    def _absent(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The same, part by part, where one cannot be read."""
+        labels = self.labels or self.keys
+        for key, label, check in zip(self.keys, labels, self.checks, strict=True):
+            try:
+                (part,) = self.access.all(x, (key,))
+            except Exception:
+                if not self.absent:
+                    raise
+                return Mismatch(self.absent.replace("{key}", str(label)))
+            mismatch = check.explain(part, seen)
+            if mismatch is not None:
+                return mismatch
+        return None
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes the check of each part."""
+        base = self.access.base(code, place)
+        for key, check in zip(self.keys, self.checks, strict=True):
+            check.emit(code, self.access.at(code, base, key))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constants(Check):
+    """Parts that are constants: `explain` compares all of them at once.
+
+    Attributes:
+        access: How parts are read.
+        keys: The key of each part.
+        values: The value of each part, compared by type and `==`.
+        kinds: The type of each part.
+        path: The path of the value.
+    """
+
+    access: Access
+    keys: Sequence[Any]
+    values: list[Any]
+    kinds: list[type]
+    path: str
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The mismatch of the first part that has one."""
+        parts = self.access.all(x, self.keys)
+        if list(map(type, parts)) == self.kinds and parts == self.values:
+            return None
+        return Parts(self.access, self.keys, self._leaves()).explain(x, seen)
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes the check of each part."""
+        Parts(self.access, self.keys, self._leaves()).emit(code, place)
+
+    def _leaves(self) -> list[Leaf]:
+        label, path = self.access.label, self.path
+        pairs = zip(self.keys, self.values, strict=True)
+        return [constant(value, label(path, key)) for key, value in pairs]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compound(Check):
+    """A value, by its own conditions and then by further checks of the same value."""
+
+    leaf: Leaf
+    checks: Sequence[Check]
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The first mismatch."""
+        leaf = self.leaf
+        if not leaf.test(x):
+            return leaf.rule.mismatch(leaf, x)
+        for check in self.checks:
+            mismatch = check.explain(x, seen)
+            if mismatch is not None:
+                return mismatch
+        return None
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes all of them, about one variable."""
+        x = code.variable(place)
+        for check in (self.leaf, *self.checks):
+            check.emit(code, x)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class All(Check):
+    """Several checks of the same value."""
+
+    checks: Sequence[Check]
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The first mismatch."""
+        for check in self.checks:
+            mismatch = check.explain(x, seen)
+            if mismatch is not None:
+                return mismatch
+        return None
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes all of them, about one variable."""
+        x = code.variable(place)
+        for check in self.checks:
+            check.emit(code, x)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sufficient(Check):
+    """A cheap leaf that implies another check.
+
+    The predicate has the leaf alone. `explain` also passes a value for which only the other check
+    holds, and that one has the words.
+    """
+
+    leaf: Leaf
+    check: Check
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The mismatch of the check, where the leaf does not suffice."""
+        return None if self.leaf.test(x) else self.check.explain(x, seen)
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes the leaf."""
+        self.leaf.emit(code, place)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Numbered(Check):
+    """An object that may be met again: `Again` refers to it by number."""
+
+    number: int
+    check: Check
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The mismatch of the object."""
+        seen[self.number] = x
+        return self.check.explain(x, seen)
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes the check of the object, about a variable."""
+        x = code.variable(place)
+        code.record(self.number, x)
+        self.check.emit(code, x)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Again(Check):
+    """The same object in a second place, or within itself.
+
+    Attributes:
+        number: The number of the object.
+        path: The second place.
+        first: The path of the first place.
+    """
+
+    number: int
+    path: str
+    first: str
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """Another object in the second place."""
+        if seen.get(self.number, seen) is x:
+            return None
+        return Mismatch(f"{self.path} and {self.first} are no longer the same object")
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Compares with the variable of the first place."""
+        code.need(f"{place} is {code.recorded(self.number)}")

@@ -1,0 +1,310 @@
+"""Guards as data: what a value must be, and the two interpreters of that.
+
+A *check* is a frozen value. `explain` walks a value of a later call and says what differs first;
+`emit` writes the source of the guard predicate, which is compiled once. Both read the same text:
+
+- a `Clause` is one condition, a Python expression, with the words of its mismatch;
+- a `Rule` is a kind of check: the clauses of a value, and the names of their constants;
+- a `Leaf` is a rule with its constants, for the value at one path;
+- an `Access` is a Python expression that reads a part of a value.
+
+So a new kind of check is a rule, an access, or a check built of these. Further kinds of `Check` are
+for what is faster together (`Constants`), and for what is no condition of one value (`Again`).
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import keyword
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchjac.guards.constants import shown
+
+if TYPE_CHECKING:
+    from torchjac.guards.predicate import GuardCode
+
+# Objects of the walk so far, by number.
+Seen = dict[int, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A value that is not as it was.
+
+    Attributes:
+        reason: The value and its change, from what to what.
+        final: Whether the value can never be as it was again.
+    """
+
+    reason: str
+    final: bool = False
+
+
+class Check:
+    """A condition on a value. Subclasses are data: frozen, and without a reference to the value."""
+
+    __slots__ = ()
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The first mismatch of a value; None if it passes."""
+        raise NotImplementedError
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes the condition for the value of an expression.
+
+        The predicate passes no more than `explain`.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One condition, as text over `x`, the value, and the constants of its rule.
+
+    Attributes:
+        text: A Python expression without names of its own (no comprehensions) and without strings.
+        words: The reason of a mismatch: text of an f-string, in which `path` and `shown` stand too.
+        strict: An expression that implies `text` and costs less. The predicate has `strict` alone;
+            `explain` also passes a value for which only `text` holds.
+        final: An expression: whether the value can never be as it was again.
+    """
+
+    text: str
+    words: str = ""
+    strict: str = ""
+    final: str = "False"
+
+    @property
+    def accepts(self) -> str:
+        """The condition that `explain` has."""
+        return f"({self.strict} or {self.text})" if self.strict else f"({self.text})"
+
+    def emit(self, code: GuardCode, names: Names) -> None:
+        """Writes the condition that the predicate has."""
+        code.need(names.fill(self.strict or self.text))
+
+
+class Names(dict[str, str]):
+    """The names in the emitted code of `x` and of constants, which are held at their first use."""
+
+    def __init__(self, code: GuardCode, x: str, constants: dict[str, Any]):
+        super().__init__(x=x)
+        self.constants = constants
+        self._code = code
+
+    def __missing__(self, name: str) -> str:
+        """Holds a constant."""
+        self[name] = self._code.constant(self.constants[name])
+        return self[name]
+
+    def fill(self, text: str) -> str:
+        """An expression of a rule in the names of the emitted code."""
+        return _template(text).format_map(self)
+
+
+_NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
+_PYTHON = {*keyword.kwlist, *dir(builtins)}
+
+
+@functools.cache
+def _template(text: str) -> str:
+    """An expression with its own names in braces: `type({x}) is {kind}`."""
+    escaped = text.replace("{", "{{").replace("}", "}}")
+    return _NAME.sub(lambda m: m[0] if m[0] in _PYTHON else f"{{{m[0]}}}", escaped)
+
+
+def _lambda(parameters: Sequence[str], body: str, helpers: dict[str, Any]) -> Any:
+    return eval(f"lambda {', '.join(parameters)}: {body}", {**helpers, "shown": shown})
+
+
+class Rule:
+    """A kind of check: conditions of one value.
+
+    Args:
+        names: The constants of the clauses.
+        clauses: The conditions, in order.
+        helpers: Functions and classes that the clauses use.
+    """
+
+    def __init__(self, names: str, /, *clauses: Clause, **helpers: Any):
+        self.names = names.split()
+        self.clauses = clauses
+        self.helpers = helpers
+
+    def __call__(self, path: str, *constants: Any) -> Leaf:
+        """The check of the value at a path, with the constants in the order of their names."""
+        return Leaf(self, path, constants, self._bind(*constants))
+
+    @functools.cached_property
+    def _bind(self) -> Callable[..., Callable[[Any], Any]]:
+        """Makes a function of one value, whether all clauses accept it."""
+        accepts = " and ".join(clause.accepts for clause in self.clauses)
+        return _lambda(self.names, f"lambda x: {accepts}", self.helpers)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def _words(self) -> list[tuple[Any, Any, Any]]:
+        """Functions of value, path and constants for each clause: condition, reason, final."""
+        names = ["x", "path", *self.names]
+        texts = [(c.accepts, f"f{c.words!r}", c.final) for c in self.clauses]
+        return [
+            (
+                _lambda(names, accepts, self.helpers),
+                _lambda(names, words, self.helpers),
+                _lambda(names, final, self.helpers),
+            )
+            for accepts, words, final in texts
+        ]
+
+    def mismatch(self, leaf: Leaf, x: Any) -> Mismatch:
+        """Why a value does not pass: the first clause that does not accept it."""
+        known = x, leaf.path, *leaf.constants
+        for accepts, words, final in self._words:
+            if not accepts(*known):
+                return Mismatch(words(*known), final(*known))
+        return Mismatch(f"{leaf.path} changes all the time")  # another thread writes to it
+
+    @functools.cached_property
+    def often(self) -> bool:
+        """Whether the emitted code has the value more than once."""
+        texts = [_template(clause.strict or clause.text) for clause in self.clauses]
+        return sum(text.count("{x}") for text in texts) > 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf(Check):
+    """A rule for the value at one path.
+
+    Attributes:
+        rule: The kind of check.
+        path: The name of the value in words.
+        constants: The constants of the rule.
+        test: Whether the value passes.
+    """
+
+    rule: Rule
+    path: str
+    constants: tuple[Any, ...]
+    test: Callable[[Any], Any] = field(repr=False)
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The first clause that does not hold."""
+        return None if self.test(x) else self.rule.mismatch(self, x)
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes each clause."""
+        rule = self.rule
+        constants = {**rule.helpers, **dict(zip(rule.names, self.constants, strict=True))}
+        names = Names(code, code.variable(place) if rule.often else place, constants)
+        for clause in rule.clauses:
+            clause.emit(code, names)
+
+
+_CHANGED = "{path} changed from {shown(old)} to {shown(x)}"
+_SAME = Rule("old", Clause("x is old", _CHANGED))
+_EQUAL = Rule("kind old", Clause("type(x) is kind and x == old", _CHANGED))
+_SINGLE = frozenset({type(None), bool, torch.dtype})  # one object for each value
+
+
+def constant(value: Any, path: str) -> Leaf:
+    """A check for the same value, of the same type, by `==`."""
+    kind = type(value)
+    return _SAME(path, value) if kind in _SINGLE else _EQUAL(path, kind, value)
+
+
+class Access:
+    """A Python expression that reads a part of a value.
+
+    Args:
+        text: The expression, over `x`, the value, and `key`, where there are several parts.
+        of: An expression of the value whose result is `x` in `text`; evaluated once for all parts.
+        label: The path of a part, as text of an f-string over `path` and `key`.
+        emitted: The same expression for the emitted code, where another text is faster there.
+        helpers: Functions and values that the texts use.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        of: str = "x",
+        label: str = "{path}",
+        emitted: str = "",
+        **helpers: Any,
+    ):
+        self.text, self.of, self.emitted, self.helpers = text, of, emitted, helpers
+        self._label = label
+
+    @functools.cached_property
+    def get(self) -> Callable[[Any], Any]:
+        """Reads the only part."""
+        return _lambda(["x"], self.text, self.helpers)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def all(self) -> Callable[[Any, Sequence[Any]], list[Any]]:
+        """Reads the parts of all keys."""
+        parts = f"[{self.text} for key in keys]"
+        if self.of != "x":
+            parts = f"(lambda x: {parts})({self.of})"
+        return _lambda(["x", "keys"], parts, self.helpers)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def label(self) -> Callable[[str, Any], str]:
+        """The path of a part, from the path of the value and a key."""
+        return _lambda(["path", "key"], f"f{self._label!r}", {})  # type: ignore[no-any-return]
+
+    def base(self, code: GuardCode, place: str) -> str:
+        """The variable of the emitted code that parts are read of."""
+        return code.variable(Names(code, place, self.helpers).fill(self.of))
+
+    def at(self, code: GuardCode, base: str, key: Any = None) -> str:
+        """The expression of the emitted code that reads a part."""
+        if self.emitted:
+            return self.emitted.format(x=base, key=key)
+        return Names(code, base, {**self.helpers, "key": key}).fill(self.text)
+
+
+ITEM = Access("x[key]", label="{path}[{key!r}]")
+ATTRIBUTE = Access("getattr(x, key)", label="{path}.{key}", emitted="{x}.{key}")
+ENTRY = Access("x[key]", label="{path}.{key}")  # of a namespace
+TYPE = Access("type(x)")
+NAMESPACE = Access("x.__dict__")
+
+
+class _OfClass(Clause):
+    """The clause that a value is of the class of a weak reference."""
+
+    def emit(self, code: GuardCode, names: Names) -> None:
+        """Writes the condition, without the reference where the class lives for ever."""
+        cls = names.constants["cls"]()
+        if cls.__flags__ & _HEAP_TYPE:
+            super().emit(code, names)
+        else:
+            code.need(f"type({names['x']}) is {code.hold(cls)}")
+
+
+# Py_TPFLAGS_HEAPTYPE: the class was made while the program ran.
+_HEAP_TYPE = 1 << 9
+# For rules with the constants `cls`, a weak reference, and `name`.
+OF_CLASS = _OfClass(
+    "type(x) is cls()", "{path} changed from an object of type {name} to {shown(x)}"
+)
+SAME_CLASS = Rule("cls name", OF_CLASS)
+IDENTICAL = Rule("old", Clause("x is old", "{path} was replaced: {shown(x)}"))
+
+
+def same_class(value: Any, path: str) -> Leaf:
+    """A check that a value is still of the same class."""
+    cls = type(value)
+    return SAME_CLASS(path, weakref.ref(cls), cls.__name__)
+
+
+def identical(value: Any, path: str) -> Leaf:
+    """A check that this very object is still there; only for what lives as long as the program."""
+    return IDENTICAL(path, value)

@@ -1,0 +1,75 @@
+"""The check of torch's settings and modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torchjac._torch.native import setting
+from torchjac._torch.state import AMBIENT, ambient, usual, usual_one_by_one
+from torchjac.guards.predicate import GuardCode
+from torchjac.guards.rules import Check, Mismatch, Seen, constant
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class State(Check):
+    """A function without arguments gives the same value; of a setting there may be a reading."""
+
+    read: Callable[[], Any]
+    value: Any
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The change of the value."""
+        return self._leaf().explain(self.read(), seen)
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes a comparison of the value, which a reading may replace."""
+        first = code.position
+        self._leaf().emit(code, f"{code.hold(self.read)}()")
+        code.read(setting(self.read), first)
+
+    def _leaf(self) -> Check:
+        return constant(self.value, getattr(self.read, "__name__", "a setting"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settings(Check):
+    """Settings and modes of torch are as they were.
+
+    Attributes:
+        ambient: All of them.
+        usual: The same as functions and values, faster to compare; None where there are modes. The
+            predicate has these alone: with modes there is none.
+    """
+
+    ambient: tuple[Any, ...]
+    usual: tuple[State, ...] | None
+    values: list[Any] | None
+
+    def explain(self, x: Any, seen: Seen) -> Mismatch | None:
+        """The first setting that changed."""
+        if self.values is not None and usual() == self.values:
+            return None
+        now = ambient()
+        if now == self.ambient:
+            return None
+        changes = zip(AMBIENT, self.ambient, now, strict=True)
+        name, old, new = next(c for c in changes if c[1] != c[2])
+        return Mismatch(f"{name} changed from {old} to {new}")
+
+    def emit(self, code: GuardCode, place: str) -> None:
+        """Writes the comparison of each setting."""
+        if self.usual is None:
+            code.need("False")
+        for state in self.usual or ():
+            state.emit(code, place)
+
+
+def settings() -> Settings:
+    """The check of the settings and modes of now."""
+    pairs = usual_one_by_one()
+    if pairs is None:
+        return Settings(ambient(), None, None)
+    states = tuple(State(read, value) for read, value in pairs)
+    return Settings(ambient(), states, [value for _, value in pairs])
