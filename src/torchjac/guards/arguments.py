@@ -50,9 +50,11 @@ class Arguments(Check):
                 if mismatch is not None:
                     return mismatch
         for check, leaf in zip(self.checks, leaves, strict=True):
-            mismatch = check.explain(leaf, seen)
-            if mismatch is not None:
-                return mismatch
+            test = check.test
+            if test is None or not test(leaf):
+                mismatch = check.explain(leaf, seen)
+                if mismatch is not None:
+                    return mismatch
         return None
 
     def emit(self, code: GuardCode, place: str) -> None:
@@ -61,23 +63,50 @@ class Arguments(Check):
             check.emit(code, argument)
 
 
-def arguments(call: Call, builder: ObjectBuilder) -> Arguments:
-    """The check of the arguments of a call."""
-    leaves, spec = flatten((call.args, call.kwargs))
-    names = leaf_names("", (call.args, call.kwargs))
-    differentiated = tuple(f"[0][{position}]" for position in call.positions())
-    checks = [
-        _argument(leaf, _name(name), name.startswith(differentiated), builder)
-        for leaf, name in zip(leaves, names, strict=True)
-    ]
-    contexts = _contexts(spec)
-    flat = (
-        len(leaves) == len(call.args)
-        and not call.kwargs
-        and all(isinstance(a, Tensor) for a in call.args)
+@dataclass(frozen=True, slots=True)
+class Leaves:
+    """The leaves of a call's arguments, whatever is checked of them.
+
+    Attributes:
+        values: Each leaf.
+        names: Their paths.
+        differentiated: Whether each is differentiated.
+        spec: How they are nested.
+        contexts: The data that custom containers carry besides their leaves.
+        flat: Whether the leaves are the positional arguments themselves, all of them tensors.
+    """
+
+    values: list[Any]
+    names: list[str]
+    differentiated: list[bool]
+    spec: TreeSpec
+    contexts: list[Any]
+    flat: bool
+
+
+def leaves_of(call: Call) -> Leaves:
+    """The leaves of a call's arguments."""
+    values, spec = flatten((call.args, call.kwargs))
+    paths = leaf_names("", (call.args, call.kwargs))
+    positions = tuple(f"[0][{position}]" for position in call.positions())
+    tensors_only = not call.kwargs and all(isinstance(a, Tensor) for a in call.args)
+    return Leaves(
+        values,
+        [_name(path) for path in paths],
+        [path.startswith(positions) for path in paths],
+        spec,
+        _contexts(spec),
+        tensors_only and len(values) == len(call.args),
     )
-    context = builder.value(contexts, "the structure of the arguments") if contexts else None
-    return Arguments(checks, spec, context, flat)
+
+
+def arguments(leaves: Leaves, builder: ObjectBuilder) -> Arguments:
+    """The check of the arguments of a call, as far as a builder knows the names in its code."""
+    each = zip(leaves.values, leaves.names, leaves.differentiated, strict=True)
+    checks = [_argument(*leaf, builder) for leaf in each]
+    contexts, path = leaves.contexts, "the structure of the arguments"
+    context = builder.value(contexts, path) if contexts else None
+    return Arguments(checks, leaves.spec, context, leaves.flat)
 
 
 def _argument(leaf: Any, name: str, differentiated: bool, builder: ObjectBuilder) -> Check:

@@ -39,6 +39,8 @@ class Policy:
 
 # Checks of one guard. More would cost milliseconds on every call.
 MOST_CHECKS = 20_000
+# Constants among the parts of a value from which comparing them at once is faster.
+_TOGETHER = 4
 
 
 def names_changed(path: str, old: list[str], new: list[str], kind: str = "attributes") -> str:
@@ -137,16 +139,21 @@ class GuardBuilder:
     ) -> list[Check]:
         """Checks of the parts of a value: of constants together, then of each other part."""
         flat = [is_flat(value) for value in values]
-        checks: list[Check] = []
-        if any(flat):
-            constants = [value for value, known in zip(values, flat, strict=True) if known]
-            of = [key for key, known in zip(keys, flat, strict=True) if known]
-            self.counted(path, len(of))
-            checks.append(Constants(access, of, constants, list(map(type, constants)), path))
-        if not all(flat):
-            pairs = [(k, v) for k, v, known in zip(keys, values, flat, strict=True) if not known]
+        if sum(flat) < _TOGETHER:
+            pairs = zip(keys, values, strict=True)
             inner = [self.value(value, access.label(path, key)) for key, value in pairs]
-            checks.append(Parts(access, [key for key, _ in pairs], inner))
+            return [Parts(access, keys, inner)] if inner else []
+        of = [key for key, known in zip(keys, flat, strict=True) if known]
+        constants = [value for value, known in zip(values, flat, strict=True) if known]
+        self.counted(path, len(of))
+        checks: list[Check] = [Constants(access, of, constants, list(map(type, constants)), path)]
+        others = [
+            pair
+            for pair, known in zip(zip(keys, values, strict=True), flat, strict=True)
+            if not known
+        ]
+        if others:
+            checks += self.parts(access, [k for k, _ in others], [v for _, v in others], path)
         return checks
 
     def attributes(self, value: dict[str, Any], path: str, only: Only = None) -> Check:

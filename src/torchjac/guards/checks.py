@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torchjac.guards.rules import Access, Check, Leaf, Mismatch, Seen, constant
@@ -51,14 +51,9 @@ class Parts(Check):
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
         """The mismatch of the first part that has one."""
         try:
-            parts = self.access.all(x, self.keys)
+            return self.access.explain(x, self.keys, self.checks, seen)
         except Exception:
             return self._absent(x, seen)
-        for check, part in zip(self.checks, parts):  # noqa: B905 -- they are as many
-            mismatch = check.explain(part, seen)
-            if mismatch is not None:
-                return mismatch
-        return None
 
     def _absent(self, x: Any, seen: Seen) -> Mismatch | None:
         """The same, part by part, where one cannot be read."""
@@ -169,14 +164,20 @@ class Sufficient(Check):
 
     The predicate has the leaf alone. `explain` also passes a value for which only the other check
     holds, and that one has the words.
+
+    Attributes:
+        leaf: The leaf.
+        check: The other check.
+        test: The test of the leaf.
     """
 
     leaf: Leaf
     check: Check
+    test: Callable[[Any], Any] = field(repr=False)
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
         """The mismatch of the check, where the leaf does not suffice."""
-        return None if self.leaf.test(x) else self.check.explain(x, seen)
+        return None if self.test(x) else self.check.explain(x, seen)
 
     def emit(self, code: GuardCode, place: str) -> None:
         """Writes the leaf."""

@@ -16,11 +16,11 @@ from torchjac.guards.rules import ITEM, OF_CLASS, Access, Check, Clause, Rule, s
 _CONTAINERS = (dict, list, tuple, deque, OrderedDict, defaultdict, types.MappingProxyType)
 
 
-def _keys_changed(path: str, old: list[str], new: Any) -> str:
-    return names_changed(path, old, [shown(key) for key in new], "keys")
+def _keys_changed(path: str, old: list[Any], new: Any) -> str:
+    return names_changed(path, [shown(k) for k in old], [shown(k) for k in new], "keys")
 
 
-_KEYS = "{keys_changed(path, old, x)}"
+_KEYS = "{keys_changed(path, keys, x)}"
 _SEQUENCE = Rule(
     "cls name size",
     OF_CLASS,
@@ -28,13 +28,13 @@ _SEQUENCE = Rule(
 )
 _EMPTY = Rule("cls name", OF_CLASS, Clause("not x", "{path} is no longer empty"))
 _NAMED = Rule(  # a dictionary with strings as keys
-    "cls name names kinds old",
+    "cls name keys kinds",
     OF_CLASS,
-    Clause("list(x) == names and list(map(type, x)) == kinds", _KEYS),
+    Clause("list(x) == keys and list(map(type, x)) == kinds", _KEYS),
     keys_changed=_keys_changed,
 )
 _KEYED = Rule(  # a dictionary with other constants as keys
-    "cls name same old",
+    "cls name same keys",
     OF_CLASS,
     Clause("same(tuple(x))", _KEYS),
     keys_changed=_keys_changed,
@@ -72,22 +72,21 @@ class ContainerBuilder(GuardBuilder):
         if cls in (dict, OrderedDict) and not value:
             return _EMPTY(path, *of)
         keys = list(value)
+        if cls is dict and all(type(key) is str for key in keys):
+            leaf = _NAMED(path, *of, keys, [str] * len(keys))
+            return Compound(leaf, self.parts(ITEM, keys, list(value.values()), path))
         try:
             same = exact(tuple(keys))
         except NotUnderstood as reason:
             raise NotUnderstood(f"{path}: {reason}") from None
         if same is None:
             raise NotUnderstood(f"a key of {path} is neither a number nor a string")
-        old = [shown(key) for key in keys]
-        if cls is dict and all(type(key) is str for key in keys):
-            leaf = _NAMED(path, *of, keys, [str] * len(keys), old)
-            return Compound(leaf, self.parts(ITEM, keys, list(value.values()), path))
         inner = [self.value(v, f"{path}[{k!r}]") for k, v in value.items()]
         checks: list[Check] = [At(_VALUES, Parts(ITEM, range(len(inner)), inner))]
         if isinstance(value, defaultdict):
             factory = self.value(value.default_factory, f"{path}.default_factory")
             checks.append(At(_FACTORY, factory))
-        return Compound(_KEYED(path, *of, same, old), checks + self._own_space(value, path))
+        return Compound(_KEYED(path, *of, same, keys), checks + self._own_space(value, path))
 
     def _own_space(self, value: Any, path: str) -> list[Check]:
         """Checks of the attributes of an instance of a subclass of a container."""

@@ -95,10 +95,14 @@ _CELL_IF_SET = Access("held(x[key])", of="x.__closure__", held=_held)
 _IS_UNSET = Rule("unset", Clause("x is unset", "{path} was set"))
 _DEFAULT = Access("x[key]", of="x.__defaults__")
 _KEYWORD_DEFAULT = Access("x.get(key, unset)", of="x.__kwdefaults__", unset=_UNSET)
-_GLOBALS = Access("x.__globals__")
-_DEFINED = Access("(key in x)", label="whether there is a global {key}{path}")
-_BUILTINS = Access("builtins_of(x)", builtins_of=_builtins_of)
-_BUILTIN = Access("x.get(key, unset)", unset=_UNSET)
+_GLOBAL = Access("x[key]", of="x.__globals__")
+_DEFINED = Access("(key in x)", of="x.__globals__", label="whether there is a global {key}{path}")
+_BUILTIN = Access(
+    "x.get(key, unset)",
+    of="builtins_of(x.__globals__)",
+    builtins_of=_builtins_of,
+    unset=_UNSET,
+)
 _IMPORTED = Access("modules.get(key)", modules=sys.modules)
 _RESULTS = Access("results(x)", results=cached_results)
 _REFERENT = Access("referent(x)", referent=_referent)
@@ -222,16 +226,18 @@ class FunctionBuilder(ModuleBuilder):
         for name in absent:
             if name in VOLATILE_BUILTINS:
                 self.refuse(f"{name}{by} reads what lies outside of the program")
-        checks: list[Check] = [Parts(ITEM, here, values, f"global {{key}}{by} was deleted")]
+        checks: list[Check] = []
+        if here:
+            checks.append(Parts(_GLOBAL, here, values, f"global {{key}}{by} was deleted"))
         if absent:
             undefined = [False] * len(absent)
-            inner = [self._builtin(known, name, by) for name in absent]
             checks.append(Constants(_DEFINED, absent, undefined, [bool] * len(absent), by))
-            checks.append(At(_BUILTINS, Parts(_BUILTIN, absent, inner)))
+            inner = [self._builtin(known, name, by) for name in absent]
+            checks.append(Parts(_BUILTIN, absent, inner))
         imports = self._imports(function, by)
         if imports:
             checks.append(Parts(_IMPORTED, [*imports], [*imports.values()]))
-        return [At(_GLOBALS, All(checks))]
+        return checks
 
     def _builtin(self, known: dict[str, Any], name: str, by: str) -> Check:
         """A name that is not global: a builtin, or an error when it is read."""

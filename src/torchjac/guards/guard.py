@@ -42,14 +42,14 @@ from typing import Any
 
 from torchjac._torch.state import foreign_mode
 from torchjac.call import Call
-from torchjac.guards.arguments import Arguments, arguments
+from torchjac.guards.arguments import Arguments, arguments, leaves_of
 from torchjac.guards.builder import Policy
-from torchjac.guards.checks import All, At
+from torchjac.guards.checks import All, Parts
 from torchjac.guards.constants import NotUnderstood
 from torchjac.guards.functions import ROOT
 from torchjac.guards.objects import ObjectBuilder
 from torchjac.guards.predicate import GuardCode, Predicate, Unchanged
-from torchjac.guards.rules import Access, Check, Mismatch, Seen
+from torchjac.guards.rules import ATTRIBUTE, Check, Mismatch, Seen
 from torchjac.guards.settings import Settings, State, settings
 
 
@@ -142,12 +142,13 @@ def build_guard(call: Call, policy: Policy = Policy()) -> Guard | Unguardable:  
     if mode is not None:
         return Unguardable(f"a torch mode is active, {mode}, which may change what operations do")
     try:
+        leaves, of_torch = leaves_of(call), settings()
         while True:  # until no more code is reached
             builder = ObjectBuilder(policy, names)
-            guard = _guard(call, builder)
+            checks = arguments(leaves, builder), *_checks(call, builder)
             builder.alive.clear()  # nothing stays alive until garbage is collected
             if builder.reached <= names:
-                return guard
+                return Guard(builder.count, of_torch, *checks, tuple(builder.caches))
             names |= builder.reached
     except NotUnderstood as reason:
         return Unguardable(str(reason))
@@ -157,22 +158,9 @@ def build_guard(call: Call, policy: Policy = Policy()) -> Guard | Unguardable:  
         return Unguardable(f"what the function reads cannot be walked: {error!r}")
 
 
-_ARGNUMS = Access("x.argnums")
-_AUX = Access("x.has_aux")
-
-
-def _guard(call: Call, builder: ObjectBuilder) -> Guard:
-    """The guard of a call, as far as a builder knows the names in its code.
-
-    Checks are built in the order of the walk, so an object is numbered where the walk meets it.
-    """
-    leaves = arguments(call, builder)
-    options = [
-        At(_ARGNUMS, builder.value(call.argnums, "argnums")),
-        At(_AUX, builder.value(call.has_aux, "has_aux")),
-    ]
+def _checks(call: Call, builder: ObjectBuilder) -> tuple[Check, Check]:
+    """The checks of a call's options and of its function, in the order of the walk."""
+    names = ("argnums", "has_aux")
+    options = Parts(ATTRIBUTE, names, [builder.value(getattr(call, name), name) for name in names])
     function = builder.value(call.function, ROOT)
-    if builder.modules:
-        function = All([function, builder.global_hooks()])
-    caches = tuple(builder.caches)
-    return Guard(builder.count, settings(), leaves, All(options), function, caches)
+    return options, All([function, builder.global_hooks()]) if builder.modules else function

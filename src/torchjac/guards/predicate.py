@@ -37,15 +37,17 @@ class GuardCode:
     def __init__(self, args: tuple[Any, ...]):
         self.arguments = {f"a{k}": x for k, x in enumerate(args)}
         self._held: dict[str, Any] = {}
-        self._locals = 0
         self._tensors: list[tuple[str, Tensor]] = []
         self._readings: dict[Reading, range] = {}
         self._text: list[str] = []
         self._recorded: dict[int, str] = {}
+        self._variables: dict[str, str] = {}
+        self._open: list[str] = []  # conditions that share the last line
 
     @property
     def position(self) -> int:
-        """Number of the next line."""
+        """Number of the next line. Readings may replace lines from there on."""
+        self._open = []
         return len(self._text)
 
     def hold(self, value: Any) -> str:
@@ -63,9 +65,11 @@ class GuardCode:
 
     def let(self, expression: str) -> str:
         """A variable with the value of an expression."""
-        self._locals += 1
-        self._text.append(f"x{self._locals} = {expression}")
-        return f"x{self._locals}"
+        if expression not in self._variables:
+            self._variables[expression] = name = f"x{len(self._variables)}"
+            self._text.append(f"{name} = {expression}")
+            self._open = []
+        return self._variables[expression]
 
     def variable(self, place: str) -> str:
         """The same; an expression that is a variable stays."""
@@ -81,7 +85,12 @@ class GuardCode:
 
     def need(self, condition: str) -> None:
         """A condition without which the predicate fails."""
-        self._text.append(f"if not ({condition}): return False")
+        self._open.append(f"({condition})" if " or " in condition else condition)
+        line = f"if not ({' and '.join(self._open)}): return False"
+        if len(self._open) > 1:
+            self._text[-1] = line
+        else:
+            self._text.append(line)
 
     def need_like(self, variable: str, tensor: Tensor) -> None:
         """A variable must have the kind, shape, strides, dtype and device of a tensor."""
@@ -89,6 +98,7 @@ class GuardCode:
 
     def read(self, reading: Reading | None, first: int) -> None:
         """Says that a reading of torch's library replaces all lines from one on."""
+        self._open = []
         if reading is not None:
             self._readings[reading] = range(first, len(self._text))
 

@@ -52,6 +52,9 @@ class Check:
 
     __slots__ = ()
 
+    # Passes values that `explain` passes; not all of them, or None.
+    test: Callable[[Any], Any] | None = None
+
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
         """The first mismatch of a value; None if it passes."""
         raise NotImplementedError
@@ -86,27 +89,16 @@ class Clause:
         """The condition that `explain` has."""
         return f"({self.strict} or {self.text})" if self.strict else f"({self.text})"
 
-    def emit(self, code: GuardCode, names: Names) -> None:
-        """Writes the condition that the predicate has."""
-        code.need(names.fill(self.strict or self.text))
+    def emit(self, code: GuardCode, condition: str, x: str, leaf: Leaf) -> None:
+        """Writes the condition that the predicate has.
 
-
-class Names(dict[str, str]):
-    """The names in the emitted code of `x` and of constants, which are held at their first use."""
-
-    def __init__(self, code: GuardCode, x: str, constants: dict[str, Any]):
-        super().__init__(x=x)
-        self.constants = constants
-        self._code = code
-
-    def __missing__(self, name: str) -> str:
-        """Holds a constant."""
-        self[name] = self._code.constant(self.constants[name])
-        return self[name]
-
-    def fill(self, text: str) -> str:
-        """An expression of a rule in the names of the emitted code."""
-        return _template(text).format_map(self)
+        Args:
+            code: The source.
+            condition: `strict` or `text`, in the names of the source.
+            x: The variable of the value.
+            leaf: The leaf that the clause is of.
+        """
+        code.need(condition)
 
 
 _NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
@@ -171,10 +163,27 @@ class Rule:
         return Mismatch(f"{leaf.path} changes all the time")  # another thread writes to it
 
     @functools.cached_property
-    def often(self) -> bool:
-        """Whether the emitted code has the value more than once."""
-        texts = [_template(clause.strict or clause.text) for clause in self.clauses]
-        return sum(text.count("{x}") for text in texts) > 1
+    def _templates(self) -> list[tuple[Clause, str]]:
+        """The clauses as the predicate has them, with names in braces."""
+        return [(clause, _template(clause.strict or clause.text)) for clause in self.clauses]
+
+    @functools.cached_property
+    def _used(self) -> tuple[list[tuple[int, str]], list[tuple[str, Any]], bool]:
+        """The constants and helpers in the templates; whether the value is there more than once."""
+        text = " ".join(template for _, template in self._templates)
+        constants = [(k, name) for k, name in enumerate(self.names) if f"{{{name}}}" in text]
+        helpers = [(name, held) for name, held in self.helpers.items() if f"{{{name}}}" in text]
+        return constants, helpers, text.count("{x}") > 1
+
+    def emit(self, code: GuardCode, place: str, leaf: Leaf) -> None:
+        """Writes each clause for the value of an expression."""
+        constants, helpers, often = self._used
+        x = code.variable(place) if often else place
+        names = {name: code.constant(leaf.constants[k]) for k, name in constants}
+        names |= {name: code.hold(held) for name, held in helpers}
+        names["x"] = x
+        for clause, template in self._templates:
+            clause.emit(code, template.format_map(names), x, leaf)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,11 +208,11 @@ class Leaf(Check):
 
     def emit(self, code: GuardCode, place: str) -> None:
         """Writes each clause."""
-        rule = self.rule
-        constants = {**rule.helpers, **dict(zip(rule.names, self.constants, strict=True))}
-        names = Names(code, code.variable(place) if rule.often else place, constants)
-        for clause in rule.clauses:
-            clause.emit(code, names)
+        self.rule.emit(code, place, self)
+
+    def constant(self, name: str) -> Any:
+        """A constant by its name."""
+        return self.constants[self.rule.names.index(name)]
 
 
 _CHANGED = "{path} changed from {shown(old)} to {shown(x)}"
@@ -230,13 +239,7 @@ class Access:
     """
 
     def __init__(
-        self,
-        text: str,
-        *,
-        of: str = "x",
-        label: str = "{path}",
-        emitted: str = "",
-        **helpers: Any,
+        self, text: str, of: str = "x", label: str = "{path}", emitted: str = "", **helpers: Any
     ):
         self.text, self.of, self.emitted, self.helpers = text, of, emitted, helpers
         self._label = label
@@ -249,10 +252,12 @@ class Access:
     @functools.cached_property
     def all(self) -> Callable[[Any, Sequence[Any]], list[Any]]:
         """Reads the parts of all keys."""
-        parts = f"[{self.text} for key in keys]"
-        if self.of != "x":
-            parts = f"(lambda x: {parts})({self.of})"
-        return _lambda(["x", "keys"], parts, self.helpers)  # type: ignore[no-any-return]
+        return _function(_READ, self)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def explain(self) -> Callable[[Any, Sequence[Any], Sequence[Check], Seen], Mismatch | None]:
+        """The first mismatch of parts with these keys and checks."""
+        return _function(_EXPLAIN, self)  # type: ignore[no-any-return]
 
     @functools.cached_property
     def label(self) -> Callable[[str, Any], str]:
@@ -261,13 +266,45 @@ class Access:
 
     def base(self, code: GuardCode, place: str) -> str:
         """The variable of the emitted code that parts are read of."""
-        return code.variable(Names(code, place, self.helpers).fill(self.of))
+        return code.variable(self._fill(self.of, code, {"x": place}))
 
     def at(self, code: GuardCode, base: str, key: Any = None) -> str:
         """The expression of the emitted code that reads a part."""
         if self.emitted:
             return self.emitted.format(x=base, key=key)
-        return Names(code, base, {**self.helpers, "key": key}).fill(self.text)
+        return self._fill(self.text, code, {"x": base, "key": code.constant(key)})
+
+    def _fill(self, text: str, code: GuardCode, names: dict[str, str]) -> str:
+        template = _template(text)
+        for name, held in self.helpers.items():
+            if f"{{{name}}}" in template:
+                names[name] = code.hold(held)
+        return template.format_map(names)
+
+
+# The functions of an access, with its texts in them.
+_READ = """
+def read(x, keys):
+    x = {of}
+    return [{text} for key in keys]
+"""
+_EXPLAIN = """
+def explain(x, keys, checks, seen):
+    x = {of}
+    for key, check in zip(keys, checks):
+        part = {text}
+        test = check.test
+        if test is None or not test(part):
+            mismatch = check.explain(part, seen)
+            if mismatch is not None:
+                return mismatch
+"""
+
+
+def _function(text: str, access: Access) -> Any:
+    space = dict(access.helpers)
+    exec(text.format(of=access.of, text=access.text), space)
+    return next(reversed(space.values()))
 
 
 ITEM = Access("x[key]", label="{path}[{key!r}]")
@@ -280,13 +317,11 @@ NAMESPACE = Access("x.__dict__")
 class _OfClass(Clause):
     """The clause that a value is of the class of a weak reference."""
 
-    def emit(self, code: GuardCode, names: Names) -> None:
+    def emit(self, code: GuardCode, condition: str, x: str, leaf: Leaf) -> None:
         """Writes the condition, without the reference where the class lives for ever."""
-        cls = names.constants["cls"]()
-        if cls.__flags__ & _HEAP_TYPE:
-            super().emit(code, names)
-        else:
-            code.need(f"type({names['x']}) is {code.hold(cls)}")
+        cls = leaf.constant("cls")()
+        static = not cls.__flags__ & _HEAP_TYPE
+        code.need(f"type({x}) is {code.hold(cls)}" if static else condition)
 
 
 # Py_TPFLAGS_HEAPTYPE: the class was made while the program ran.

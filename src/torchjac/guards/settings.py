@@ -41,10 +41,11 @@ class Settings(Check):
         ambient: All of them.
         usual: The same as functions and values, faster to compare; None where there are modes. The
             predicate has these alone: with modes there is none.
+        values: These values.
     """
 
     ambient: tuple[Any, ...]
-    usual: tuple[State, ...] | None
+    usual: list[tuple[Callable[[], Any], Any]] | None
     values: list[Any] | None
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
@@ -62,8 +63,8 @@ class Settings(Check):
         """Writes the comparison of each setting."""
         if self.usual is None:
             code.need("False")
-        for state in self.usual or ():
-            state.emit(code, place)
+        for read, value in self.usual or ():
+            State(read, value).emit(code, place)
 
 
 def settings() -> Settings:
@@ -71,5 +72,4 @@ def settings() -> Settings:
     pairs = usual_one_by_one()
     if pairs is None:
         return Settings(ambient(), None, None)
-    states = tuple(State(read, value) for read, value in pairs)
-    return Settings(ambient(), states, [value for _, value in pairs])
+    return Settings(ambient(), pairs, [value for _, value in pairs])

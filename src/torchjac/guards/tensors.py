@@ -23,7 +23,7 @@ from torchjac._torch.tensor_guards import look
 from torchjac.guards.checks import Compound, Sufficient
 from torchjac.guards.constants import NotUnderstood
 from torchjac.guards.predicate import GuardCode
-from torchjac.guards.rules import Check, Clause, Leaf, Names, Rule
+from torchjac.guards.rules import Check, Clause, Leaf, Rule
 
 # Bytes of a NumPy array, which has no version: they are compared (64 KiB take 3 us).
 MOST_BYTES = 1 << 16
@@ -157,31 +157,31 @@ class _Read(Clause):
 
     reading: Callable[[Tensor], Reading | None] = lambda _: None
 
-    def emit(self, code: GuardCode, names: Names) -> None:
+    def emit(self, code: GuardCode, condition: str, x: str, leaf: Leaf) -> None:
         """Writes the condition, and says that the reading replaces this line."""
         first = code.position
-        super().emit(code, names)
-        code.read(self.reading(names.constants["tensor"]()), first)
+        super().emit(code, condition, x, leaf)
+        code.read(self.reading(leaf.constant("tensor")()), first)
 
 
 @dataclass(frozen=True)
 class _Object(Clause):
     """The clause that a value is this very tensor; further readings depend on one of it."""
 
-    def emit(self, code: GuardCode, names: Names) -> None:
+    def emit(self, code: GuardCode, condition: str, x: str, leaf: Leaf) -> None:
         """Writes the condition, and then a reading of the implementation behind the object."""
-        super().emit(code, names)
-        code.read(native.implementation(names.constants["tensor"]()), code.position)
+        super().emit(code, condition, x, leaf)
+        code.read(native.implementation(leaf.constant("tensor")()), code.position)
 
 
 @dataclass(frozen=True)
 class _Like(Clause):
     """The clause that a value is like a tensor in all but its numbers."""
 
-    def emit(self, code: GuardCode, names: Names) -> None:
+    def emit(self, code: GuardCode, condition: str, x: str, leaf: Leaf) -> None:
         """Adds the tensor to those that one test at the end of the predicate compares."""
-        x = names["x"]
-        code.need_like(x, code.arguments[x] if x in code.arguments else names.constants["tensor"]())
+        known = x in code.arguments
+        code.need_like(x, code.arguments[x] if known else leaf.constant("tensor")())
 
 
 _LIKE, _PLAIN = _Like("like(x)"), Clause("not x.__dict__")
@@ -207,15 +207,17 @@ def like(value: Any) -> Like | None:
 
 def same_object(value: Tensor, like: Like, check: Check) -> Check:
     """This very tensor, at its place in memory; another check decides where it is not."""
-    return Sufficient(_SAME_OBJECT("", weakref.ref(value), value.data_ptr(), like), check)
+    leaf = _SAME_OBJECT("", weakref.ref(value), value.data_ptr(), like)
+    return Sufficient(leaf, check, leaf.test)
 
 
 def same_values(value: Tensor, like: Like, check: Check) -> Check:
     """The same, and nobody has written to the tensor."""
     leaf = _SAME_VALUES("", weakref.ref(value), value._version, value.data_ptr(), like)
-    return Sufficient(leaf, check)
+    return Sufficient(leaf, check, leaf.test)
 
 
 def like_argument(like: Like, check: Check) -> Check:
     """A check that an argument is like a tensor; else another check decides."""
-    return Sufficient(_LIKE_ARGUMENT("", like), check)
+    leaf = _LIKE_ARGUMENT("", like)
+    return Sufficient(leaf, check, leaf.test)
