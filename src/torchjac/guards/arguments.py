@@ -17,10 +17,10 @@ from torchjac.guards import tensors
 from torchjac.guards.checks import All
 from torchjac.guards.objects import ObjectBuilder
 from torchjac.guards.predicate import GuardCode
-from torchjac.guards.rules import Check, Clause, Mismatch, Rule, Seen
+from torchjac.guards.rules import Check, Clause, Mismatch, Rule, Seen, frozen
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class Arguments(Check):
     """The arguments of a call: how they are nested, and each of their leaves.
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
-from torchjac.guards.rules import Access, Check, Leaf, Mismatch, Seen, constant
+from torchjac.guards.rules import (
+    Access,
+    Check,
+    Leaf,
+    Mismatch,
+    Seen,
+    constant,
+    emit_constant,
+    frozen,
+)
 
 if TYPE_CHECKING:
     from torchjac.guards.predicate import GuardCode
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class At(Check):
     """A check of one part of a value."""
 
@@ -29,7 +38,7 @@ class At(Check):
         self.check.emit(code, access.at(code, place))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class Parts(Check):
     """Checks of several parts of a value, read in one way.
 
@@ -77,7 +86,7 @@ class Parts(Check):
             check.emit(code, self.access.at(code, base, key))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class Constants(Check):
     """Parts that are constants: `explain` compares all of them at once.
 
@@ -100,19 +109,19 @@ class Constants(Check):
         parts = self.access.all(x, self.keys)
         if list(map(type, parts)) == self.kinds and parts == self.values:
             return None
-        return Parts(self.access, self.keys, self._leaves()).explain(x, seen)
+        label = self.access.label
+        pairs = zip(self.keys, self.values, strict=True)
+        leaves = [constant(value, label(self.path, key)) for key, value in pairs]
+        return Parts(self.access, self.keys, leaves).explain(x, seen)
 
     def emit(self, code: GuardCode, place: str) -> None:
         """Writes the check of each part."""
-        Parts(self.access, self.keys, self._leaves()).emit(code, place)
-
-    def _leaves(self) -> list[Leaf]:
-        label, path = self.access.label, self.path
-        pairs = zip(self.keys, self.values, strict=True)
-        return [constant(value, label(path, key)) for key, value in pairs]
+        base = self.access.base(code, place)
+        for key, value in zip(self.keys, self.values, strict=True):
+            emit_constant(code, self.access.at(code, base, key), value)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class Compound(Check):
     """A value, by its own conditions and then by further checks of the same value."""
 
@@ -137,7 +146,7 @@ class Compound(Check):
             check.emit(code, x)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class All(Check):
     """Several checks of the same value."""
 
@@ -158,7 +167,7 @@ class All(Check):
             check.emit(code, x)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class Sufficient(Check):
     """A cheap leaf that implies another check.
 
@@ -184,7 +193,7 @@ class Sufficient(Check):
         self.leaf.emit(code, place)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class Numbered(Check):
     """An object that may be met again: `Again` refers to it by number."""
 
@@ -203,7 +212,7 @@ class Numbered(Check):
         self.check.emit(code, x)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class Again(Check):
     """The same object in a second place, or within itself.
 

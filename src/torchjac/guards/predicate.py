@@ -42,12 +42,12 @@ class GuardCode:
         self._text: list[str] = []
         self._recorded: dict[int, str] = {}
         self._variables: dict[str, str] = {}
-        self._open: list[str] = []  # conditions that share the last line
+        self._open: list[str] = []  # conditions of the next line
 
     @property
     def position(self) -> int:
         """Number of the next line. Readings may replace lines from there on."""
-        self._open = []
+        self._close()
         return len(self._text)
 
     def hold(self, value: Any) -> str:
@@ -66,9 +66,9 @@ class GuardCode:
     def let(self, expression: str) -> str:
         """A variable with the value of an expression."""
         if expression not in self._variables:
+            self._close()
             self._variables[expression] = name = f"x{len(self._variables)}"
             self._text.append(f"{name} = {expression}")
-            self._open = []
         return self._variables[expression]
 
     def variable(self, place: str) -> str:
@@ -86,11 +86,12 @@ class GuardCode:
     def need(self, condition: str) -> None:
         """A condition without which the predicate fails."""
         self._open.append(f"({condition})" if " or " in condition else condition)
-        line = f"if not ({' and '.join(self._open)}): return False"
-        if len(self._open) > 1:
-            self._text[-1] = line
-        else:
-            self._text.append(line)
+
+    def _close(self) -> None:
+        """Writes the line of the conditions so far."""
+        if self._open:
+            self._text.append(f"if not ({' and '.join(self._open)}): return False")
+            self._open = []
 
     def need_like(self, variable: str, tensor: Tensor) -> None:
         """A variable must have the kind, shape, strides, dtype and device of a tensor."""
@@ -98,7 +99,7 @@ class GuardCode:
 
     def read(self, reading: Reading | None, first: int) -> None:
         """Says that a reading of torch's library replaces all lines from one on."""
-        self._open = []
+        self._close()
         if reading is not None:
             self._readings[reading] = range(first, len(self._text))
 
@@ -108,6 +109,7 @@ class GuardCode:
         Args:
             unchanged: Makes the test of readings. Lines that readings replace are left out.
         """
+        self._close()
         test = unchanged(list(self._readings)) if self._readings else None
         if test is not None:
             replaced = {k for lines in self._readings.values() for k in lines}

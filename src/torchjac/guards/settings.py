@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torchjac._torch.native import setting
 from torchjac._torch.state import AMBIENT, ambient, usual, usual_one_by_one
 from torchjac.guards.predicate import GuardCode
-from torchjac.guards.rules import Check, Mismatch, Seen, constant
+from torchjac.guards.rules import Check, Mismatch, Seen, constant, emit_constant, frozen
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class State(Check):
     """A function without arguments gives the same value; of a setting there may be a reading."""
 
@@ -21,19 +20,17 @@ class State(Check):
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
         """The change of the value."""
-        return self._leaf().explain(self.read(), seen)
+        path = getattr(self.read, "__name__", "a setting")
+        return constant(self.value, path).explain(self.read(), seen)
 
     def emit(self, code: GuardCode, place: str) -> None:
         """Writes a comparison of the value, which a reading may replace."""
         first = code.position
-        self._leaf().emit(code, f"{code.hold(self.read)}()")
+        emit_constant(code, f"{code.hold(self.read)}()", self.value)
         code.read(setting(self.read), first)
 
-    def _leaf(self) -> Check:
-        return constant(self.value, getattr(self.read, "__name__", "a setting"))
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class Settings(Check):
     """Settings and modes of torch are as they were.
 

@@ -8,7 +8,7 @@ five times as long. A value that `like` does not pass is compared by the other r
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,31 +157,31 @@ class _Read(Clause):
 
     reading: Callable[[Tensor], Reading | None] = lambda _: None
 
-    def emit(self, code: GuardCode, condition: str, x: str, leaf: Leaf) -> None:
+    def emit(self, code: GuardCode, condition: str, x: str, constants: Mapping[str, Any]) -> None:
         """Writes the condition, and says that the reading replaces this line."""
         first = code.position
-        super().emit(code, condition, x, leaf)
-        code.read(self.reading(leaf.constant("tensor")()), first)
+        super().emit(code, condition, x, constants)
+        code.read(self.reading(constants["tensor"]()), first)
 
 
 @dataclass(frozen=True)
 class _Object(Clause):
     """The clause that a value is this very tensor; further readings depend on one of it."""
 
-    def emit(self, code: GuardCode, condition: str, x: str, leaf: Leaf) -> None:
+    def emit(self, code: GuardCode, condition: str, x: str, constants: Mapping[str, Any]) -> None:
         """Writes the condition, and then a reading of the implementation behind the object."""
-        super().emit(code, condition, x, leaf)
-        code.read(native.implementation(leaf.constant("tensor")()), code.position)
+        super().emit(code, condition, x, constants)
+        code.read(native.implementation(constants["tensor"]()), code.position)
 
 
 @dataclass(frozen=True)
 class _Like(Clause):
     """The clause that a value is like a tensor in all but its numbers."""
 
-    def emit(self, code: GuardCode, condition: str, x: str, leaf: Leaf) -> None:
+    def emit(self, code: GuardCode, condition: str, x: str, constants: Mapping[str, Any]) -> None:
         """Adds the tensor to those that one test at the end of the predicate compares."""
         known = x in code.arguments
-        code.need_like(x, code.arguments[x] if known else leaf.constant("tensor")())
+        code.need_like(x, code.arguments[x] if known else constants["tensor"]())
 
 
 _LIKE, _PLAIN = _Like("like(x)"), Clause("not x.__dict__")
