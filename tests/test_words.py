@@ -37,7 +37,6 @@ UNREAD = {
     "src/torchjac/compiler/codegen",
     "src/torchjac/compiler/codegen/c",
     "src/torchjac/compiler/program",
-    "src/torchjac/guards",
     "src/torchjac/jit",
     "src/torchjac/linear",
     "src/torchjac/linear/maps",

@@ -6,6 +6,7 @@ tensors and classes by weak references, containers and objects by their parts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -140,20 +141,19 @@ class GuardBuilder:
         """Checks of the parts of a value: of constants together, then of each other part."""
         flat = [is_flat(value) for value in values]
         if sum(flat) < _TOGETHER:
-            pairs = zip(keys, values, strict=True)
-            inner = [self.value(value, access.label(path, key)) for key, value in pairs]
+            each = zip(keys, values, strict=True)
+            inner = [self.value(value, access.label(path, key)) for key, value in each]
             return [Parts(access, keys, inner)] if inner else []
-        of = [key for key, known in zip(keys, flat, strict=True) if known]
-        constants = [value for value, known in zip(values, flat, strict=True) if known]
-        self.counted(path, len(of))
-        checks: list[Check] = [Constants(access, of, constants, list(map(type, constants)), path)]
-        others = [
-            pair
-            for pair, known in zip(zip(keys, values, strict=True), flat, strict=True)
-            if not known
+        pairs = list(zip(keys, values, strict=True))
+        constants = dict(itertools.compress(pairs, flat))
+        values = list(constants.values())
+        self.counted(path, len(constants))
+        checks: list[Check] = [
+            Constants(access, [*constants], values, list(map(type, values)), path)
         ]
-        if others:
-            checks += self.parts(access, [k for k, _ in others], [v for _, v in others], path)
+        rest = [pair for pair, known in zip(pairs, flat, strict=True) if not known]
+        if rest:
+            checks += self.parts(access, [key for key, _ in rest], [v for _, v in rest], path)
         return checks
 
     def attributes(self, value: dict[str, Any], path: str, only: Only = None) -> Check:

@@ -1,4 +1,4 @@
-"""Checks of checks: parts of a value, several conditions, objects met again."""
+"""Checks of checks: of the parts of a value, of several conditions, of an object met again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Parts(Check):
         labels = self.labels or self.keys
         for key, label, check in zip(self.keys, labels, self.checks, strict=True):
             try:
-                (part,) = self.access.all(x, (key,))
+                (part,) = self.access.parts(x, (key,))
             except Exception:
                 if not self.absent:
                     raise
@@ -106,7 +106,7 @@ class Constants(Check):
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
         """The mismatch of the first part that has one."""
-        parts = self.access.all(x, self.keys)
+        parts = self.access.parts(x, self.keys)
         if list(map(type, parts)) == self.kinds and parts == self.values:
             return None
         label = self.access.label

@@ -1,7 +1,7 @@
 """The guard predicate: all conditions of a guard as one compiled function.
 
-Most calls find no change, and one function says so four times faster than a walk through the checks
-(`guards.checks`). A call that the predicate does not pass may still match: the walk decides.
+Most calls find no change. One function says so four times faster than a walk through the checks
+(`guards.rules`). A call that the predicate does not pass may still match: the walk decides.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torchjac._torch.native import Reading
 from torchjac._torch.tensor_guards import look
 
 Predicate = Callable[[tuple[Any, ...]], bool]
-# From readings of torch's library to a test whether none has changed; None without a compiler.
+# From readings of torch's library to a test whether all read the same; None without a compiler.
 Unchanged = Callable[[Sequence[Reading]], Callable[[], bool] | None]
 
-# Lines that take about 0.1 s to compile. No predicate is longer.
-_MOST_LINES = 5_000
-# Characters of a string that stands in the source itself.
-_LITERAL = 200
+# Conditions and variables of a predicate; more would take longer than 0.1 s to compile.
+_MOST = 5_000
+# Characters of a string from which the source has a name for it, and not the string itself.
+_LONG = 200
 
 
 class GuardCode:
@@ -43,6 +43,7 @@ class GuardCode:
         self._recorded: dict[int, str] = {}
         self._variables: dict[str, str] = {}
         self._open: list[str] = []  # conditions of the next line
+        self._size = 0  # conditions and variables
 
     @property
     def position(self) -> int:
@@ -51,15 +52,15 @@ class GuardCode:
         return len(self._text)
 
     def hold(self, value: Any) -> str:
-        """The name of a value of now in the source."""
+        """The name in the source of an object that exists."""
         name = f"c{len(self._held)}"
         self._held[name] = value
         return name
 
     def constant(self, value: Any) -> str:
-        """An expression for a value of now: a literal for a number or a short string."""
+        """An expression for a constant: a literal for a number or a short string, else a name."""
         kind = type(value)
-        if value is None or kind is bool or kind is int or (kind is str and len(value) < _LITERAL):
+        if value is None or kind is bool or kind is int or (kind is str and len(value) < _LONG):
             return repr(value)
         return self.hold(value)
 
@@ -67,24 +68,26 @@ class GuardCode:
         """A variable with the value of an expression."""
         if expression not in self._variables:
             self._close()
+            self._size += 1
             self._variables[expression] = name = f"x{len(self._variables)}"
             self._text.append(f"{name} = {expression}")
         return self._variables[expression]
 
     def variable(self, place: str) -> str:
-        """The same; an expression that is a variable stays."""
+        """A variable with the value of an expression, which may be a variable."""
         return place if place.isidentifier() else self.let(place)
 
     def record(self, number: int, variable: str) -> None:
-        """Keeps the variable of an object under the number of the object."""
+        """Registers the variable of an object, by the number of the object."""
         self._recorded[number] = variable
 
     def recorded(self, number: int) -> str:
-        """The variable of an object; a new object, which is no other, where there is none."""
+        """The variable of an object; without one, an expression that is no object of before."""
         return self._recorded.get(number, "[]")
 
     def need(self, condition: str) -> None:
-        """A condition without which the predicate fails."""
+        """Adds a condition."""
+        self._size += 1
         self._open.append(f"({condition})" if " or " in condition else condition)
 
     def _close(self) -> None:
@@ -94,20 +97,20 @@ class GuardCode:
             self._open = []
 
     def need_like(self, variable: str, tensor: Tensor) -> None:
-        """A variable must have the kind, shape, strides, dtype and device of a tensor."""
+        """Adds a condition: a variable has the kind, shape, strides, dtype and device of a tensor."""
         self._tensors.append((variable, tensor))
 
     def read(self, reading: Reading | None, first: int) -> None:
-        """Says that a reading of torch's library replaces all lines from one on."""
+        """Registers a reading of torch's library that replaces all lines from one on."""
         self._close()
         if reading is not None:
             self._readings[reading] = range(first, len(self._text))
 
     def function(self, unchanged: Unchanged) -> Predicate | None:
-        """The predicate, compiled; None where it does not work.
+        """The predicate, compiled; None where it does not pass the arguments of now.
 
         Args:
-            unchanged: Makes the test of readings. Lines that readings replace are left out.
+            unchanged: Makes the test of readings, in the place of the lines that they replace.
         """
         self._close()
         test = unchanged(list(self._readings)) if self._readings else None
@@ -118,16 +121,18 @@ class GuardCode:
                 return predicate
         return self._compiled(None, set())
 
-    def _compiled(self, unchanged: Callable[[], bool] | None, left: set[int]) -> Predicate | None:
-        """The source without some of its lines, with tests of readings and tensors at its end."""
-        text = [line for k, line in enumerate(self._text) if k not in left]
-        if len(text) > _MOST_LINES:
+    def _compiled(
+        self, unchanged: Callable[[], bool] | None, replaced: set[int]
+    ) -> Predicate | None:
+        """The predicate without the replaced lines, with the tests of readings and tensors last."""
+        text = [line for k, line in enumerate(self._text) if k not in replaced]
+        if self._size > _MOST:
             return None
         if unchanged is not None:
             text.append(f"if not {self.hold(unchanged)}(): return False")
         if self._tensors:
             variables, tensors = zip(*self._tensors, strict=True)
-            test = look(*tensors)  # all of them together take little more than one
+            test = look(*tensors)  # all of them take little longer than one
             if test is None:
                 return None
             text.append(f"if not {self.hold(test)}({', '.join(variables)}): return False")

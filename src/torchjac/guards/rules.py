@@ -1,15 +1,15 @@
-"""Guards as data: what a value must be, and the two interpreters of that.
+"""Guards as data: the conditions on a value, and two interpreters of the conditions.
 
-A *check* is a frozen value. `explain` walks a value of a later call and says what differs first;
-`emit` writes the source of the guard predicate, which is compiled once. Both read the same text:
+A *check* is a frozen value. Its method `explain` walks a value of a later call and names the first
+mismatch. Its method `emit` writes the source of the guard predicate, which is compiled once. Both
+read one text, so no condition is written twice:
 
-- a `Clause` is one condition, a Python expression, with the words of its mismatch;
+- a `Clause` is one condition: a Python expression, with the words of its mismatch;
 - a `Rule` is a kind of check: the clauses of a value, and the names of their constants;
-- a `Leaf` is a rule with its constants, for the value at one path;
+- a `Leaf` is a rule with constants, for the value at one path;
 - an `Access` is a Python expression that reads a part of a value.
 
-So a new kind of check is a rule, an access, or a check built of these. Further kinds of `Check` are
-for what is faster together (`Constants`), and for what is no condition of one value (`Again`).
+A new kind of check is a rule, or an access, or checks put together (`guards.checks`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Check:
 
     __slots__ = ()
 
-    # Passes values that `explain` passes; not all of them, or None.
+    # A function that is true for no value that `explain` refuses; None where there is no fast one.
     test: Callable[[Any], Any] | None = None
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
@@ -88,11 +88,11 @@ class Clause:
     """One condition, as text over `x`, the value, and the constants of its rule.
 
     Attributes:
-        text: A Python expression without names of its own (no comprehensions) and without strings.
-        words: The reason of a mismatch: text of an f-string, in which `path` and `shown` stand too.
-        strict: An expression that implies `text` and costs less. The predicate has `strict` alone;
-            `explain` also passes a value for which only `text` holds.
-        final: An expression: whether the value can never be as it was again.
+        text: A Python expression, without comprehensions and strings.
+        words: The reason of a mismatch, as text of an f-string; `path` and `shown` are names too.
+        strict: An expression that implies `text` and costs less, or empty. The predicate tests
+            `strict` alone; `explain` passes a value for which either holds.
+        final: An expression: whether the mismatch is for ever.
     """
 
     text: str
@@ -102,11 +102,11 @@ class Clause:
 
     @property
     def accepts(self) -> str:
-        """The condition that `explain` has."""
+        """The condition that `explain` tests."""
         return f"({self.strict} or {self.text})" if self.strict else f"({self.text})"
 
     def emit(self, code: GuardCode, condition: str, x: str, constants: Mapping[str, Any]) -> None:
-        """Writes the condition that the predicate has.
+        """Writes the condition that the predicate tests.
 
         Args:
             code: The source.
@@ -133,7 +133,7 @@ def _lambda(parameters: Sequence[str], body: str, helpers: dict[str, Any]) -> An
 
 
 class Rule:
-    """A kind of check: conditions of one value.
+    """A kind of check: conditions on one value.
 
     Args:
         names: The constants of the clauses.
@@ -152,13 +152,13 @@ class Rule:
 
     @functools.cached_property
     def _bind(self) -> Callable[..., Callable[[Any], Any]]:
-        """Makes a function of one value, whether all clauses accept it."""
+        """From the constants to a function of a value: whether all clauses accept the value."""
         accepts = " and ".join(clause.accepts for clause in self.clauses)
         return _lambda(self.names, f"lambda x: {accepts}", self.helpers)  # type: ignore[no-any-return]
 
     @functools.cached_property
     def _words(self) -> list[tuple[Any, Any, Any]]:
-        """Functions of value, path and constants for each clause: condition, reason, final."""
+        """Condition, reason and finality of each clause, as functions of value, path and constants."""
         names = ["x", "path", *self.names]
         texts = [(c.accepts, f"f{c.words!r}", c.final) for c in self.clauses]
         return [
@@ -171,21 +171,21 @@ class Rule:
         ]
 
     def mismatch(self, leaf: Leaf, x: Any) -> Mismatch:
-        """Why a value does not pass: the first clause that does not accept it."""
+        """The mismatch of the first clause that does not accept a value."""
         known = x, leaf.path, *leaf.constants
         for accepts, words, final in self._words:
             if not accepts(*known):
                 return Mismatch(words(*known), final(*known))
-        return Mismatch(f"{leaf.path} changes all the time")  # another thread writes to it
+        return Mismatch(f"{leaf.path} changed while it was compared")  # by another thread
 
     @functools.cached_property
     def _templates(self) -> list[tuple[Clause, str]]:
-        """The clauses as the predicate has them, with names in braces."""
+        """The clauses with the conditions that the predicate tests, names in braces."""
         return [(clause, _template(clause.strict or clause.text)) for clause in self.clauses]
 
     @functools.cached_property
     def _used(self) -> tuple[list[str], list[str], bool]:
-        """The constants and helpers in the templates; whether the value is there more than once."""
+        """The constants and helpers in the templates; whether the value stands there twice."""
         text = " ".join(template for _, template in self._templates)
         constants = [name for name in self.names if f"{{{name}}}" in text]
         helpers = [name for name in self.helpers if f"{{{name}}}" in text]
@@ -222,7 +222,7 @@ class Leaf(Check):
     test: Callable[[Any], Any] = field(repr=False)
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
-        """The first clause that does not hold."""
+        """The mismatch of the first clause that does not accept the value."""
         return None if self.test(x) else self.rule.mismatch(self, x)
 
     def emit(self, code: GuardCode, place: str) -> None:
@@ -243,7 +243,7 @@ def constant(value: Any, path: str) -> Leaf:
 
 
 def emit_constant(code: GuardCode, place: str, value: Any) -> None:
-    """Writes the same check."""
+    """Writes the same check into the predicate."""
     kind = type(value)
     if kind in _SINGLE:
         _SAME.emit(code, place, (value,))
@@ -255,10 +255,10 @@ class Access:
     """A Python expression that reads a part of a value.
 
     Args:
-        text: The expression, over `x`, the value, and `key`, where there are several parts.
-        of: An expression of the value whose result is `x` in `text`; evaluated once for all parts.
-        label: The path of a part, as text of an f-string over `path` and `key`.
-        emitted: The same expression for the emitted code, where another text is faster there.
+        text: The expression, of `x` and, for one of several parts, of `key`.
+        of: An expression of the value, evaluated once for all parts; its result is `x` in `text`.
+        label: The path of a part, as text of an f-string with `path` and `key`.
+        emitted: A faster text of the same meaning for the predicate, or empty.
         helpers: Functions and values that the texts use.
     """
 
@@ -270,33 +270,38 @@ class Access:
 
     @functools.cached_property
     def get(self) -> Callable[[Any], Any]:
-        """Reads the only part."""
+        """From a value to its part, where there is one."""
         return _lambda(["x"], self.text, self.helpers)  # type: ignore[no-any-return]
 
     @functools.cached_property
-    def all(self) -> Callable[[Any, Sequence[Any]], list[Any]]:
-        """Reads the parts of all keys."""
-        return _function(_READ, self)  # type: ignore[no-any-return]
+    def parts(self) -> Callable[[Any, Sequence[Any]], list[Any]]:
+        """From a value and keys to the parts."""
+        return self._function(_READ)  # type: ignore[no-any-return]
 
     @functools.cached_property
     def explain(self) -> Callable[[Any, Sequence[Any], Sequence[Check], Seen], Mismatch | None]:
-        """The first mismatch of parts with these keys and checks."""
-        return _function(_EXPLAIN, self)  # type: ignore[no-any-return]
+        """From a value, keys and checks to the first mismatch of a part."""
+        return self._function(_EXPLAIN)  # type: ignore[no-any-return]
 
     @functools.cached_property
     def label(self) -> Callable[[str, Any], str]:
-        """The path of a part, from the path of the value and a key."""
+        """From the path of a value and a key to the path of the part."""
         return _lambda(["path", "key"], f"f{self._label!r}", {})  # type: ignore[no-any-return]
 
     def base(self, code: GuardCode, place: str) -> str:
-        """The variable of the emitted code that parts are read of."""
+        """The variable of the predicate whose parts are read."""
         return code.variable(self._fill(self.of, code, {"x": place}))
 
     def at(self, code: GuardCode, base: str, key: Any = None) -> str:
-        """The expression of the emitted code that reads a part."""
+        """The expression of the predicate that reads a part."""
         if self.emitted:
             return self.emitted.format(x=base, key=key)
         return self._fill(self.text, code, {"x": base, "key": code.constant(key)})
+
+    def _function(self, text: str) -> Any:
+        space = dict(self.helpers)
+        exec(text.format(of=self.of, text=self.text), space)
+        return space["function"]
 
     def _fill(self, text: str, code: GuardCode, names: dict[str, str]) -> str:
         template = _template(text)
@@ -306,14 +311,14 @@ class Access:
         return template.format_map(names)
 
 
-# The functions of an access, with its texts in them.
+# Functions of an access, for its own texts.
 _READ = """
-def read(x, keys):
+def function(x, keys):
     x = {of}
     return [{text} for key in keys]
 """
 _EXPLAIN = """
-def explain(x, keys, checks, seen):
+def function(x, keys, checks, seen):
     x = {of}
     for key, check in zip(keys, checks):
         part = {text}
@@ -325,32 +330,26 @@ def explain(x, keys, checks, seen):
 """
 
 
-def _function(text: str, access: Access) -> Any:
-    space = dict(access.helpers)
-    exec(text.format(of=access.of, text=access.text), space)
-    return next(reversed(space.values()))
-
-
 ITEM = Access("x[key]", label="{path}[{key!r}]")
 ATTRIBUTE = Access("getattr(x, key)", label="{path}.{key}", emitted="{x}.{key}")
-ENTRY = Access("x[key]", label="{path}.{key}")  # of a namespace
+ENTRY = Access("x[key]", label="{path}.{key}")  # an item of a namespace
 TYPE = Access("type(x)")
 NAMESPACE = Access("x.__dict__")
 
 
 class _OfClass(Clause):
-    """The clause that a value is of the class of a weak reference."""
+    """The clause that a value is of the class behind a weak reference."""
 
     def emit(self, code: GuardCode, condition: str, x: str, constants: Mapping[str, Any]) -> None:
-        """Writes the condition, without the reference where the class lives for ever."""
+        """Writes the condition; of a class that lives for ever, without the reference."""
         cls = constants["cls"]()
         static = not cls.__flags__ & _HEAP_TYPE
         code.need(f"type({x}) is {code.hold(cls)}" if static else condition)
 
 
-# Py_TPFLAGS_HEAPTYPE: the class was made while the program ran.
+# Py_TPFLAGS_HEAPTYPE: a class that the program defines, and that may die.
 _HEAP_TYPE = 1 << 9
-# For rules with the constants `cls`, a weak reference, and `name`.
+# A clause for rules with the constants `cls`, a weak reference, and `name`.
 OF_CLASS = _OfClass(
     "type(x) is cls()", "{path} changed from an object of type {name} to {shown(x)}"
 )
@@ -365,5 +364,5 @@ def same_class(value: Any, path: str) -> Leaf:
 
 
 def identical(value: Any, path: str) -> Leaf:
-    """A check that this very object is still there; only for what lives as long as the program."""
+    """A check for this very object, one that lives as long as the program."""
     return IDENTICAL(path, value)
