@@ -22,14 +22,14 @@ from torchjac.guards.rules import Check, Clause, Mismatch, Rule, Seen, frozen
 
 @frozen
 class Arguments(Check):
-    """The arguments of a call: how they are nested, and each of their leaves.
+    """The arguments of a call: their nesting, and each leaf.
 
     Attributes:
-        checks: A check for each leaf.
-        spec: How the leaves are nested.
-        context: A check of the data that custom containers carry besides their leaves.
+        checks: The check of each leaf.
+        spec: The nesting of the leaves.
+        context: The check of the data of custom containers.
         flat: Whether the leaves are the positional arguments themselves, all of them tensors.
-            The predicate knows no other nesting.
+            There is a predicate for these alone.
     """
 
     checks: Sequence[Check]
@@ -40,7 +40,7 @@ class Arguments(Check):
     def explain(self, x: Call, seen: Seen) -> Mismatch | None:
         """The first mismatch."""
         if self.flat and not x.kwargs and len(x.args) == len(self.checks):
-            leaves: Any = x.args  # one that is not a tensor fails its check
+            leaves: Any = x.args  # a leaf that is no tensor fails its check
         else:
             leaves, spec = flatten((x.args, x.kwargs))
             if spec != self.spec:
@@ -58,21 +58,21 @@ class Arguments(Check):
         return None
 
     def emit(self, code: GuardCode, place: str) -> None:
-        """Writes the check of each argument, which is a variable of the code."""
+        """Writes the check of each argument."""
         for argument, check in zip(code.arguments, self.checks, strict=True):
             check.emit(code, argument)
 
 
 @dataclass(frozen=True, slots=True)
 class Leaves:
-    """The leaves of a call's arguments, whatever is checked of them.
+    """The leaves of a call's arguments, with all facts that depend on no name in code.
 
     Attributes:
-        values: Each leaf.
-        names: Their paths.
-        differentiated: Whether each is differentiated.
-        spec: How they are nested.
-        contexts: The data that custom containers carry besides their leaves.
+        values: The leaves.
+        names: The path of each leaf.
+        differentiated: Whether each leaf is differentiated.
+        spec: The nesting of the leaves.
+        contexts: The data of custom containers.
         flat: Whether the leaves are the positional arguments themselves, all of them tensors.
     """
 
@@ -143,8 +143,8 @@ def _steps(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
     return [step for size, step in zip(shape, strides, strict=True) if size > 1]
 
 
-# Whether an argument requires gradients counts where it is not differentiated, and its place in its
-# storage where a function asks for that.
+# Gradients count for arguments that are not differentiated. The place in the storage counts where
+# code asks for the place.
 _GEOMETRY = Rule(
     "kind shape strides dtype device differentiated requires located offset",
     Clause(
@@ -193,11 +193,11 @@ _CONTENT = Rule(
 
 
 def _nobody() -> None:
-    """In the place of a weak reference: no tensor is the one of before."""
+    """A reference to no tensor: one of inference mode has no version to rely on."""
 
 
 def _content(leaf: Tensor, name: str) -> Check:
-    """Values of an integer or bool tensor: the same tensor with the same version, or equal ones."""
+    """A check for an integer or bool tensor: the same one with its version, or equal numbers."""
     if leaf.is_inference():
         return _CONTENT(name, _nobody, None, leaf.clone())
     return _CONTENT(name, weakref.ref(leaf), (leaf._version, leaf.data_ptr()), leaf.clone())
@@ -209,7 +209,7 @@ def _name(path: str) -> str:
 
 
 def _contexts(spec: TreeSpec) -> list[Any]:
-    """The data that custom containers among the arguments carry besides their leaves."""
+    """Types and data of the custom containers among the arguments."""
     if spec == LEAF:
         return []
     own = [] if spec.type in (tuple, list, dict) else [spec.type, spec.context]

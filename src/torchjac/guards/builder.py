@@ -1,7 +1,7 @@
-"""Building a guard: a check for anything that hangs on a Python value.
+"""Building guards: a check of a Python value, and of everything that can be reached from there.
 
-A `GuardBuilder` walks a value once. Its checks (`guards.checks`) keep nothing alive: they know
-tensors and classes by weak references, containers and objects by their parts.
+A `GuardBuilder` walks a value once. Its checks keep no value alive: they hold tensors and classes
+by weak references, containers and objects by their parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchjac.guards import tensors
 from torchjac.guards.checks import Again, Compound, Constants, Numbered, Parts
-from torchjac.guards.constants import NotUnderstood, exact, is_flat, shown
+from torchjac.guards.constants import NotUnderstood, constant_test, is_flat, shown
 from torchjac.guards.rules import ENTRY, Access, Check, Clause, Rule, constant
 
 What = Literal["values", "objects", "shapes"]
@@ -38,9 +38,9 @@ class Policy:
     buffers: What = "values"
 
 
-# Checks of one guard. More would cost milliseconds on every call.
+# Checks of one guard; more would cost milliseconds on every call.
 MOST_CHECKS = 20_000
-# Constants among the parts of a value from which comparing them at once is faster.
+# Constants among the parts of a value; from here on one comparison of all is faster.
 _TOGETHER = 4
 
 
@@ -59,7 +59,7 @@ _TESTED = Rule("same old", Clause("same(x)", "{path} changed from {old} to {show
 _EMPTY = Rule(
     "kind old", Clause("type(x) is kind and not x", "{path} changed from {old} to {shown(x)}")
 )
-# Names that nobody reads may come and go; `strict` does not ask which.
+# Names that no code reads may come and go. The predicate does not ask which names are read.
 _NAMES = Rule(
     "keys only read",
     Clause(
@@ -73,13 +73,13 @@ _NAMES = Rule(
 
 
 class GuardBuilder:
-    """Builds checks, and knows the objects that it has met.
+    """Builds the checks of values, and numbers the objects among them.
 
     Attributes:
         policy: The properties of a module's tensors that matter.
         count: Number of checks so far.
-        alive: Objects that were met; constants are not among them.
-        kinds: Types of objects, each with the method that builds a check.
+        alive: Objects that were met, constants aside. While they live no id is used twice.
+        kinds: Types of objects, each with the function that builds a check.
     """
 
     def __init__(self, policy: Policy):
@@ -102,7 +102,7 @@ class GuardBuilder:
         if is_flat(value):
             return constant(value, path)
         try:
-            same = exact(value)
+            same = constant_test(value)
         except NotUnderstood as reason:
             raise NotUnderstood(f"{path}: {reason}") from None
         if same is None:
@@ -118,11 +118,11 @@ class GuardBuilder:
             return Again(met[0], path, met[1])
         number = len(self._met)
         self._met[id(value)] = number, path
-        self.alive.append(value)  # or its id could be that of another object
+        self.alive.append(value)
         return self.numbered(number, value, make(value, path))
 
     def numbered(self, number: int, value: Any, check: Check) -> Check:
-        """A check of an object to which others may refer; a subclass may know a faster one."""
+        """A check of an object that `Again` may refer to; a subclass may know a faster one."""
         return Numbered(number, check)
 
     def counted(self, path: str, number: int = 1) -> None:
@@ -138,7 +138,7 @@ class GuardBuilder:
     def parts(
         self, access: Access, keys: Sequence[Any], values: Sequence[Any], path: str
     ) -> list[Check]:
-        """Checks of the parts of a value: of constants together, then of each other part."""
+        """Checks of the parts of a value: of many constants at once, then of each object."""
         flat = [is_flat(value) for value in values]
         if sum(flat) < _TOGETHER:
             each = zip(keys, values, strict=True)
@@ -157,7 +157,7 @@ class GuardBuilder:
         return checks
 
     def attributes(self, value: dict[str, Any], path: str, only: Only = None) -> Check:
-        """A check of a namespace: its names, and the values of those that are read."""
+        """A check of a namespace: of its names, and of the values that are read."""
         read = _names(value, only)
         names = _NAMES(path, list(value), only, read)
         return Compound(names, self.parts(ENTRY, read, [value[name] for name in read], path))

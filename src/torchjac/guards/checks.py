@@ -46,9 +46,9 @@ class Parts(Check):
         access: How parts are read.
         keys: The key of each part.
         checks: The check of each part.
-        absent: The reason of a mismatch where a part cannot be read, with `{key}`; empty where
-            other checks say so before.
-        labels: The keys in words, where these are others.
+        absent: The reason of a mismatch where a part cannot be read, with `{key}`. It is empty
+            where an earlier check ensures that all parts can be read.
+        labels: The keys in words, where the keys themselves are numbers.
     """
 
     access: Access
@@ -65,7 +65,7 @@ class Parts(Check):
             return self._absent(x, seen)
 
     def _absent(self, x: Any, seen: Seen) -> Mismatch | None:
-        """The same, part by part, where one cannot be read."""
+        """The first mismatch, part by part, where a part cannot be read."""
         labels = self.labels or self.keys
         for key, label, check in zip(self.keys, labels, self.checks, strict=True):
             try:
@@ -88,13 +88,13 @@ class Parts(Check):
 
 @frozen
 class Constants(Check):
-    """Parts that are constants: `explain` compares all of them at once.
+    """Constants among the parts of a value. `explain` compares all of them at once.
 
     Attributes:
         access: How parts are read.
         keys: The key of each part.
-        values: The value of each part, compared by type and `==`.
-        kinds: The type of each part.
+        values: The constant at each key, compared by type and `==`.
+        kinds: The type of each constant.
         path: The path of the value.
     """
 
@@ -123,7 +123,7 @@ class Constants(Check):
 
 @frozen
 class Compound(Check):
-    """A value, by its own conditions and then by further checks of the same value."""
+    """A leaf, and then further checks of the same value."""
 
     leaf: Leaf
     checks: Sequence[Check]
@@ -140,7 +140,7 @@ class Compound(Check):
         return None
 
     def emit(self, code: GuardCode, place: str) -> None:
-        """Writes all of them, about one variable."""
+        """Writes each check, of one variable."""
         x = code.variable(place)
         for check in (self.leaf, *self.checks):
             check.emit(code, x)
@@ -161,7 +161,7 @@ class All(Check):
         return None
 
     def emit(self, code: GuardCode, place: str) -> None:
-        """Writes all of them, about one variable."""
+        """Writes each check, of one variable."""
         x = code.variable(place)
         for check in self.checks:
             check.emit(code, x)
@@ -171,12 +171,12 @@ class All(Check):
 class Sufficient(Check):
     """A cheap leaf that implies another check.
 
-    The predicate has the leaf alone. `explain` also passes a value for which only the other check
-    holds, and that one has the words.
+    The predicate tests the leaf alone. `explain` passes a value for which either holds; the check
+    has the words of a mismatch.
 
     Attributes:
         leaf: The leaf.
-        check: The other check.
+        check: The check that the leaf implies.
         test: The test of the leaf.
     """
 
@@ -185,7 +185,7 @@ class Sufficient(Check):
     test: Callable[[Any], Any] = field(repr=False)
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
-        """The mismatch of the check, where the leaf does not suffice."""
+        """The mismatch of the check, where the leaf does not hold."""
         return None if self.test(x) else self.check.explain(x, seen)
 
     def emit(self, code: GuardCode, place: str) -> None:
@@ -206,7 +206,7 @@ class Numbered(Check):
         return self.check.explain(x, seen)
 
     def emit(self, code: GuardCode, place: str) -> None:
-        """Writes the check of the object, about a variable."""
+        """Writes the check of a variable, and registers the variable."""
         x = code.variable(place)
         code.record(self.number, x)
         self.check.emit(code, x)
@@ -227,11 +227,11 @@ class Again(Check):
     first: str
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
-        """Another object in the second place."""
+        """The mismatch of another object in the second place."""
         if seen.get(self.number, seen) is x:
             return None
         return Mismatch(f"{self.path} and {self.first} are no longer the same object")
 
     def emit(self, code: GuardCode, place: str) -> None:
-        """Compares with the variable of the first place."""
+        """Writes the comparison with the variable of the first place."""
         code.need(f"{place} is {code.recorded(self.number)}")

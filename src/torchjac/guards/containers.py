@@ -10,7 +10,7 @@ from typing import Any
 
 from torchjac.guards.builder import GuardBuilder, Policy, names_changed
 from torchjac.guards.checks import All, At, Compound, Parts
-from torchjac.guards.constants import NotUnderstood, exact, shown
+from torchjac.guards.constants import NotUnderstood, constant_test, shown
 from torchjac.guards.rules import ITEM, OF_CLASS, Access, Check, Clause, Rule, same_class
 
 _CONTAINERS = (dict, list, tuple, deque, OrderedDict, defaultdict, types.MappingProxyType)
@@ -27,13 +27,15 @@ _SEQUENCE = Rule(
     Clause("len(x) == size", "the length of {path} changed from {size} to {len(x)}"),
 )
 _EMPTY = Rule("cls name", OF_CLASS, Clause("not x", "{path} is no longer empty"))
-_NAMED = Rule(  # a dictionary with strings as keys
+# A dictionary with strings as keys.
+_NAMED = Rule(
     "cls name keys kinds",
     OF_CLASS,
     Clause("list(x) == keys and list(map(type, x)) == kinds", _KEYS),
     keys_changed=_keys_changed,
 )
-_KEYED = Rule(  # a dictionary with other constants as keys
+# A dictionary with other constants as keys.
+_KEYED = Rule(
     "cls name same keys",
     OF_CLASS,
     Clause("same(tuple(x))", _KEYS),
@@ -61,7 +63,7 @@ class ContainerBuilder(GuardBuilder):
     def _sequence(self, value: Any, path: str) -> Check:
         cls, parts = type(value), list(value)
         checks = self.parts(ITEM, range(len(parts)), parts, path)
-        if cls not in (list, tuple):  # the class may have an order of its own, or slow access
+        if cls not in (list, tuple):  # items of other classes may be slow, or in another order
             checks = [At(_LISTED, All(checks))]
         leaf = _SEQUENCE(path, weakref.ref(cls), cls.__name__, len(parts))
         return Compound(leaf, checks + self._own_space(value, path))
@@ -76,7 +78,7 @@ class ContainerBuilder(GuardBuilder):
             leaf = _NAMED(path, *of, keys, [str] * len(keys))
             return Compound(leaf, self.parts(ITEM, keys, list(value.values()), path))
         try:
-            same = exact(tuple(keys))
+            same = constant_test(tuple(keys))
         except NotUnderstood as reason:
             raise NotUnderstood(f"{path}: {reason}") from None
         if same is None:
@@ -93,7 +95,7 @@ class ContainerBuilder(GuardBuilder):
         return [] if type(value) in _CONTAINERS else [self.instance(value, path)]
 
     def instance(self, value: Any, path: str) -> Check:
-        """A check of class and attributes of an object; a subclass may know how."""
+        """A check of the class and the attributes of an object; subclasses know how."""
         raise NotUnderstood(f"{path} is an object of type {type(value).__name__}")
 
     def _partial(self, value: Any, path: str) -> Check:

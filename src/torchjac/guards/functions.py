@@ -1,4 +1,4 @@
-"""Watching what Python code reads: functions, methods, and what they remember."""
+"""Checks of Python code: functions, methods, and cached results."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _held(cell: types.CellType) -> Any:
 _IS_FUNCTION = Clause(
     "type(x) is FunctionType", "{path} is no longer a Python function but {shown(x)}"
 )
-# Code of the same text is another object where a function was defined anew.
+# A function that is defined anew has equal code, in another object. The predicate compares objects.
 _SAME_CODE = Clause(
     "x.__code__ == code",
     "{path} is another function now, or its code was replaced",
@@ -115,7 +115,7 @@ class FunctionBuilder(ModuleBuilder):
     """Builds checks of functions.
 
     Attributes:
-        caches: Functions that remember results, and how many they had computed.
+        caches: Functions with a cache, and the number of results that they had computed.
     """
 
     def __init__(self, policy: Policy, names: frozenset[str]):
@@ -128,24 +128,25 @@ class FunctionBuilder(ModuleBuilder):
             ((staticmethod, classmethod), lambda v, p: self._parts(v, p, ("__func__",))),
             (property, lambda v, p: self._parts(v, p, ("fget", "fset", "fdel"))),
             (functools.cached_property, lambda v, p: self._parts(v, p, ("func",))),
-            (functools._lru_cache_wrapper, self._memory),
+            (functools._lru_cache_wrapper, self._cached),
             (_ACCESSORS, identical),
             (weakref.ReferenceType, self._reference),
         ]
 
     def value(self, value: Any, path: str) -> Check:
-        """A check that the value at this path is as it is now."""
+        """A check of the value at a path."""
         if isinstance(value, enum.Enum) and not is_trusted(type(value).__module__):
             self.counted(path)
             return self.remember(value, path, self._member)
         return super().value(value, path)
 
     def _member(self, value: enum.Enum, path: str) -> Check:
-        """A member of an enumeration: there is one object, but its class may have methods."""
+        """A check of a member of an enumeration. Its class may have methods."""
         kind = self.remember(type(value), f"the class of {path}", self.class_of_instances)
         space = self.attributes(vars(value), path, lambda name: name not in _OF_MEMBERS)
         cls = type(value)
-        leaf = _MEMBER(path, weakref.ref(cls), cls.__name__, id(value))  # it lives as its class
+        # By id: the member lives as long as its class.
+        leaf = _MEMBER(path, weakref.ref(cls), cls.__name__, id(value))
         return Compound(leaf, [At(TYPE, kind), At(NAMESPACE, space)])
 
     def _function(self, value: types.FunctionType, path: str) -> Check:
@@ -196,7 +197,7 @@ class FunctionBuilder(ModuleBuilder):
         return self.value(value, f"closure variable {name}{of}")
 
     def class_of_instances(self, value: type, path: str) -> Check:
-        """A check of a class that is not called; a subclass may know how."""
+        """A check of a class that code does not call; subclasses know how."""
         raise NotUnderstood(f"{path} is a class")
 
     def _defaults(self, function: types.FunctionType, of: str) -> list[Check]:
@@ -240,7 +241,7 @@ class FunctionBuilder(ModuleBuilder):
         return checks
 
     def _builtin(self, known: dict[str, Any], name: str, by: str) -> Check:
-        """A name that is not global: a builtin, or an error when it is read."""
+        """A check of a name that is not global: of a builtin, or that there is none."""
         value = known.get(name, _UNSET)
         path = f"builtin {name}{by}"
         if value is _UNSET or getattr(value, "__module__", None) == "builtins":
@@ -248,7 +249,7 @@ class FunctionBuilder(ModuleBuilder):
         return self.value(value, path)
 
     def _imports(self, function: types.FunctionType, by: str) -> dict[str, Check]:
-        """The modules that a function imports while it runs, each with the packages around it."""
+        """Checks of the modules that a function imports while it runs, and of their packages."""
         package = function.__globals__.get("__package__")
         names: dict[str, None] = {}
         for name in reads(function.__code__).imports:
@@ -265,10 +266,10 @@ class FunctionBuilder(ModuleBuilder):
                 self.refuse(f"the function itself imports module {name}{by}")
         return checks
 
-    def _memory(self, value: Any, path: str) -> Check:
-        """What `functools.cache` keeps: its function, and the results that it will give again.
+    def _cached(self, value: Any, path: str) -> Check:
+        """A check of a cached function: of the function, and of the results in the cache.
 
-        More of them do not matter: the function as it was asked for none of those.
+        Further results do not matter: the function, as it was, asked for none of these.
         """
         if is_trusted(getattr(value, "__module__", None)) and _is_public(value):
             return identical(value, path)
@@ -277,7 +278,7 @@ class FunctionBuilder(ModuleBuilder):
         results = cached_results(value)
         if results is None:
             self.refuse(f"{path} is a cache whose results cannot be seen")
-        paths = f"what {path} is called with", f"a result of {path}"
+        paths = f"an argument of {path}", f"a result of {path}"
         pairs = [
             Parts(ITEM, (0, 1), [self.value(v, p) for v, p in zip(pair, paths, strict=True)])
             for pair in (results or {}).values()
@@ -302,10 +303,10 @@ class FunctionBuilder(ModuleBuilder):
 
 
 def _is_public(function: Any) -> bool:
-    """Whether a function is found in its module, one that is trusted, under its own name."""
+    """Whether a function is an attribute of a trusted module, under its own name."""
     if not is_trusted(function.__module__):
         return False
-    found: Any = sys.modules.get(function.__module__)
+    attribute: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is function
+        attribute = getattr(attribute, name, None)
+    return attribute is function

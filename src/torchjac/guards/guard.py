@@ -1,36 +1,37 @@
-"""Guards: whether what a capture froze is still as it was.
+"""Guards: whether the values that a capture froze are as they were.
 
-`build_guard(call)` walks everything that the function can read and gives a `Guard`, whose
-`mismatch(call)` says what differs in a later call, or None. The rule is that of the whole library:
-what cannot be seen is not trusted, so a function that reads something whose changes are invisible
-is `Unguardable`, and its captures are not used twice.
+`build_guard(call)` walks every value that the function can read, and returns a `Guard`. Its method
+`mismatch(call)` names the first difference of a later call, or returns None. A function that reads
+a value whose changes cannot be seen is `Unguardable`, and its captures are not used twice.
 
-**What counts as read.** Code; closure variables, default arguments, global variables and builtins
-that code names, through functions of a user's own modules; attributes of objects, classes and
-modules that code names (all of them where names are computed, as with `getattr`); results that
-`functools.lru_cache` remembers; what an object's class is registered for (trees, abstract classes);
-all of an `nn.Module`'s parameters, buffers, submodules, hooks and training flags; containers with
-all they hold; settings of torch. Tensors are known by identity, version and memory, NumPy arrays
-and numbers by value.
+The checks of a guard are data (`guards.rules`, `guards.checks`) with two interpreters: the walk of
+`mismatch`, and the guard predicate (`guards.predicate`), one compiled function for the fast path.
 
-**What counts as an argument.** Numbers in floating-point and complex tensors are not given out
-while a function is traced, so of these shape, strides, dtype and device count; integer and bool
-tensors and everything else by value.
+**Values that count as read.** Code; closure variables, default arguments, global variables and
+builtins that code names, through functions of a user's own modules; attributes of objects, classes
+and modules that code names (all attributes where names are computed, as with `getattr`); results in
+the caches of `functools.lru_cache`; registrations of an object's class (trees, abstract classes);
+all parameters, buffers, submodules, hooks and training flags of an `nn.Module`; containers with
+all their items; settings of torch. Tensors are compared by identity, version and memory, NumPy
+arrays and numbers by value.
 
-**What is refused.** What reads the world outside (files, clocks, random numbers, the environment),
-and what reaches everything (`globals()`, `sys.modules`, `import_module`, frames); operators of
+**Arguments.** The numbers in floating-point and complex tensors are unknown while a function is
+traced, so only shape, strides, dtype and device of these count. Integer and bool tensors, and all
+other arguments, count by value.
+
+**Refused code.** Code that reads the world outside (files, clocks, random numbers, the environment)
+or reaches everything (`globals()`, `sys.modules`, `import_module`, frames); operators of
 `torch.ops` that are not PyTorch's own; modules and classes that compute their attributes; dispatch
-by type (`singledispatch`); modes of torch other than a default device; attributes that were given
-to tensors, where code names them. A name counts where code uses it of the module in question:
+by type (`singledispatch`); modes of torch other than a default device; a user's attributes of
+tensors, where code names them. A name counts where code reads it of the module in question:
 `self.load` is not `torch.load`.
 
-**What no guard sees.** Writes that leave no trace in a tensor's version: through `tensor.data`, a
-storage, DLPack, the array of `tensor.numpy()`, from C extensions. Code of torch, NumPy, SciPy and
-the standard library that is replaced while the program runs, and state that it keeps (what other
-loggers do than the one that is asked; what is registered with an abstract class of its own).
-Anything outside of the process that is read by other ways than those that are refused. What
-`__repr__` or `__str__` of an object say. Attributes read by computed names in code that hides the
-computation.
+**Changes that no guard sees.** Writes that leave no trace in a tensor's version: through
+`tensor.data`, a storage, DLPack, the array of `tensor.numpy()`, from C extensions. Code of torch,
+NumPy, SciPy and the standard library that is replaced while the program runs, and state of these
+libraries (other loggers than the one that code asks; registrations with an abstract class of a
+library). Reads from outside of the process by other ways than the refused ones. The results of
+`__repr__` and `__str__`. Attributes read by computed names in code that hides the computation.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ from torchjac.guards.settings import Settings, State, settings
 
 @dataclass(frozen=True, slots=True)
 class Unguardable:
-    """A call of which nothing can say whether it means the same the next time.
+    """A call without a guard: it reads a value whose changes cannot be seen.
 
     Attributes:
-        reason: The value that it reads, and why no guard sees a change of that.
+        reason: The value, in words.
     """
 
     reason: str
@@ -66,7 +67,7 @@ class Unguardable:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Everything that a call read, as checks.
+    """Checks of every value that a call reads.
 
     Attributes:
         size: Number of values that are checked.
@@ -98,18 +99,18 @@ class Guard:
         states: Sequence[Callable[[], Any]] = (),
         unchanged: Unchanged = lambda _: None,
     ) -> Predicate | None:
-        """One function that passes arguments like those of a call, if nothing differs.
+        """The guard predicate: a function of positional arguments, whether the guard holds.
 
-        Arguments that the predicate does not pass may still match. It is for the function of this
-        call alone.
+        Arguments that the predicate does not pass may still match. The predicate is for the
+        function of this call alone.
 
         Args:
             call: The call.
-            states: Functions that must give the same as now.
-            unchanged: Makes a test of readings of torch's library, where that can be done.
+            states: Further functions whose results must stay the same.
+            unchanged: Makes a test of readings of torch's library, or None.
 
         Returns:
-            The predicate; None where there is none, or none that is faster.
+            The predicate; None for a call that it cannot pass, or without a fast comparison.
         """
         if call.kwargs or not self._arguments.flat or self.mismatch(call) is not None:
             return None
@@ -122,7 +123,7 @@ class Guard:
         return code.function(unchanged)
 
     def has_grown(self) -> bool:
-        """Whether functions that remember their results have computed more of them since."""
+        """Whether a cached function has computed further results since."""
         caches = [(cache(), misses) for cache, misses in self._caches]
         return any(c is not None and c.cache_info().misses != n for c, n in caches)
 
@@ -135,7 +136,7 @@ def build_guard(call: Call, policy: Policy = Policy()) -> Guard | Unguardable:  
         policy: The properties of a module's tensors that matter.
 
     Returns:
-        A `Guard`, or `Unguardable` with the reason.
+        The guard, or `Unguardable`.
     """
     names: frozenset[str] = frozenset()
     mode = foreign_mode()
@@ -146,7 +147,7 @@ def build_guard(call: Call, policy: Policy = Policy()) -> Guard | Unguardable:  
         while True:  # until no more code is reached
             builder = ObjectBuilder(policy, names)
             checks = arguments(leaves, builder), *_checks(call, builder)
-            builder.alive.clear()  # nothing stays alive until garbage is collected
+            builder.alive.clear()  # now, not when garbage is collected
             if builder.reached <= names:
                 return Guard(builder.count, of_torch, *checks, tuple(builder.caches))
             names |= builder.reached

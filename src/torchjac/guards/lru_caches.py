@@ -1,4 +1,4 @@
-"""What `functools.lru_cache` remembers. Python does not show it, but its garbage collector does."""
+"""The results in a cache of `functools.lru_cache`, which only the garbage collector shows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def cached_results(function: Any) -> dict[int, tuple[Any, Any]] | None:
-    """Arguments and result of each call that is remembered, by the identity of the arguments.
+    """Arguments and result of each cached call, by the identity of the arguments.
 
     Args:
-        function: A function that `functools.lru_cache` made.
+        function: The result of `functools.lru_cache`.
 
     Returns:
-        None where they are not seen.
+        A dictionary; None where the results are not visible.
     """
     size = function.cache_info().currsize
     if not size:

@@ -1,4 +1,4 @@
-"""Watching objects of a user's classes, the classes themselves, and `nn.Module`s."""
+"""Checks of objects of a user's classes, of the classes, and of `nn.Module`s."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from torchjac.guards.rules import (
     same_class,
 )
 
-# Names in a class that no derivative depends on.
+# Names in a class on which no derivative depends.
 _NOT_READ = frozenset(
     {
         "__abstractmethods__",
@@ -74,10 +74,10 @@ _OF_MODULES = frozenset(vars(nn.Module())) - SAVING_HOOKS - set(_MEMBERS)
 
 def _registered(cls: Any) -> frozenset[Any]:
     """The classes that are registered with an abstract class, or with a subclass of it."""
-    found = set(abc._get_dump(cls)[0])  # type: ignore[attr-defined]
+    classes = set(abc._get_dump(cls)[0])  # type: ignore[attr-defined]
     for inner in cls.__subclasses__():
-        found |= _registered(inner)
-    return frozenset(found)
+        classes |= _registered(inner)
+    return frozenset(classes)
 
 
 def _logs(logger: logging.Logger) -> tuple[Any, ...]:
@@ -107,7 +107,7 @@ _NO_OWN = Rule(
     has_own=_has_own,
 )
 _IS_CLASS = Clause("x is cls()", "{path} is another class now: {shown(x)}")
-# By number: a check that had the bases themselves would keep them alive.
+# Bases are compared by id: references to them would keep them alive.
 _SAME_BASES = Clause("list(map(id, x.__mro__)) == bases", "the bases of {path} changed")
 _CLASS = Rule("cls bases", _IS_CLASS, _SAME_BASES)
 _ABSTRACT = Rule(
@@ -140,15 +140,15 @@ class ObjectBuilder(FunctionBuilder):
         self.kinds += [(type, self._class), (nn.Module, self._network), (object, self._object)]
 
     def tensor(self, value: torch.Tensor, path: str, what: What) -> Check:
-        """As for any tensor, and that code reads nothing else of it."""
+        """A check of a tensor, and of the attributes that code reads of it."""
         return self.with_attributes(value, path, super().tensor(value, path, what))
 
     def matters(self, value: torch.Tensor) -> What:
-        """What of a tensor matters: the policy says it of parameters and of buffers."""
+        """The properties of a tensor that matter; the policy has them for buffers too."""
         return self.policy.buffers if id(value) in self._buffers else super().matters(value)
 
     def numbered(self, number: int, value: Any, check: Check) -> Check:
-        """A check of an object to which others may refer; a faster one for a tensor."""
+        """A check of an object that `Again` may refer to; a faster one for a tensor."""
         like = self.like(value) if isinstance(value, torch.Tensor) else None
         if like is None or (what := self.matters(value)) == "shapes":
             return super().numbered(number, value, check)
@@ -156,11 +156,11 @@ class ObjectBuilder(FunctionBuilder):
         return Numbered(number, same(value, like, check))
 
     def like(self, value: Any) -> tensors.Like | None:
-        """A test for all facts of a tensor at once; None where code reads more of it."""
+        """A test for all facts of a tensor but its numbers; None where code reads more of it."""
         return None if "grad" in self.names else tensors.like(value)
 
     def with_attributes(self, value: torch.Tensor, path: str, check: Check) -> Check:
-        """A check of a tensor, and that it has no attributes of a user's that code reads."""
+        """A check of a tensor, which may not have attributes of a user's that code reads."""
         own = _NO_OWN(path, self.names, self._computed)
         if not own.test(value):  # the tensors that are traced in its place have none
             self.refuse(f"{path} has attributes that are no part of a tensor")
@@ -173,12 +173,12 @@ class ObjectBuilder(FunctionBuilder):
         return At(_HOOKS, self.value(list(GLOBAL_HOOKS), "global module hooks"))
 
     def _class(self, value: type, path: str) -> Check:
-        """A class: its own namespace, and those of its bases, if they are a user's."""
+        """A check of a class that code calls."""
         self.reached.add(_making(value))
         return self.class_of_instances(value, path)
 
     def class_of_instances(self, value: type, path: str) -> Check:
-        """A class that objects are of: what code reads of it, and of its bases."""
+        """A check of the class of an object: of its namespace, and of those of a user's bases."""
         own = [c for c in value.__mro__ if not is_trusted(c.__module__)]
         if not own:
             return identical(value, path)
@@ -197,7 +197,7 @@ class ObjectBuilder(FunctionBuilder):
         return Compound(leaf, [inner])
 
     def instance(self, value: Any, path: str) -> Check:
-        """Class, attributes and slots of an object."""
+        """A check of the class, the attributes and the slots of an object."""
         cls = type(value)
         _refuse_magic(cls, path)
         checks: list[Check] = [
@@ -227,14 +227,14 @@ class ObjectBuilder(FunctionBuilder):
         return self.instance(value, path)
 
     def _inert(self, value: Any, path: str) -> Check:
-        """An object whose state matters only where code asks for it: the level of a logger."""
+        """A check of an object without state that matters, but for the level of a logger."""
         same = same_class(value, path)
         if not isinstance(value, logging.Logger) or self.names.isdisjoint(_OF_LOGGERS):
             return same
         return All([same, _LOGGER(path, _logs(value))])
 
     def _read_of(self, cls: type) -> Callable[[str], bool]:
-        """Which attributes of an object are read: those that code names."""
+        """Whether an attribute of an object is read, by its name."""
         bases = [c for c in cls.__mro__ if is_trusted(c.__module__)]
         known = any(c not in (object, nn.Module) for c in bases)
         if self._computed or known or tree_functions(cls):
@@ -245,7 +245,7 @@ class ObjectBuilder(FunctionBuilder):
         )
 
     def _network(self, value: nn.Module, path: str) -> Check:
-        """A module: hooks, training flag, parameters, buffers, submodules, and its attributes."""
+        """A check of an `nn.Module`: of its class, its members and its attributes."""
         self.modules = True
         _refuse_magic(type(value), path)
         if not _is_plain(value):
@@ -264,7 +264,7 @@ class ObjectBuilder(FunctionBuilder):
 
 _CONSTANT_MODULES = frozenset({"torch._ops", "typing"})
 _T = TypeVar("_T")
-# Classes of objects whose state no derivative depends on; not their subclasses.
+# Classes of objects on whose state no derivative depends. Subclasses are not among them.
 _INERT: set[type] = {
     logging.Logger,
     logging.RootLogger,
@@ -286,17 +286,17 @@ def inert(cls: type[_T]) -> type[_T]:
 
 
 def _is_read(
-    names: frozenset[str], everything: bool, made: bool, foreign: list[type], name: str
+    names: frozenset[str], everything: bool, called: bool, foreign: list[type], name: str
 ) -> bool:
     """Whether an entry of a class is read: by name, by Python itself, or by code of a base."""
-    if name in _NOT_READ or (name in _MAKING and not made):
+    if name in _NOT_READ or (name in _MAKING and not called):
         return False
     special = name.startswith("__") and name.endswith("__")
     return everything or special or name in names or any(hasattr(c, name) for c in foreign)
 
 
 def _making(cls: type) -> str:
-    """Stands among the names of code for: the class itself may be called."""
+    """The entry among the names of code that says: code may call the class."""
     return f"new {cls.__module__}.{cls.__qualname__}"
 
 
@@ -304,8 +304,8 @@ def _refuse_magic(cls: type, path: str) -> None:
     for c in cls.__mro__:
         if c in (object, nn.Module):
             continue
-        found = [vars(c)[n] for n in ("__getattr__", "__getattribute__") if n in vars(c)]
-        if any(not isinstance(method, types.WrapperDescriptorType) for method in found):
+        methods = [vars(c)[n] for n in ("__getattr__", "__getattribute__") if n in vars(c)]
+        if any(not isinstance(method, types.WrapperDescriptorType) for method in methods):
             raise NotUnderstood(f"{path} computes its attributes ({c.__name__}.__getattr__)")
 
 
@@ -321,8 +321,8 @@ def _slots(cls: type) -> Iterable[str]:
 
 def slots_of(cls: type) -> list[types.MemberDescriptorType]:
     """The slots of a user's classes."""
-    found = [vars(c).get(name) for c in cls.__mro__ for name in _slots(c)]
-    return [slot for slot in found if isinstance(slot, types.MemberDescriptorType)]
+    slots = [vars(c).get(name) for c in cls.__mro__ for name in _slots(c)]
+    return [slot for slot in slots if isinstance(slot, types.MemberDescriptorType)]
 
 
 def _has_space(value: Any) -> bool:

@@ -97,7 +97,7 @@ class GuardCode:
             self._open = []
 
     def need_like(self, variable: str, tensor: Tensor) -> None:
-        """Adds a condition: a variable has the kind, shape, strides, dtype and device of a tensor."""
+        """Adds a condition: a variable is a tensor like another in all but its numbers."""
         self._tensors.append((variable, tensor))
 
     def read(self, reading: Reading | None, first: int) -> None:

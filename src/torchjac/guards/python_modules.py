@@ -1,4 +1,4 @@
-"""Watching modules, and refusing what reads the world outside of the program."""
+"""Checks of modules, and refusals of code that reads the world outside of the program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchjac.guards.containers import ContainerBuilder
 from torchjac.guards.rules import NAMESPACE, Access, Check, Clause, Rule, identical
 
 _OUTSIDE = "reads what lies outside of the program, or gives another value on every call"
-_FOUND = Access("x.get(key)")
+_BY_NAME = Access("x.get(key)")
 _MODULE = Rule("module", Clause("x is module()", "{path} is another module now: {shown(x)}"))
 _NAMED = (types.BuiltinFunctionType, types.FunctionType, type)
 
@@ -28,12 +28,12 @@ _NAMED = (types.BuiltinFunctionType, types.FunctionType, type)
 class ModuleBuilder(ContainerBuilder):
     """Builds checks of modules.
 
-    Which attributes of objects and modules are read is known by their names: the names in all code
-    that is reached. That set grows while code is walked, so a walk is repeated until it does not.
+    Attributes are read by names, so the names in all code that is reached say which attributes are
+    read. The set of names grows while code is walked, so walks are repeated until it is complete.
 
     Attributes:
         names: Names in the code that earlier walks reached.
-        reached: Names in the code that this walk reached.
+        reached: Names in the code that the current walk reaches.
     """
 
     def __init__(self, policy: Policy, names: frozenset[str]):
@@ -43,7 +43,7 @@ class ModuleBuilder(ContainerBuilder):
         self.kinds = [*self.kinds, (types.ModuleType, self._module)]
 
     def refuse(self, reason: str) -> None:
-        """Ends the walk: it cannot be seen whether what was met changes.
+        """Ends the walk, at a value whose changes cannot be seen.
 
         Raises:
             NotUnderstood: Always.
@@ -51,7 +51,7 @@ class ModuleBuilder(ContainerBuilder):
         raise NotUnderstood(reason)
 
     def value(self, value: Any, path: str) -> Check:
-        """A check that the value at this path is as it is now."""
+        """A check of the value at a path."""
         if isinstance(value, _NAMED):
             home = getattr(value, "__module__", None)
             if is_volatile(home, value.__name__):
@@ -68,7 +68,7 @@ class ModuleBuilder(ContainerBuilder):
         return super().value(value, path)
 
     def variable(self, value: Any, path: str, used: Iterable[str]) -> Check:
-        """A check of a variable of which code reads these attributes and nothing else."""
+        """A check of a variable. Code reads only these attributes if it is a module."""
         if not isinstance(value, types.ModuleType) or "" in used:
             return self.value(value, path)
         for chain in sorted(used):
@@ -76,12 +76,12 @@ class ModuleBuilder(ContainerBuilder):
         return self._known(value, path)
 
     def _known(self, value: types.ModuleType, path: str) -> Check:
-        """A check of a module of which it was noted before what is read."""
+        """A check of a module, after the names that are read of it are in `reached`."""
         self.counted(path)
         return self.remember(value, path, self._module)
 
     def _module(self, value: types.ModuleType, path: str) -> Check:
-        """A Python module: those that are trusted do not change, of others what code names."""
+        """A check of a module: a trusted one does not change, of a user's code reads some names."""
         if is_trusted(value.__name__):
             return identical(value, path)
         if not is_trusted(type(value).__module__):
@@ -89,19 +89,21 @@ class ModuleBuilder(ContainerBuilder):
         names, space = self.names, vars(value)
         modules = {name for name, held in space.items() if isinstance(held, types.ModuleType)}
         named = {name for name in space if _read(value, name) in names}
-        below = []  # modules that are only read by attributes which are noted
+        below = {}  # modules of which only names in `reached` are read
         if _read(value, _ALL) in names:
             everything = computed(names, of="modules")
             named |= {n for n in space if n in names or (everything and n not in modules | _HEAD)}
         else:
-            below = [(n, self._known(space[n], f"{path}.{n}")) for n in sorted(named & modules)]
+            below = {n: self._known(space[n], f"{path}.{n}") for n in sorted(named & modules)}
             named -= modules
-        checks: list[Check] = [Parts(_FOUND, [n for n, _ in below], [check for _, check in below])]
+        checks: list[Check] = []
+        if below:
+            checks.append(Parts(_BY_NAME, [*below], [*below.values()]))
         checks.append(self.attributes(space, path, named.__contains__))
         return Compound(_MODULE(path, weakref.ref(value)), [At(NAMESPACE, All(checks))])
 
     def _along(self, module: types.ModuleType, path: str, parts: list[str]) -> None:
-        """Refuses the outside where code reads these attributes, one of the other."""
+        """Refuses the world outside in a chain of attributes, as in `np.random.rand`."""
         for part in parts:
             self.reached.add(_read(module, part))
             if is_volatile(module.__name__, part):
@@ -118,7 +120,7 @@ class ModuleBuilder(ContainerBuilder):
         self._within(module, path)
 
     def _within(self, module: types.ModuleType, path: str) -> None:
-        """Refuses the outside where code may read any of the attributes that code names."""
+        """Refuses the world outside in any attribute of a module that code names."""
         if "__getattr__" in vars(module):
             self._computes(module, path)
         space = vars(module)
@@ -137,7 +139,7 @@ class ModuleBuilder(ContainerBuilder):
                     self._operator(path, name)
 
     def _operator(self, path: str, namespace: str) -> None:
-        """What `torch.ops.mine.op` runs hangs on no object that can be walked."""
+        """Refuses a user's operator: no object that could be walked leads to its code."""
         self.refuse(f"{path}: operators of torch.ops.{namespace} are defined out of sight")
 
     def _computes(self, module: types.ModuleType, path: str) -> None:
@@ -146,10 +148,10 @@ class ModuleBuilder(ContainerBuilder):
 
 
 _ALL = "*"
-# What every module has.
+# Names that every module has.
 _HEAD = frozenset(vars(types.ModuleType("m"))) | {"__builtins__", "__cached__", "__file__"}
 
 
 def _read(module: types.ModuleType, name: str) -> str:
-    """Stands among the names of code for: this is read of the module."""
+    """The entry among the names of code that says: code reads this name of the module."""
     return f"{module.__name__}:{name}"

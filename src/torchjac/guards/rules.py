@@ -158,7 +158,7 @@ class Rule:
 
     @functools.cached_property
     def _words(self) -> list[tuple[Any, Any, Any]]:
-        """Condition, reason and finality of each clause, as functions of value, path and constants."""
+        """Condition, reason and finality of each clause: functions of value, path, constants."""
         names = ["x", "path", *self.names]
         texts = [(c.accepts, f"f{c.words!r}", c.final) for c in self.clauses]
         return [

@@ -13,18 +13,23 @@ from torchjac.guards.rules import Check, Mismatch, Seen, constant, emit_constant
 
 @frozen
 class State(Check):
-    """A function without arguments gives the same value; of a setting there may be a reading."""
+    """The result of a function without arguments (a setting of torch, mostly).
+
+    Attributes:
+        read: The function.
+        value: Its result.
+    """
 
     read: Callable[[], Any]
     value: Any
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
-        """The change of the value."""
+        """The change of the result."""
         path = getattr(self.read, "__name__", "a setting")
         return constant(self.value, path).explain(self.read(), seen)
 
     def emit(self, code: GuardCode, place: str) -> None:
-        """Writes a comparison of the value, which a reading may replace."""
+        """Writes the comparison as lines that a reading replaces, if torch's library has one."""
         first = code.position
         emit_constant(code, f"{code.hold(self.read)}()", self.value)
         code.read(setting(self.read), first)
@@ -32,13 +37,14 @@ class State(Check):
 
 @frozen
 class Settings(Check):
-    """Settings and modes of torch are as they were.
+    """Settings and modes of torch.
 
     Attributes:
-        ambient: All of them.
-        usual: The same as functions and values, faster to compare; None where there are modes. The
-            predicate has these alone: with modes there is none.
-        values: These values.
+        ambient: The value of each.
+        usual: Functions and results that say the same in less time; None where there are modes.
+            Equal results imply equal settings. The predicate compares these results alone, so there
+            is none under modes.
+        values: The results.
     """
 
     ambient: tuple[Any, ...]
@@ -65,7 +71,7 @@ class Settings(Check):
 
 
 def settings() -> Settings:
-    """The check of the settings and modes of now."""
+    """The check of the current settings and modes."""
     pairs = usual_one_by_one()
     if pairs is None:
         return Settings(ambient(), None, None)

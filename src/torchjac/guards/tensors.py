@@ -1,8 +1,8 @@
 """Checks of tensors and of arrays.
 
-A guard runs on every call, and most of its checks are about tensors. A `TensorGuards` object of
-torch compares all facts of a tensor but its numbers at once (`like`); attribute by attribute takes
-five times as long. A value that `like` does not pass is compared by the other rules.
+Most checks of a guard are about tensors. One function of torch (`like`) compares all facts of a
+tensor but its numbers; reading attribute by attribute takes five times as long. Where `like` does
+not pass a tensor, the slower rules decide.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torchjac.guards.constants import NotUnderstood
 from torchjac.guards.predicate import GuardCode
 from torchjac.guards.rules import Check, Clause, Leaf, Rule
 
-# Bytes of a NumPy array, which has no version: they are compared (64 KiB take 3 us).
+# Bytes of a NumPy array, which has no version, so that its bytes are compared (64 KiB take 3 us).
 MOST_BYTES = 1 << 16
-# Elements of a tensor of inference mode, which has no version either.
+# Elements of a tensor of inference mode, which has no version either, so that they are compared.
 MOST_ELEMENTS = 1 << 12
 
 Like = Callable[[Any], bool]
 
 
 def _layout(tensor: Tensor, dense: bool) -> tuple[Any, ...]:
-    """The facts of a tensor that may change without its version, but for its place in memory."""
+    """Facts of a tensor that may change while its version stays."""
     if not dense:
         return tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
@@ -96,7 +96,7 @@ def refuse_wrapped(value: Tensor, path: str) -> None:
     """Refuses tensors of subclasses and of transforms.
 
     Raises:
-        NotUnderstood: It is one.
+        NotUnderstood: The tensor is of a subclass, or belongs to a transform.
     """
     if type(value) not in PLAIN_TENSORS or is_wrapped(value):
         raise NotUnderstood(f"{path} is a tensor of type {type(value).__name__}")
@@ -109,12 +109,12 @@ def shape(value: Tensor, path: str) -> Leaf:
 
 
 def identity(value: Tensor, path: str) -> Check:
-    """A check that this very tensor is there, with any numbers."""
+    """A check for this very tensor, with any numbers."""
     return Compound(_OBJECT(path, weakref.ref(value)), [shape(value, path)])
 
 
 def values(value: Tensor, path: str) -> Leaf:
-    """A check that this very tensor is there, with its numbers; of inference mode, of equal ones.
+    """A check for this very tensor with its numbers; in inference mode, for equal numbers.
 
     Raises:
         NotUnderstood: A tensor of inference mode is too large to be compared.
@@ -135,7 +135,7 @@ def array(value: Any, path: str) -> Leaf:
     """A check of a NumPy array: its kind, and its bytes.
 
     Raises:
-        NotUnderstood: It is of another kind, or too large.
+        NotUnderstood: The array is of a subclass, holds objects, or is too large.
     """
     if type(value) is not np.ndarray or value.dtype.hasobject:
         raise NotUnderstood(f"{path} is an array of Python objects, or of a class of its own")
@@ -149,7 +149,7 @@ def array(value: Any, path: str) -> Leaf:
 
 @dataclass(frozen=True)
 class _Read(Clause):
-    """A clause that a reading of torch's library replaces, where there is one.
+    """A clause that a reading of torch's library replaces, if the library has the reading.
 
     Attributes:
         reading: From the tensor to the reading.
@@ -158,7 +158,7 @@ class _Read(Clause):
     reading: Callable[[Tensor], Reading | None] = lambda _: None
 
     def emit(self, code: GuardCode, condition: str, x: str, constants: Mapping[str, Any]) -> None:
-        """Writes the condition, and says that the reading replaces this line."""
+        """Writes the condition as a line that the reading replaces."""
         first = code.position
         super().emit(code, condition, x, constants)
         code.read(self.reading(constants["tensor"]()), first)
@@ -166,10 +166,14 @@ class _Read(Clause):
 
 @dataclass(frozen=True)
 class _Object(Clause):
-    """The clause that a value is this very tensor; further readings depend on one of it."""
+    """The clause that a value is this very tensor.
+
+    What is read of the tensor later lies in the implementation behind the object, which
+    `swap_tensors` can replace: so that is read first.
+    """
 
     def emit(self, code: GuardCode, condition: str, x: str, constants: Mapping[str, Any]) -> None:
-        """Writes the condition, and then a reading of the implementation behind the object."""
+        """Writes the condition, and adds a reading that replaces no line."""
         super().emit(code, condition, x, constants)
         code.read(native.implementation(constants["tensor"]()), code.position)
 
@@ -179,7 +183,7 @@ class _Like(Clause):
     """The clause that a value is like a tensor in all but its numbers."""
 
     def emit(self, code: GuardCode, condition: str, x: str, constants: Mapping[str, Any]) -> None:
-        """Adds the tensor to those that one test at the end of the predicate compares."""
+        """Adds the tensor to the one comparison of tensors at the end of the predicate."""
         known = x in code.arguments
         code.need_like(x, code.arguments[x] if known else constants["tensor"]())
 
@@ -195,7 +199,7 @@ _SAME_VALUES = Rule(
 
 
 def like(value: Any) -> Like | None:
-    """A test for all facts of a tensor but its numbers; None where it does not see all of them."""
+    """A test for all facts of a tensor but its numbers; None where it would miss facts."""
     plain = (
         type(value) in PLAIN_TENSORS
         and value.layout is torch.strided
@@ -206,18 +210,18 @@ def like(value: Any) -> Like | None:
 
 
 def same_object(value: Tensor, like: Like, check: Check) -> Check:
-    """This very tensor, at its place in memory; another check decides where it is not."""
+    """A check for this very tensor at its place in memory; else another check decides."""
     leaf = _SAME_OBJECT("", weakref.ref(value), value.data_ptr(), like)
     return Sufficient(leaf, check, leaf.test)
 
 
 def same_values(value: Tensor, like: Like, check: Check) -> Check:
-    """The same, and nobody has written to the tensor."""
+    """The same for a tensor that has not been written to."""
     leaf = _SAME_VALUES("", weakref.ref(value), value._version, value.data_ptr(), like)
     return Sufficient(leaf, check, leaf.test)
 
 
 def like_argument(like: Like, check: Check) -> Check:
-    """A check that an argument is like a tensor; else another check decides."""
+    """A check for an argument like a tensor; else another check decides."""
     leaf = _LIKE_ARGUMENT("", like)
     return Sufficient(leaf, check, leaf.test)
