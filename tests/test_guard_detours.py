@@ -57,17 +57,17 @@ def _as_it_was() -> Iterator[None]:
 
 @pytest.mark.parametrize("case", detours.NOTICED, ids=lambda c: c.__name__)
 class TestNoticed:
-    def test_the_fingerprint_says_what_changed(self, case: Callable[[], Case]) -> None:
+    def test_the_guard_names_the_change(self, case: Callable[[], Case]) -> None:
         f, change = case()
         guard = guarded(call(f))
         assert guard.mismatch(call(f)) is None
         change()
-        found = guard.mismatch(call(f))
-        assert found is not None
-        assert len(found.reason) > 10
-        assert "cannot be compared" not in found.reason
+        mismatch = guard.mismatch(call(f))
+        assert mismatch is not None
+        assert len(mismatch.reason) > 10
+        assert "cannot be compared" not in mismatch.reason
 
-    def test_a_new_capture_is_made(self, case: Callable[[], Case]) -> None:
+    def test_there_is_a_new_capture(self, case: Callable[[], Case]) -> None:
         f, change = case()
         cache: CaptureCache[Tensor] = CaptureCache()
         before = direct(f)
@@ -245,9 +245,9 @@ class TestModes:
     def test_kernels(self, change: Callable[[], Any]) -> None:
         guard = guarded(call(torch.sin))
         with change():
-            found = guard.mismatch(call(torch.sin))
-        assert found is not None
-        assert "kernels" in found.reason
+            mismatch = guard.mismatch(call(torch.sin))
+        assert mismatch is not None
+        assert "kernels" in mismatch.reason
 
 
 class TestWhatIsOfTheStandardLibrary:
@@ -260,7 +260,7 @@ class TestWhatIsOfTheStandardLibrary:
             monkeypatch.setitem(sys.modules, "wave", mine)
             assert not is_trusted("wave")
 
-    def test_others(self) -> None:
+    def test_which_modules_are_trusted(self) -> None:
         assert is_trusted("torch.nn")
         assert is_trusted("builtins")
         assert not is_trusted(__name__)
