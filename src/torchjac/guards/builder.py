@@ -19,13 +19,14 @@ from torchjac.guards.checks import Again, Compound, Constants, Numbered, Parts
 from torchjac.guards.constants import NotUnderstood, constant_test, is_flat, shown
 from torchjac.guards.rules import ENTRY, Access, Check, Clause, Rule, constant
 
-What = Literal["values", "objects", "shapes"]
+# Facts of a tensor that are compared: its numbers, the object alone, or the shape alone.
+Level = Literal["values", "objects", "shapes"]
 Only = Callable[[str], bool] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The properties of a module's tensors that matter.
+    """The level at which a module's tensors are compared.
 
     Attributes:
         parameters: `values`: a parameter that is replaced or written to is a change. `objects`:
@@ -34,8 +35,8 @@ class Policy:
         buffers: The same for the buffers of modules.
     """
 
-    parameters: What = "values"
-    buffers: What = "values"
+    parameters: Level = "values"
+    buffers: Level = "values"
 
 
 # Checks of one guard; more would cost milliseconds on every call.
@@ -76,7 +77,7 @@ class GuardBuilder:
     """Builds the checks of values, and numbers the objects among them.
 
     Attributes:
-        policy: The properties of a module's tensors that matter.
+        policy: The level at which a module's tensors are compared.
         count: Number of checks so far.
         alive: Objects that were met, constants aside. While they live no id is used twice.
         kinds: Types of objects, each with the function that builds a check.
@@ -169,14 +170,14 @@ class GuardBuilder:
         raise NotUnderstood(f"{path} is an object of type {type(value).__name__}")
 
     def _tensor(self, value: Tensor, path: str) -> Check:
-        return self.tensor(value, path, self.matters(value))
+        return self.tensor(value, path, self.level(value))
 
-    def matters(self, value: Tensor) -> What:
-        """The properties of a tensor that matter; a subclass may know more."""
+    def level(self, value: Tensor) -> Level:
+        """The level at which a tensor is compared; a subclass may know more."""
         return self.policy.parameters if isinstance(value, nn.Parameter) else "values"
 
-    def tensor(self, value: Tensor, path: str, what: What) -> Check:
-        """A check of a tensor: of its shape, or of the object, or of its values too."""
+    def tensor(self, value: Tensor, path: str, level: Level) -> Check:
+        """A check of a tensor at a level."""
         make = {"values": tensors.values, "objects": tensors.identity, "shapes": tensors.shape}
         tensors.refuse_wrapped(value, path)
-        return make[what](value, path)
+        return make[level](value, path)

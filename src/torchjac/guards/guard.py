@@ -133,7 +133,7 @@ def build_guard(call: Call, policy: Policy = Policy()) -> Guard | Unguardable:  
 
     Args:
         call: The function and its arguments.
-        policy: The properties of a module's tensors that matter.
+        policy: The level at which a module's tensors are compared.
 
     Returns:
         The guard, or `Unguardable`.

@@ -16,7 +16,7 @@ from torch import nn
 
 from torchjac._torch.state import GLOBAL_HOOKS, SAVING_HOOKS, tree_functions
 from torchjac.guards import tensors
-from torchjac.guards.builder import Policy, What
+from torchjac.guards.builder import Level, Policy
 from torchjac.guards.bytecode import computed, is_trusted, is_volatile
 from torchjac.guards.checks import All, At, Compound, Numbered, Parts
 from torchjac.guards.constants import NotUnderstood
@@ -139,20 +139,20 @@ class ObjectBuilder(FunctionBuilder):
         self._buffers: set[int] = set()
         self.kinds += [(type, self._class), (nn.Module, self._network), (object, self._object)]
 
-    def tensor(self, value: torch.Tensor, path: str, what: What) -> Check:
+    def tensor(self, value: torch.Tensor, path: str, level: Level) -> Check:
         """A check of a tensor, and of the attributes that code reads of it."""
-        return self.with_attributes(value, path, super().tensor(value, path, what))
+        return self.with_attributes(value, path, super().tensor(value, path, level))
 
-    def matters(self, value: torch.Tensor) -> What:
-        """The properties of a tensor that matter; the policy has them for buffers too."""
-        return self.policy.buffers if id(value) in self._buffers else super().matters(value)
+    def level(self, value: torch.Tensor) -> Level:
+        """The level at which a tensor is compared; the policy has one for buffers too."""
+        return self.policy.buffers if id(value) in self._buffers else super().level(value)
 
     def numbered(self, number: int, value: Any, check: Check) -> Check:
         """A check of an object that `Again` may refer to; a faster one for a tensor."""
         like = self.like(value) if isinstance(value, torch.Tensor) else None
-        if like is None or (what := self.matters(value)) == "shapes":
+        if like is None or (level := self.level(value)) == "shapes":
             return super().numbered(number, value, check)
-        same = tensors.same_values if what == "values" else tensors.same_object
+        same = tensors.same_values if level == "values" else tensors.same_object
         return Numbered(number, same(value, like, check))
 
     def like(self, value: Any) -> tensors.Like | None:

@@ -48,7 +48,7 @@ def restoring(call: Call) -> Callable[[], AbstractContextManager[None]]:
     return restored
 
 
-# Values that are walked; what lies behind more stays changed.
+# Values that are walked; values behind these stay changed.
 _MOST = 10_000
 _NOTHING = All(())
 

@@ -49,7 +49,7 @@ class Mismatch:
     """A value that is not as it was.
 
     Attributes:
-        reason: The value and its change, from what to what.
+        reason: The value, and the change from old to new.
         final: Whether the value can never be as it was again.
     """
 

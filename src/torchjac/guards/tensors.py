@@ -168,8 +168,8 @@ class _Read(Clause):
 class _Object(Clause):
     """The clause that a value is this very tensor.
 
-    What is read of the tensor later lies in the implementation behind the object, which
-    `swap_tensors` can replace: so that is read first.
+    `swap_tensors` can replace the implementation behind the object, where later readings read. So
+    the address of the implementation is read first.
     """
 
     def emit(self, code: GuardCode, condition: str, x: str, constants: Mapping[str, Any]) -> None:
