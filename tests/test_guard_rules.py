@@ -180,3 +180,41 @@ def test_an_object_that_is_argument_and_closure_variable() -> None:
     mismatch = guard.mismatch(call(f, X, Box(2.0, 3.0)))
     assert mismatch is not None
     assert "no longer the same object" in mismatch.reason
+
+
+def test_closure_variables_come_and_go() -> None:
+    late = [1.0]
+
+    def f(x: Any) -> Any:
+        return x if f.early else x * late[0]  # type: ignore[attr-defined]
+
+    f.early = True  # type: ignore[attr-defined]
+    assert f.__closure__ is not None
+    cell = f.__closure__[f.__code__.co_freevars.index("late")]
+    del cell.cell_contents
+    guard = guarded(call(f))
+    assert guard.mismatch(call(f)) is None
+    cell.cell_contents = [1.0]
+    mismatch = guard.mismatch(call(f))
+    assert mismatch is not None
+    assert mismatch.reason == "closure variable late was set"
+    guard = guarded(call(f))
+    assert guard.mismatch(call(f)) is None
+    del cell.cell_contents
+    mismatch = guard.mismatch(call(f))
+    assert mismatch is not None
+    assert mismatch.reason == "closure variable late was deleted"
+
+
+def test_braces_and_quotes_in_a_path() -> None:
+    table = {"{a}'\"": lambda x, scale=2.0: x * scale}
+
+    def f(x: Any) -> Any:
+        return table["{a}'\""](x)
+
+    guard = guarded(call(f))
+    assert guard.mismatch(call(f)) is None
+    next(iter(table.values())).__defaults__ = (3.0,)
+    mismatch = guard.mismatch(call(f))
+    assert mismatch is not None
+    assert mismatch.reason.startswith("default argument scale of closure variable table[")

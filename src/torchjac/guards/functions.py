@@ -205,13 +205,13 @@ class FunctionBuilder(ModuleBuilder):
         code, values = function.__code__, function.__defaults__ or ()
         names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
         keywords = function.__kwdefaults__ or {}
-        positions, path = range(len(values)), f"default argument {{key}}{of}"
         checks: list[Check] = []
         if values:
-            inner = [self.value(v, path.format(key=n)) for n, v in zip(names, values, strict=True)]
-            checks.append(Parts(_DEFAULT, positions, inner))
+            pairs = zip(names, values, strict=True)
+            inner = [self.value(v, f"default argument {n}{of}") for n, v in pairs]
+            checks.append(Parts(_DEFAULT, range(len(values)), inner))
         if keywords:
-            inner = [self.value(v, path.format(key=n)) for n, v in keywords.items()]
+            inner = [self.value(v, f"default argument {n}{of}") for n, v in keywords.items()]
             checks.append(Parts(_KEYWORD_DEFAULT, [*keywords], inner))
         return checks
 
