@@ -130,9 +130,10 @@ class Compound(Check):
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
         """The first mismatch."""
-        leaf = self.leaf
-        if not leaf.test(x):
-            return leaf.rule.mismatch(leaf, x)
+        if not self.leaf.test(x):
+            mismatch = self.leaf.explain(x, seen)
+            if mismatch is not None:
+                return mismatch
         for check in self.checks:
             mismatch = check.explain(x, seen)
             if mismatch is not None:

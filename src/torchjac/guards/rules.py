@@ -157,26 +157,16 @@ class Rule:
         return _lambda(self.names, f"lambda x: {accepts}", self.helpers)  # type: ignore[no-any-return]
 
     @functools.cached_property
-    def _words(self) -> list[tuple[Any, Any, Any]]:
-        """Condition, reason and finality of each clause: functions of value, path, constants."""
-        names = ["x", "path", *self.names]
-        texts = [(c.accepts, f"f{c.words!r}", c.final) for c in self.clauses]
-        return [
-            (
-                _lambda(names, accepts, self.helpers),
-                _lambda(names, words, self.helpers),
-                _lambda(names, final, self.helpers),
-            )
-            for accepts, words, final in texts
+    def explain(self) -> Callable[..., Mismatch | None]:
+        """From a value, its path and the constants to the mismatch of the first clause."""
+        lines = [
+            f"    if not {clause.accepts}: return Mismatch(f{clause.words!r}, {clause.final})"
+            for clause in self.clauses
         ]
-
-    def mismatch(self, leaf: Leaf, x: Any) -> Mismatch:
-        """The mismatch of the first clause that does not accept a value."""
-        known = x, leaf.path, *leaf.constants
-        for accepts, words, final in self._words:
-            if not accepts(*known):
-                return Mismatch(words(*known), final(*known))
-        return Mismatch(f"{leaf.path} changed while it was compared")  # by another thread
+        source = "\n".join([f"def function({', '.join(['x', 'path', *self.names])}):", *lines])
+        space = {**self.helpers, "Mismatch": Mismatch, "shown": shown}
+        exec(source, space)
+        return space["function"]  # type: ignore[no-any-return]
 
     @functools.cached_property
     def _templates(self) -> list[tuple[Clause, str]]:
@@ -223,7 +213,7 @@ class Leaf(Check):
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
         """The mismatch of the first clause that does not accept the value."""
-        return None if self.test(x) else self.rule.mismatch(self, x)
+        return self.rule.explain(x, self.path, *self.constants)
 
     def emit(self, code: GuardCode, place: str) -> None:
         """Writes each clause."""
