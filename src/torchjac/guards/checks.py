@@ -30,7 +30,8 @@ class At(Check):
 
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
         """The mismatch of the part."""
-        return self.check.explain(self.access.get(x), seen)
+        part, test = self.access.get(x), self.check.test
+        return None if test is not None and test(part) else self.check.explain(part, seen)
 
     def emit(self, code: GuardCode, place: str) -> None:
         """Writes the check of the part."""
@@ -156,9 +157,11 @@ class All(Check):
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
         """The first mismatch."""
         for check in self.checks:
-            mismatch = check.explain(x, seen)
-            if mismatch is not None:
-                return mismatch
+            test = check.test
+            if test is None or not test(x):
+                mismatch = check.explain(x, seen)
+                if mismatch is not None:
+                    return mismatch
         return None
 
     def emit(self, code: GuardCode, place: str) -> None:
@@ -204,7 +207,8 @@ class Numbered(Check):
     def explain(self, x: Any, seen: Seen) -> Mismatch | None:
         """The mismatch of the object."""
         seen[self.number] = x
-        return self.check.explain(x, seen)
+        test = self.check.test
+        return None if test is not None and test(x) else self.check.explain(x, seen)
 
     def emit(self, code: GuardCode, place: str) -> None:
         """Writes the check of a variable, and registers the variable."""

@@ -280,7 +280,7 @@ class Access:
 
     def base(self, code: GuardCode, place: str) -> str:
         """The variable of the predicate whose parts are read."""
-        return code.variable(self._fill(self.of, code, {"x": place}))
+        return code.variable(place if self.of == "x" else self._fill(self.of, code, {"x": place}))
 
     def at(self, code: GuardCode, base: str, key: Any = None) -> str:
         """The expression of the predicate that reads a part."""
@@ -295,9 +295,9 @@ class Access:
 
     def _fill(self, text: str, code: GuardCode, names: dict[str, str]) -> str:
         template = _template(text)
-        for name, held in self.helpers.items():
+        for name in self.helpers:
             if f"{{{name}}}" in template:
-                names[name] = code.hold(held)
+                names[name] = code.hold(self.helpers[name])
         return template.format_map(names)
 
 
