@@ -52,7 +52,7 @@ class CaptureCache(Generic[V]):
         return None
 
     def latest(self) -> tuple[Guard, V] | None:
-        """What was used last, and the fingerprint of its calls."""
+        """What was used last, and the guard of its calls."""
         entries = self._snapshot()
         return entries[0] if entries else None
 
