@@ -35,11 +35,11 @@ def set_global(name: str, value: object) -> None:
 
 def module(name: str, source: str = "", **variables: object) -> Any:
     """A module of a user's, as if it had been imported."""
-    made = types.ModuleType(name)
-    vars(made).update(variables)
-    exec(source, vars(made))
-    sys.modules[name] = made
-    return made
+    imported = types.ModuleType(name)
+    vars(imported).update(variables)
+    exec(source, vars(imported))
+    sys.modules[name] = imported
+    return imported
 
 
 settings = module("settings_of_mine", k=2.0)
@@ -180,11 +180,11 @@ def module_of_a_package() -> Case:
 
 
 def module_under_the_name_of_a_standard_one() -> Case:
-    made = module(
+    imported = module(
         "colorsys", "def f(x): return x.sin() * k", k=2.0, __file__="/elsewhere/colorsys.py"
     )
-    f = made.f
-    return lambda x: made.f(x) + f(x), lambda: setattr(made, "k", 3.0)
+    f = imported.f
+    return lambda x: imported.f(x) + f(x), lambda: setattr(imported, "k", 3.0)
 
 
 def code_that_says_it_is_of_torch() -> Case:
@@ -275,7 +275,7 @@ def gradient_that_is_gone() -> Case:
     )
 
 
-def attribute_given_to_a_tensor() -> Case:
+def attribute_of_a_tensor() -> Case:
     weight = torch.ones(3, dtype=D)
     return (
         lambda x: x.sin() * weight * getattr(weight, "tag", 1.0),
@@ -344,7 +344,7 @@ def set_k() -> None:
 NOTICED: list[Callable[[], Case]] = [
     attrgetter,
     attrgetter_of_a_namespace,
-    attribute_given_to_a_tensor,
+    attribute_of_a_tensor,
     attribute_of_a_member,
     class_pattern,
     code_that_says_it_is_of_torch,

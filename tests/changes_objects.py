@@ -34,7 +34,7 @@ def fresh(case: Callable[[], Case]) -> Case:
 class Config:
     scale: float
     inner: dict[str, float]
-    note: str = "unread"
+    remark: str = "unread"
 
 
 class Slotted:
@@ -149,7 +149,7 @@ def attribute_by_computed_name() -> Case:
     return model, lambda: setattr(model, "k0", 3.0)
 
 
-def object_made_inside() -> Case:
+def object_of_a_class_called_inside() -> Case:
     class Model:
         def __init__(self) -> None:
             self.k = k
@@ -306,7 +306,7 @@ def unread_field() -> Case:
     config = types.SimpleNamespace(scale=2.0)
     wider = Wider(2.0)
     wider.config = config
-    return lambda x: x.sin() * wider.k, lambda: setattr(config, "note", "changed")
+    return lambda x: x.sin() * wider.k, lambda: setattr(config, "remark", "changed")
 
 
 def equal_method() -> Case:
@@ -347,7 +347,7 @@ MATTERS = [
     base_class_method,
     a_property,
     attribute_by_computed_name,
-    object_made_inside,
+    object_of_a_class_called_inside,
     slots,
     a_dataclass,
     namespace,

@@ -12,8 +12,9 @@ from torchjac.call import Call
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function
 from torchjac.compiler.codegen.c.guard_reads import unchanged
-from torchjac.guards.builder import Mismatch, Policy
-from torchjac.guards.guard import Guard, Unguardable, fingerprint
+from torchjac.guards.builder import Policy
+from torchjac.guards.guard import Guard, Unguardable, build_guard
+from torchjac.guards.rules import Mismatch
 from torchjac.jit.cache import CaptureCache
 
 D = torch.float64
@@ -25,30 +26,30 @@ def call(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
 
 
 class GuardOfCall:
-    """A fingerprint and its glances: whatever is asked, they pass no more."""
+    """The guard of a call, and its predicates, which pass no more than the guard."""
 
-    def __init__(self, found: Guard, c: Call):
-        self._found, self._call = found, c
-        self.size = found.size
-        self.glance = found.glance(c)
-        self._native = found.glance(c, unchanged=unchanged)  # settings read from torch's library
+    def __init__(self, guard: Guard, c: Call):
+        self._guard, self._call = guard, c
+        self.size = guard.size
+        self.predicate = guard.predicate(c)
+        self._native = guard.predicate(c, unchanged=unchanged)  # settings from torch's library
 
     def mismatch(self, c: Call) -> Mismatch | None:
-        found, mine = self._found.mismatch(c), self._call
+        mismatch, mine = self._guard.mismatch(c), self._call
         alike = (c.function, c.argnums, c.has_aux) == (mine.function, mine.argnums, mine.has_aux)
-        for glance in (self.glance, self._native):
-            if glance is not None and alike and not c.kwargs:
-                assert found is None or not glance(c.args), f"passed, but {found.reason}"
-        return found
+        for predicate in (self.predicate, self._native):
+            if predicate is not None and alike and not c.kwargs:
+                assert mismatch is None or not predicate(c.args), f"passed, but {mismatch.reason}"
+        return mismatch
 
     def has_grown(self) -> bool:
-        return self._found.has_grown()
+        return self._guard.has_grown()
 
 
 def bare(c: Call, policy: Policy = Policy()) -> Guard:  # noqa: B008
-    found = fingerprint(c, policy)
-    assert isinstance(found, Guard), found
-    return found
+    guard = build_guard(c, policy)
+    assert isinstance(guard, Guard), guard
+    return guard
 
 
 def guarded(c: Call, policy: Policy = Policy()) -> GuardOfCall:  # noqa: B008
@@ -56,9 +57,9 @@ def guarded(c: Call, policy: Policy = Policy()) -> GuardOfCall:  # noqa: B008
 
 
 def reason(f: Callable[..., Any], *args: Any) -> str:
-    found = fingerprint(call(f, *args))
-    assert isinstance(found, Unguardable), found
-    return found.reason
+    refusal = build_guard(call(f, *args))
+    assert isinstance(refusal, Unguardable), refusal
+    return refusal.reason
 
 
 def evaluated(derivative: LinearProgram, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -73,8 +74,8 @@ def evaluated(derivative: LinearProgram, inputs: tuple[Tensor, ...]) -> Tensor:
                     return seed.view(derivative.row_shapes[0])
                 return super().run_node(node)
 
-        made = Seeded(derivative.module).run(*inputs)[-1]
-        rows.append(torch.zeros(derivative.n, dtype=D) if gradient is None else made.reshape(-1))
+        row = Seeded(derivative.module).run(*inputs)[-1]
+        rows.append(torch.zeros(derivative.n, dtype=D) if gradient is None else row.reshape(-1))
     return torch.stack(rows)
 
 
@@ -87,14 +88,14 @@ class Cached:
         self.traces = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        made = call(self.f, *args, **kwargs)
-        derivative = self.cache.get_or_make(made, lambda: self.trace(made))
-        floats = [a for a in made.args if isinstance(a, Tensor) and a.is_floating_point()]
+        c = call(self.f, *args, **kwargs)
+        derivative = self.cache.get_or_make(c, lambda: self.trace(c))
+        floats = [a for a in c.args if isinstance(a, Tensor) and a.is_floating_point()]
         return evaluated(derivative, tuple(floats))
 
-    def trace(self, made: Call) -> LinearProgram:
+    def trace(self, c: Call) -> LinearProgram:
         self.traces += 1
-        return trace_function(made, ())
+        return trace_function(c, ())
 
 
 def direct(f: Callable[..., Any], *args: Any) -> Tensor:

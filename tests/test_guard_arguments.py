@@ -43,9 +43,9 @@ class TestArguments:
         ],
     )
     def test_metadata_counts(self, old: Any, new: Any, says: str) -> None:
-        found = guarded(call(torch.sin, old)).mismatch(call(torch.sin, new))
-        assert found is not None
-        assert says in found.reason
+        mismatch = guarded(call(torch.sin, old)).mismatch(call(torch.sin, new))
+        assert mismatch is not None
+        assert says in mismatch.reason
 
     def test_strides_of_axes_with_one_element_do_not(self) -> None:
         old, new = torch.zeros(1, 3), torch.zeros(3, 1).T
@@ -58,7 +58,7 @@ class TestArguments:
         assert self.holds(call(torch.sin, big[:3]), call(torch.sin, big[3:]))
         assert not self.holds(call(asks, big[:3]), call(asks, big[3:]))
 
-    def test_requires_grad_counts_beside_the_differentiated_ones(self) -> None:
+    def test_requires_grad_counts_for_arguments_that_are_not_differentiated(self) -> None:
         f = lambda x, y: x * y  # noqa: E731
         a, b = torch.rand(3), torch.rand(3, requires_grad=True)
         assert self.holds(call(f, a, a), call(f, b, a))
@@ -145,9 +145,9 @@ class TestArguments:
         guard = guarded(call(f, X, config))
         assert guard.mismatch(call(f, X, Config(1.0, {}))) is None
         config.scale = 2.0
-        found = guard.mismatch(call(f, X, config))
-        assert found is not None
-        assert found.reason == "args[1].scale changed from 1.0 to 2.0"
+        mismatch = guard.mismatch(call(f, X, config))
+        assert mismatch is not None
+        assert mismatch.reason == "args[1].scale changed from 1.0 to 2.0"
 
     def test_sizes_zero_and_one(self) -> None:
         for shape in [(), (0,), (1,), (0, 3), (1, 1)]:
@@ -171,9 +171,9 @@ class TestSettings:
         c = call(torch.sin)
         guard = guarded(c)
         with change():
-            found = guard.mismatch(c)
-            assert found is not None
-            assert says in found.reason
+            mismatch = guard.mismatch(c)
+            assert mismatch is not None
+            assert says in mismatch.reason
             assert guarded(c).mismatch(c) is None
         assert guard.mismatch(c) is None
 

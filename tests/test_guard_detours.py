@@ -33,7 +33,7 @@ import changes_detours as detours
 from changes import Case
 from guarding import call, direct, guarded, reason
 from torchjac.guards.bytecode import is_trusted
-from torchjac.guards.guard import Unguardable, fingerprint
+from torchjac.guards.guard import Unguardable, build_guard
 from torchjac.jit.cache import CaptureCache
 
 
@@ -57,17 +57,17 @@ def _as_it_was() -> Iterator[None]:
 
 @pytest.mark.parametrize("case", detours.NOTICED, ids=lambda c: c.__name__)
 class TestNoticed:
-    def test_the_fingerprint_says_what_changed(self, case: Callable[[], Case]) -> None:
+    def test_the_guard_names_the_change(self, case: Callable[[], Case]) -> None:
         f, change = case()
         guard = guarded(call(f))
         assert guard.mismatch(call(f)) is None
         change()
-        found = guard.mismatch(call(f))
-        assert found is not None
-        assert len(found.reason) > 10
-        assert "cannot be compared" not in found.reason
+        mismatch = guard.mismatch(call(f))
+        assert mismatch is not None
+        assert len(mismatch.reason) > 10
+        assert "cannot be compared" not in mismatch.reason
 
-    def test_a_new_capture_is_made(self, case: Callable[[], Case]) -> None:
+    def test_there_is_a_new_capture(self, case: Callable[[], Case]) -> None:
         f, change = case()
         cache: CaptureCache[Tensor] = CaptureCache()
         before = direct(f)
@@ -180,7 +180,7 @@ class TestRefused:
         assert "torchjac_tests" in reason(lambda x: packet.default(x))
         ops = torch.ops
         assert "torchjac_tests" in reason(lambda x: ops.torchjac_tests.scaled(x))
-        assert isinstance(fingerprint(call(lambda x: scaled(x))), Unguardable)
+        assert isinstance(build_guard(call(lambda x: scaled(x))), Unguardable)
 
     def test_modules_that_compute_their_attributes(self) -> None:
         lazy = detours.module("lazy_of_mine", "def __getattr__(name): return 2.0")
@@ -245,9 +245,9 @@ class TestModes:
     def test_kernels(self, change: Callable[[], Any]) -> None:
         guard = guarded(call(torch.sin))
         with change():
-            found = guard.mismatch(call(torch.sin))
-        assert found is not None
-        assert "kernels" in found.reason
+            mismatch = guard.mismatch(call(torch.sin))
+        assert mismatch is not None
+        assert "kernels" in mismatch.reason
 
 
 class TestWhatIsOfTheStandardLibrary:
@@ -260,7 +260,7 @@ class TestWhatIsOfTheStandardLibrary:
             monkeypatch.setitem(sys.modules, "wave", mine)
             assert not is_trusted("wave")
 
-    def test_others(self) -> None:
+    def test_which_modules_are_trusted(self) -> None:
         assert is_trusted("torch.nn")
         assert is_trusted("builtins")
         assert not is_trusted(__name__)

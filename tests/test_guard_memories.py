@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guarding import Cached, D, X, call, direct
-from torchjac.guards.lru_caches import remembered
+from torchjac.guards.lru_caches import cached_results
 from torchjac.jit.cache import CaptureCache
 
 
@@ -56,18 +56,18 @@ class TestMemories:
         assert cache.lookup(call(f)) is not None, "what it read itself is still known"
 
     @pytest.mark.parametrize("size", [None, 1, 3, 128])
-    @pytest.mark.parametrize("given", [[], [1], [3, 4, 3], [(1, 2), "a", 2.0, None]])
-    def test_what_is_remembered(self, size: int | None, given: list[Any]) -> None:
+    @pytest.mark.parametrize("arguments", [[], [1], [3, 4, 3], [(1, 2), "a", 2.0, None]])
+    def test_cached_results(self, size: int | None, arguments: list[Any]) -> None:
         memory = functools.lru_cache(maxsize=size)(lambda n: {n: [n]})
-        for n in given:
+        for n in arguments:
             memory(n)
-        held = remembered(memory)
+        held = cached_results(memory)
         assert held is not None
         assert len(held) == memory.cache_info().currsize
         results = [result for _, result in held.values()]
-        kept = list(dict.fromkeys(given)) if size is None else None
-        if kept is not None:
-            assert results == [{n: [n]} for n in kept]
+        known = list(dict.fromkeys(arguments)) if size is None else None
+        if known is not None:
+            assert results == [{n: [n]} for n in known]
         for result in results:
             (n,) = result
             assert memory(n) is result
@@ -77,6 +77,6 @@ class TestMemories:
         for n in (3, 4, 4, 3):
             memory(n)
             memory(n, m=1)
-        held = remembered(memory)
+        held = cached_results(memory)
         assert held is not None
         assert sorted(result for _, result in held.values()) == [3, 3, 4, 4]

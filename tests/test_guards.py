@@ -1,6 +1,6 @@
-"""A cached capture answers only for what it was made from.
+"""A cached capture answers only for calls that its guard holds for.
 
-Each case is a function and a change. The law for a change that matters: the fingerprint says so in
+Each case is a function and a change. The law for a change that matters: the guard says so in
 words, and a Jacobian through the cache is the one of the function as it is now. The law for a
 change that does not: the capture is used again.
 """
@@ -24,7 +24,7 @@ from changes import Case
 from changes_objects import Net, fresh
 from guarding import Cached, D, X, call, direct, guarded, reason
 from torchjac.guards.builder import MOST_CHECKS, Policy
-from torchjac.guards.guard import Guard, Unguardable, fingerprint
+from torchjac.guards.guard import Guard, Unguardable, build_guard
 from torchjac.jit.cache import CaptureCache
 
 k = 2.0
@@ -35,24 +35,24 @@ IRRELEVANT = changes.IRRELEVANT + changes_objects.IRRELEVANT
 
 @pytest.mark.parametrize("case", MATTERS, ids=lambda c: c.__name__)
 class TestWhatMatters:
-    def test_the_fingerprint_says_what_changed(self, case: Callable[[], Case]) -> None:
+    def test_the_guard_names_the_change(self, case: Callable[[], Case]) -> None:
         f, change = fresh(case)
         c = call(f)
         guard = guarded(c)
         assert guard.mismatch(c) is None
         change()
-        found = guard.mismatch(c)
-        assert found is not None
-        assert len(found.reason) > 10
-        assert "cannot be compared" not in found.reason
+        mismatch = guard.mismatch(c)
+        assert mismatch is not None
+        assert len(mismatch.reason) > 10
+        assert "cannot be compared" not in mismatch.reason
 
-    def test_a_glance_sees_that_nothing_changed(self, case: Callable[[], Case]) -> None:
+    def test_the_predicate_passes_until_the_change(self, case: Callable[[], Case]) -> None:
         f, change = fresh(case)
-        glance = guarded(call(f)).glance
-        assert glance is not None
-        assert all(glance((X.clone(),)) for _ in range(3))
+        predicate = guarded(call(f)).predicate
+        assert predicate is not None
+        assert all(predicate((X.clone(),)) for _ in range(3))
         change()
-        assert not glance((X,))
+        assert not predicate((X,))
 
     def test_the_answer_is_that_of_the_function_as_it_is(self, case: Callable[[], Case]) -> None:
         f, change = fresh(case)
@@ -191,7 +191,7 @@ class TestUnguardable:
         keyed = {object: 1.0}
         assert "key" in reason(lambda x: x * keyed[object])
 
-    def test_nothing_is_kept(self) -> None:
+    def test_no_capture_is_stored(self) -> None:
         jacobian = Cached(lambda x: x.sin() * len(str(next(generator, 0))))
         cache: CaptureCache[str] = CaptureCache()
         assert cache.get_or_make(call(jacobian.f), lambda: "made") == "made"
@@ -222,7 +222,7 @@ class TestUnguardable:
 
             __hash__ = None  # type: ignore[assignment]
 
-        assert isinstance(fingerprint(call(Odd())), (Guard, Unguardable))
+        assert isinstance(build_guard(call(Odd())), (Guard, Unguardable))
 
 
 class TestRecursion:
@@ -270,9 +270,9 @@ class TestRecursion:
         guard = guarded(call(net), Policy(parameters="shapes"))
         assert guard.mismatch(call(net)) is None
         net[1].weight = nn.Parameter(net[0].weight.detach().clone())
-        found = guard.mismatch(call(net))
-        assert found is not None
-        assert "same object" in found.reason
+        mismatch = guard.mismatch(call(net))
+        assert mismatch is not None
+        assert "same object" in mismatch.reason
 
     def test_deep_nesting(self) -> None:
         deep: list[Any] = []

@@ -15,7 +15,7 @@ import torchjac
 from torchjac._torch import native, state
 from torchjac.compiler.codegen.c import guard_reads as readings
 from torchjac.compiler.codegen.c.guard_reads import unchanged
-from torchjac.guards import predicate as glance
+from torchjac.guards import predicate
 
 
 @contextmanager
@@ -81,9 +81,9 @@ def test_a_setting_is_seen_to_change(read: Callable[[], Any]) -> None:
 
 
 def test_most_of_what_guards_read_is_read_there() -> None:
-    readers = state.plain_setting_readers()
-    assert readers is not None
-    left = [read for read, _ in readers if native.setting(read) is None]
+    settings = state.plain_setting_readers()
+    assert settings is not None
+    left = [read for read, _ in settings if native.setting(read) is None]
     # Autocast, precision (which may throw), hooks of saved tensors, attention's fast path.
     assert len(left) == 4
 
@@ -122,8 +122,8 @@ class TestTensors:
 
 def test_the_first_that_differs_decides() -> None:
     x = torch.ones(3)
-    readings = [native.setting(torch._C.is_grad_enabled), native.version(x), native.place(x)]
-    same = unchanged([r for r in readings if r is not None])
+    readings_of = [native.setting(torch._C.is_grad_enabled), native.version(x), native.place(x)]
+    same = unchanged([r for r in readings_of if r is not None])
     assert same is not None
     assert same() is True
     with torch.no_grad():
@@ -139,13 +139,13 @@ def test_without_them_python_reads(missing: str, monkeypatch: pytest.MonkeyPatch
     else:
         monkeypatch.setattr(readings, "_library", lambda: None)
     texts: list[str] = []
-    compiled = glance.GuardCode._compiled
+    compiled = predicate.GuardCode._compiled
 
-    def noted(self: glance.GuardCode, *args: Any) -> Any:
+    def recorded(self: predicate.GuardCode, *args: Any) -> Any:
         texts.extend(self._text)
         return compiled(self, *args)
 
-    monkeypatch.setattr(glance.GuardCode, "_compiled", noted)
+    monkeypatch.setattr(predicate.GuardCode, "_compiled", recorded)
     c = torch.tensor([2.0, 3.0])
     J = torchjac.jacobian(lambda x: (c * x).sin(), compile=True)
     x = torch.rand(2)

@@ -1,4 +1,4 @@
-"""Calls that go straight to the kernel: whatever changes is seen there too."""
+"""The fast path: its predicate sees every change too."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def product(x: Tensor) -> Tensor:
     return x.sin() * x.sum()
 
 
-def made(f: Function, *args: Tensor, **options: Any) -> Any:
-    """A Jacobian that takes the shortcut."""
+def settled(f: Function, *args: Tensor, **options: Any) -> Any:
+    """A Jacobian with a fast path."""
     J = torchjac.jacobian(f, compile=True, **options)
     for _ in range(12):  # the first call compiles; the trial takes seven, the next one installs it
         J(*args)
-    assert taken(J, *args)
+    assert answers(J, *args)
     return J
 
 
-def taken(J: Any, *args: Tensor) -> bool:
-    """Whether the shortcut answers."""
-    shortcut = J._dispatcher.fast_path
-    return shortcut is not None and shortcut(args) is not None
+def answers(J: Any, *args: Tensor) -> bool:
+    """Whether the fast path answers."""
+    fast_path = J._dispatcher.fast_path
+    return fast_path is not None and fast_path(args) is not None
 
 
 class TestShortcut:
@@ -51,7 +51,7 @@ class TestShortcut:
             return x.sin() * scale * number[0]
 
         x = value(3)
-        J = made(f, x)
+        J = settled(f, x)
         for change in (lambda: scale.mul_(2), lambda: number.append(number.pop() + 1)):
             change()
             same(J(x), oracle_jacobian(f)(x))
@@ -60,7 +60,7 @@ class TestShortcut:
         def f(x: Tensor) -> Tensor:
             return x.sin() * x.sum()
 
-        J = made(f, value(3))
+        J = settled(f, value(3))
         single = value(4, dtype=torch.float32)
         for x in (value(4), value(2, 2), single, value(3).requires_grad_()):
             same(J(x), oracle_jacobian(f)(x.detach()))
@@ -71,7 +71,7 @@ class TestShortcut:
         def f(x: Tensor) -> Tensor:
             return x.sqrt()[1:] * 2
 
-        J = made(f, value(3).abs())
+        J = settled(f, value(3).abs())
         x = torch.zeros(3, dtype=torch.float64)
         want = oracle_jacobian(f)(x)
         got = J(x)
@@ -81,7 +81,7 @@ class TestShortcut:
         def f(x: Tensor) -> Tensor:
             return x.sin() * x.sum()
 
-        J = made(f, value(3))
+        J = settled(f, value(3))
         x = value(5, 3)
         same(torch.vmap(J)(x), torch.stack([oracle_jacobian(f)(row) for row in x]))
         same(torch.func.jacrev(J)(x[0]), torch.func.jacrev(torch.func.jacrev(f))(x[0]))
@@ -93,7 +93,7 @@ class TestShortcut:
             return x * y.sum() + z.sin()
 
         args = value(3), value(2, seed=1), value(3, seed=2)
-        J = made(f, *args, argnums=(2, 0))
+        J = settled(f, *args, argnums=(2, 0))
         other = tuple(0.5 * a + 1 for a in args)
         for got, want in zip(J(*other), oracle_jacobian(f, (2, 0))(*other), strict=True):
             same(got, want)
@@ -102,23 +102,23 @@ class TestShortcut:
         def f(x: Tensor) -> Tensor:
             return torch.cat([2 * x, x * x])
 
-        J = made(f, value(3))
+        J = settled(f, value(3))
         one = J(value(3))
-        kept = one.clone()
+        copy = one.clone()
         J(value(3, seed=1)).zero_()
-        same(one, kept)
+        same(one, copy)
 
-    def test_it_stays_while_others_are_asked_for(self) -> None:
-        J = made(product, value(3))
+    def test_it_stays_while_other_shapes_are_asked_for(self) -> None:
+        J = settled(product, value(3))
         for size in (4, 3, 5, 3, 4):
             same(J(value(size)), oracle_jacobian(product)(value(size)))
-        assert taken(J, value(3))
+        assert answers(J, value(3))
 
-    def test_another_one_is_made_where_that_is_worth_it(self) -> None:
-        J = made(product, value(3))
+    def test_a_new_fast_path_pays_after_more_calls(self) -> None:
+        J = settled(product, value(3))
         for _ in range(12):
             J(value(4))
-        assert taken(J, value(4))
+        assert answers(J, value(4))
 
     @pytest.mark.parametrize(
         "state",
@@ -133,32 +133,32 @@ class TestShortcut:
         ],
         ids=["checks", "no_grad", "inference", "forced", "device", "autocast", "hooks"],
     )
-    def test_under_another_state_it_is_not_taken(self, state: Callable[[], Any]) -> None:
-        J, want = made(product, value(3)), oracle_jacobian(product)(value(3))
+    def test_under_another_state_it_does_not_answer(self, state: Callable[[], Any]) -> None:
+        J, want = settled(product, value(3)), oracle_jacobian(product)(value(3))
         with state():
-            assert not taken(J, value(3))
+            assert not answers(J, value(3))
             same(J(value(3)), want)
-        assert taken(J, value(3))
+        assert answers(J, value(3))
 
     def test_settings(self) -> None:
-        J = made(product, value(3))
+        J = settled(product, value(3))
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float16 if before is torch.float32 else torch.float32)
         try:
-            assert not taken(J, value(3))
+            assert not answers(J, value(3))
         finally:
             torch.set_default_dtype(before)
-        assert taken(J, value(3))
+        assert answers(J, value(3))
 
     @pytest.mark.parametrize("args", [(), (1,), (None,), ([1.0],)], ids=str)
     def test_other_arguments_are_not_for_it(self, args: tuple[Any, ...]) -> None:
-        J = made(product, value(3))
-        assert not taken(J, *args)
+        J = settled(product, value(3))
+        assert not answers(J, *args)
         with pytest.raises((TypeError, ValueError)):
             J(*args)
 
     def test_the_record(self) -> None:
-        J = made(product, value(3))
+        J = settled(product, value(3))
         J(value(3))
         record = torchjac.last_run()
         assert record is not None
@@ -170,11 +170,11 @@ def test_a_million_calls() -> None:
     resource = pytest.importorskip("resource", reason="the system does not tell memory this way")
 
     def used() -> int:
-        found: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return found
+        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak
 
     x = value(3)
-    J = made(product, x)
+    J = settled(product, x)
     for _ in range(20_000):
         J(x)
     before = used()
@@ -195,14 +195,14 @@ class TestEntry:
         def f(x: Tensor) -> Tensor:
             return x.sin() * x.sum(-1, keepdim=True)
 
-        J = made(f, x, batched=batched)
+        J = settled(f, x, batched=batched)
         rows = [oracle_jacobian(f)(row) for row in x] if batched else [oracle_jacobian(f)(x)]
         same(J(x), torch.stack(rows) if batched else rows[0])
 
     def test_other_threads_run_meanwhile(self) -> None:
         """No thread is made to yield: another one runs only while a call gives the lock up."""
         x = value(20_000, 4)
-        J = made(lambda x: (x.sin() * x.sum(-1, keepdim=True)).exp(), x, batched=True)
+        J = settled(lambda x: (x.sin() * x.sum(-1, keepdim=True)).exp(), x, batched=True)
         ticks, stop = [0], threading.Event()
 
         def tick() -> None:

@@ -293,13 +293,13 @@ class TestDefects:
 
     def test_a_refusal_costs_one_guard_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
         built: list[Any] = []
-        build = vars(cache)["fingerprint"]
+        build = vars(cache)["build_guard"]
 
         def counted(*args: Any) -> Any:
             built.append(args)
             return build(*args)
 
-        monkeypatch.setattr(cache, "fingerprint", counted)
+        monkeypatch.setattr(cache, "build_guard", counted)
         with ticking(**USUAL) as ticks:
             J = torchjac.jacobian(drawing, compile=True)
             ran(ticks, J, "33")

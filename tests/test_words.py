@@ -32,7 +32,6 @@ UNREAD = {
     "src/torchjac/compiler/accumulate",
     "src/torchjac/compiler/codegen",
     "src/torchjac/compiler/codegen/c",
-    "src/torchjac/guards",
     "src/torchjac/jit",
     "src/torchjac/passes",
     "benchmarks",

@@ -1,4 +1,4 @@
-"""What a piece of Python code can read, as far as its bytecode says it."""
+"""The names that Python code can read, by its bytecode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from torchjac._torch.private import corner
 
-# Code that is taken never to change: it is replaced with the whole installation.
+# Packages whose code never changes while a program runs.
 _TRUSTED = sys.stdlib_module_names | {
     "einops",
     "functorch",
@@ -29,8 +29,8 @@ _TRUSTED = sys.stdlib_module_names | {
     "typing_extensions",
 }
 
-# What they return is another thing on every call, or depends on what no guard walks: files, clocks,
-# frames, settings of the process, everything that was imported.
+# Modules whose results differ from call to call, or depend on values that no guard walks: files,
+# clocks, frames, settings of the process, the imported modules.
 _VOLATILE = frozenset(
     {
         "_io",
@@ -70,7 +70,7 @@ _VOLATILE = frozenset(
         "uuid",
     }
 )
-# The same in modules that are otherwise of use.
+# Names with such results in other modules.
 _VOLATILE_IN = {
     "decimal": frozenset({"getcontext"}),
     "numpy": frozenset({"fromfile", "genfromtxt", "geterr", "load", "loadtxt", "memmap"}),
@@ -89,7 +89,7 @@ _VOLATILE_IN = {
     "warnings": frozenset({"filters"}),
 }
 VOLATILE_BUILTINS = frozenset({"open", "input", "eval", "exec", "globals", "__import__"})
-# Code that names one of these reaches what is not among its own variables.
+# Names by which code reaches values that are not among its own variables.
 _ESCAPES = frozenset(
     {
         "__builtins__",
@@ -107,10 +107,10 @@ _ESCAPES = frozenset(
         "read_text",
     }
 )
-# A path is read by one of these.
+# Methods of a path that read files.
 READS_FILES = frozenset({"exists", "glob", "is_dir", "is_file", "iterdir", "open", "rglob", "stat"})
 
-# A function that uses one of these names reads attributes by names that it computes.
+# Names that code uses to read attributes by computed names.
 _DYNAMIC = frozenset(
     {
         "__dict__",
@@ -139,22 +139,21 @@ _DYNAMIC = frozenset(
         "vars",
     }
 )
-# The others of them are for objects of other kinds.
+# The names among these that work on modules.
 _OF_MODULES = _DYNAMIC - {"asdict", "astuple", "copy", "deepcopy", "fields", "replace"}
 
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What a code object names, with the code objects inside it.
+    """The names in a code object, and in the code objects inside.
 
     Attributes:
-        variables: Global (or builtin) variables that it loads.
-        imports: Modules that it imports while it runs, with a dot for each level of a relative
-            import.
-        assigned: Global variables that it assigns to.
-        names: Every name and string in it: attributes are read by these, if by no computed name.
-        used: What is read of each variable, as `random.rand` of `np.random.rand(3)`; an empty
-            name where a variable is used in another way.
+        variables: Global and builtin variables that code loads.
+        imports: Modules that code imports while it runs; relative ones with a dot for each level.
+        assigned: Global variables that code assigns to.
+        names: All names and strings. Attributes that are not computed are read by these names.
+        used: Attributes that code reads of each variable: `random.rand` for `np.random.rand(3)`. An
+            empty name says that code uses the variable in another way.
     """
 
     variables: tuple[str, ...]
@@ -164,13 +163,13 @@ class Reads:
     used: dict[str, frozenset[str]]
 
 
-# Instructions that load variables which are not a function's own.
+# Instructions that load global and builtin variables.
 _LOADING = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 
 
 @lru_cache(maxsize=4096)
 def reads(code: CodeType) -> Reads:
-    """What a code object, and the functions that are defined in it, can read."""
+    """The names in a code object, and in the functions that it defines."""
     imports: dict[str, None] = {}
     assigned: dict[str, None] = {}
     used: dict[str, set[str]] = {}
@@ -190,18 +189,18 @@ def reads(code: CodeType) -> Reads:
                 names.add("getattr")  # `case C(k)`: by the names in `C.__match_args__`
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            found = reads(inner)
-            imports |= dict.fromkeys(found.imports)
-            assigned |= dict.fromkeys(found.assigned)
-            names |= found.names
-            for name, chains in found.used.items():
+            inside = reads(inner)
+            imports |= dict.fromkeys(inside.imports)
+            assigned |= dict.fromkeys(inside.assigned)
+            names |= inside.names
+            for name, chains in inside.used.items():
                 used.setdefault(name, set()).update(chains)
     frozen = {name: frozenset(chains) for name, chains in used.items()}
     return Reads(tuple(used), tuple(imports), tuple(assigned), frozenset(names), frozen)
 
 
 def _chain(instructions: list[dis.Instruction], position: int) -> str:
-    """The attributes that are read, one of the other, from here on."""
+    """The chain of attributes that the instructions from a position on read."""
     parts = []
     while instructions[position].opname in ("LOAD_ATTR", "LOAD_METHOD"):
         parts.append(instructions[position].argval)
@@ -210,30 +209,30 @@ def _chain(instructions: list[dis.Instruction], position: int) -> str:
 
 
 def _strings(constants: tuple[object, ...]) -> set[str]:
-    found = {c for c in constants if isinstance(c, str)}
+    strings = {c for c in constants if isinstance(c, str)}
     for constant in constants:
         if isinstance(constant, (tuple, frozenset)):
-            found |= _strings(tuple(constant))
-    dotted = [s for s in found if "." in s]
+            strings |= _strings(tuple(constant))
+    dotted = [s for s in strings if "." in s]
     formats = {name for s in dotted if "{" in s for name in _NAME.findall(s)}
-    return found | formats | {part for s in dotted for part in s.split(".")}
+    return strings | formats | {part for s in dotted for part in s.split(".")}
 
 
 _NAME = re.compile(r"\.([^\W\d]\w*)")
 
 
 def _imported(level: object, name: str) -> str:
-    """A module as an import statement names it: the level was loaded two instructions before."""
+    """A module as an import statement names it, by the level, which is loaded before."""
     return "." * level + name if isinstance(level, int) else f"?{name}"
 
 
 def escapes(names: frozenset[str]) -> str | None:
-    """A name by which code reaches what is not among its own variables, or None."""
+    """A name by which code reaches values that are not among its own variables, or None."""
     return min(names & _ESCAPES, default=None)
 
 
 def is_trusted(module: str | None) -> bool:
-    """Whether code of this module is taken never to change."""
+    """Whether code of this module never changes while a program runs."""
     if module is None or module == "builtins":
         return module is not None
     top = module.split(".", 1)[0]
@@ -241,7 +240,7 @@ def is_trusted(module: str | None) -> bool:
 
 
 def is_trusted_code(space: dict[str, Any]) -> bool:
-    """The same of code with these global variables, which may only say that it is of a module."""
+    """The same for code with these global variables, which really are those of the module."""
     name = space.get("__name__")
     return is_trusted(name) and getattr(sys.modules.get(str(name)), "__dict__", None) is space
 
@@ -255,7 +254,7 @@ _INSTALLED = ("site-packages", "dist-packages")
 def _is_standard(name: str) -> bool:
     """Whether a module of the standard library is not a file of a user's with the same name."""
     module = sys.modules.get(name)
-    if module is None:  # so nothing that is met is of it
+    if module is None:  # so no value comes from there
         return name in sys.builtin_module_names or _is_within_library(_origin(name))
     file = getattr(module, "__file__", None)
     return file is None or _is_within_library(file)
@@ -271,18 +270,18 @@ def _is_within_library(file: str) -> bool:
 def _origin(name: str) -> str:
     """The file that a module would be imported from."""
     try:
-        found = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return ""
-    return (found.origin or "") if found is not None else ""
+    return (spec.origin or "") if spec is not None else ""
 
 
 def is_volatile(module: str | None, name: str = "") -> bool:
-    """Whether this exists to read files, clocks, random numbers, frames or the system.
+    """Whether a module, or a name in it, reads files, clocks, random numbers, frames or the system.
 
     Args:
         module: A module.
-        name: Something in it; the whole module if empty.
+        name: A name in the module; the whole module if empty.
     """
     if module is None:
         return False
@@ -293,19 +292,19 @@ def is_volatile(module: str | None, name: str = "") -> bool:
 
 
 def volatile_in(module: str, names: frozenset[str]) -> str | None:
-    """What of these names in a module reads the outside; empty for the module itself; or None."""
+    """A name in a module that reads the world outside; empty for the module itself; or None."""
     if is_volatile(module):
         return ""
     return min(names & _VOLATILE_IN.get(module, frozenset()), default=None)
 
 
 def computed(names: frozenset[str] | set[str], of: str = "objects") -> bool:
-    """Whether attributes of objects, or of modules, may be read by names that are computed."""
+    """Whether code may read attributes of objects, or of modules, by computed names."""
     return not (_DYNAMIC if of == "objects" else _OF_MODULES).isdisjoint(names)
 
 
-# Instructions of CPython 3.10 to 3.15 whose names tell that they have to do with variables,
-# attributes and imports. One that is not among them may read what nobody looks for.
+# Instructions of CPython 3.10 to 3.15 that work with variables, attributes and imports, by their
+# names. A new one may read values that `reads` does not know of.
 _KNOWN = frozenset(
     {
         "CALL_METHOD",
@@ -342,7 +341,7 @@ _EXAMPLE = """
 def f(x):
     global counter, gone
     import numpy.linalg as la
-    from .beside import thing
+    from .near import thing
     counter = counter + 1
     del gone
     def g(y):
@@ -363,13 +362,13 @@ def BYTECODE() -> bool:
         return False
     module = compile(_EXAMPLE, "<example>", "exec")
     (code,) = (c for c in module.co_consts if isinstance(c, CodeType))
-    found = reads(code)
+    read = reads(code)
     expected = {"Point", "box", "counter", "items", "np", "other", "scale", "table"}
     return (
-        expected <= set(found.variables) <= expected | {"__name__"}
-        and set(found.assigned) == {"counter", "gone"}
-        and set(found.imports) == {"numpy.linalg", ".beside"}
-        and {"inner", "value", "method", "key", "getattr", "isinstance"} <= found.names
-        and found.used["np"] == {"random.rand"}
-        and found.used["box"] == {"inner.value", "method"}
+        expected <= set(read.variables) <= expected | {"__name__"}
+        and set(read.assigned) == {"counter", "gone"}
+        and set(read.imports) == {"numpy.linalg", ".near"}
+        and {"inner", "value", "method", "key", "getattr", "isinstance"} <= read.names
+        and read.used["np"] == {"random.rand"}
+        and read.used["box"] == {"inner.value", "method"}
     )

@@ -1,4 +1,4 @@
-"""Values that are compared as they are: numbers, strings, settings, and tuples of those."""
+"""Constants: numbers, strings, settings, and tuples of these, which are compared as values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torchjac.guards.bytecode import VOLATILE_BUILTINS, is_volatile
 
 Same = Callable[[Any], bool]
 
-# Namespaces of torch.ops whose operators are never defined anew.
+# Namespaces of torch.ops whose operators no user defines anew.
 TRUSTED_OPERATORS = frozenset(
     {"_c10d_functional", "aten", "higher_order", "mkldnn", "prim", "prims", "quantized"}
     | {"torchvision"}
@@ -30,7 +30,7 @@ TRUSTED_OPERATORS = frozenset(
 
 
 class NotUnderstood(Exception):
-    """A value whose changes cannot be seen; the message says what it is."""
+    """A value whose changes cannot be seen, named in the message."""
 
 
 # Compared by type and `==`.
@@ -52,7 +52,7 @@ _EQUAL = (
     types.UnionType,
 )
 _OPERATORS = (OpOverload, OpOverloadPacket)
-# There is one object for each value, or the object cannot change.
+# Compared by identity: there is one object for each value, or the object cannot change.
 _IDENTICAL = (
     HigherOrderOperator,
     OpOverload,
@@ -75,17 +75,17 @@ _IDENTICAL = (
     types.WrapperDescriptorType,
     typing.TypeVar,
 )
-# `==` on tuples of these says all, once their types are known to be the same.
+# Compared by type and `==` also as items of a list: `is_flat`.
 _FLAT = frozenset({type(None), bool, int, str, torch.dtype, torch.device, torch.Size})
 
 
-def exact(value: Any) -> Same | None:
-    """A test for the same value; None for what is not compared as a value.
+def constant_test(value: Any) -> Same | None:
+    """A test for the same value; None for an object that is no constant.
 
-    Equal numbers of different types are different, and so are zeros of different sign.
+    Equal numbers of different types are different values. So are zeros of different sign.
 
     Raises:
-        NotUnderstood: It is a function that reads the outside world.
+        NotUnderstood: The value is a function that reads the world outside of the program.
     """
     kind = type(value)
     if kind is float or kind is complex:
@@ -113,24 +113,24 @@ def exact(value: Any) -> Same | None:
 
 
 def is_flat(value: Any) -> bool:
-    """Whether many of these are compared at once, by type and `==`."""
+    """Whether a list of values like this one can be compared at once, by types and `==`."""
     return type(value) in _FLAT or (type(value) is float and value != 0 and value == value)
 
 
 def shown(value: Any) -> str:
-    """A value, short enough for a message."""
+    """A value in the words of a message."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    if exact_or_none(value) is None:
+    if constant_test_or_none(value) is None:
         return f"an object of type {type(value).__name__}"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def exact_or_none(value: Any) -> Same | None:
-    """As `exact`, and None as well for what cannot be understood."""
+def constant_test_or_none(value: Any) -> Same | None:
+    """The test for the same value; None also for a value whose changes cannot be seen."""
     try:
-        return exact(value)
+        return constant_test(value)
     except NotUnderstood:
         return None
 
@@ -142,7 +142,7 @@ def _number(value: float | complex) -> Same:
 
 
 def _tuple(value: tuple[Any, ...]) -> Same | None:
-    parts = [exact(part) for part in value]
+    parts = [constant_test(part) for part in value]
     if any(part is None for part in parts):
         return None
     tests: list[Same] = [part for part in parts if part is not None]
@@ -154,7 +154,7 @@ def _tuple(value: tuple[Any, ...]) -> Same | None:
 
 
 def _set(value: set[Any] | frozenset[Any]) -> Same | None:
-    """Members in the order in which they come: a function may loop over them."""
+    """A test for the members in their order, which a loop over them shows."""
     inner = _tuple(tuple(value))
     kind = type(value)
     return None if inner is None else lambda new: type(new) is kind and inner(tuple(new))

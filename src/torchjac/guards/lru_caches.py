@@ -1,4 +1,4 @@
-"""What `functools.lru_cache` remembers. Python does not show it, but its garbage collector does."""
+"""The results in a cache of `functools.lru_cache`, which only the garbage collector shows."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import gc
 from typing import Any
 
 
-def remembered(memory: Any) -> dict[int, tuple[Any, Any]] | None:
-    """Arguments and result of each call that is remembered, by the identity of the arguments.
+def cached_results(function: Any) -> dict[int, tuple[Any, Any]] | None:
+    """Arguments and result of each cached call, by the identity of the arguments.
 
     Args:
-        memory: A function that `functools.lru_cache` made.
+        function: The result of `functools.lru_cache`.
 
     Returns:
-        None where they are not seen.
+        A dictionary; None where the results are not visible.
     """
-    size = memory.cache_info().currsize
+    size = function.cache_info().currsize
     if not size:
         return {}
     # Key, result and type of one link after the other, if their number is limited; then the table.
-    met = gc.get_referents(memory)
-    start = 1 if met[0] is type(memory) else 0
-    limited = memory.cache_info().maxsize is not None
+    met = gc.get_referents(function)
+    start = 1 if met[0] is type(function) else 0
+    limited = function.cache_info().maxsize is not None
     step = 3 if _is_link(met[start + 2]) else 2
     end = start + step * size if limited else start
     table = met[end] if end < len(met) else None

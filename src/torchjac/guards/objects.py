@@ -1,4 +1,4 @@
-"""Watching objects of a user's classes, the classes themselves, and `nn.Module`s."""
+"""Checks of objects of a user's classes, of the classes, and of `nn.Module`s."""
 
 from __future__ import annotations
 
@@ -15,15 +15,25 @@ import torch
 from torch import nn
 
 from torchjac._torch.state import GLOBAL_HOOKS, SAVING_HOOKS, tree_functions
-from torchjac.guards.builder import Check, Mismatch, Policy, Seen, What
+from torchjac.guards import tensors
+from torchjac.guards.builder import Level, Policy
 from torchjac.guards.bytecode import computed, is_trusted, is_volatile
-from torchjac.guards.constants import NotUnderstood, shown
-from torchjac.guards.functions import CodeWatcher
-from torchjac.guards.predicate import GuardCode, inlined
-from torchjac.guards.python_modules import identical
-from torchjac.guards.tensors import looked_at, the_same
+from torchjac.guards.checks import All, At, Compound, Numbered, Parts
+from torchjac.guards.constants import NotUnderstood
+from torchjac.guards.functions import FunctionBuilder
+from torchjac.guards.rules import (
+    ITEM,
+    NAMESPACE,
+    TYPE,
+    Access,
+    Check,
+    Clause,
+    Rule,
+    identical,
+    same_class,
+)
 
-# Names in a class that no derivative depends on.
+# Names in a class on which no derivative depends.
 _NOT_READ = frozenset(
     {
         "__abstractmethods__",
@@ -62,7 +72,60 @@ _MEMBERS = ("_parameters", "_buffers", "_modules")
 _OF_MODULES = frozenset(vars(nn.Module())) - SAVING_HOOKS - set(_MEMBERS)
 
 
-class ObjectWatcher(CodeWatcher):
+def _registered(cls: Any) -> frozenset[Any]:
+    """The classes that are registered with an abstract class, or with a subclass of it."""
+    classes = set(abc._get_dump(cls)[0])  # type: ignore[attr-defined]
+    for inner in cls.__subclasses__():
+        classes |= _registered(inner)
+    return frozenset(classes)
+
+
+def _logs(logger: logging.Logger) -> tuple[Any, ...]:
+    level, off = logger.getEffectiveLevel(), logger.manager.disable
+    return logger.level, level, off, logger.disabled, logger.hasHandlers()
+
+
+def _grad(tensor: torch.Tensor) -> torch.Tensor | None:
+    return tensor.grad if tensor.is_leaf else None  # PyTorch warns where it is no leaf
+
+
+def _has_own(tensor: torch.Tensor, names: frozenset[str], everything: bool) -> bool:
+    """Whether a tensor has attributes of a user's that code reads."""
+    space = vars(tensor)
+    return bool(space) and (everything or not names.isdisjoint(space))
+
+
+def _state(value: Any, slots: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)}
+
+
+_NO_OWN = Rule(
+    "names everything",
+    Clause(
+        "not has_own(x, names, everything)", "{path} has attributes that are no part of a tensor"
+    ),
+    has_own=_has_own,
+)
+_IS_CLASS = Clause("x is cls()", "{path} is another class now: {shown(x)}")
+# Bases are compared by id: references to them would keep them alive.
+_SAME_BASES = Clause("list(map(id, x.__mro__)) == bases", "the bases of {path} changed")
+_CLASS = Rule("cls bases", _IS_CLASS, _SAME_BASES)
+_ABSTRACT = Rule(
+    "cls known bases",
+    _IS_CLASS,
+    Clause("registered(x) == known", "what counts as an instance of {path} changed"),
+    _SAME_BASES,
+    registered=_registered,
+)
+_LOGGER = Rule("state", Clause("logs(x) == state", "what {path} logs changed"), logs=_logs)
+_GRAD = Access("grad(x)", grad=_grad)
+_HOOKS = Access("list(hooks)", hooks=GLOBAL_HOOKS)
+_BASE = Access("x[key].__dict__", of="x.__mro__")
+_TREE = Access("functions(type(x))", functions=tree_functions)
+_STATE = Access("state(x, key)", state=_state)
+
+
+class ObjectBuilder(FunctionBuilder):
     """Builds checks of everything that a function can read, objects included.
 
     Attributes:
@@ -76,135 +139,79 @@ class ObjectWatcher(CodeWatcher):
         self._buffers: set[int] = set()
         self.kinds += [(type, self._class), (nn.Module, self._network), (object, self._object)]
 
-    def tensor(self, value: torch.Tensor, path: str, what: What) -> Check:
-        """As for any tensor, and that code reads nothing else of it."""
-        return self.beside(value, path, super().tensor(value, path, what))
+    def tensor(self, value: torch.Tensor, path: str, level: Level) -> Check:
+        """A check of a tensor, and of the attributes that code reads of it."""
+        return self.with_attributes(value, path, super().tensor(value, path, level))
 
-    def matters(self, value: torch.Tensor) -> What:
-        """What of a tensor matters: the policy says it of parameters and of buffers."""
-        return self.policy.buffers if id(value) in self._buffers else super().matters(value)
+    def level(self, value: torch.Tensor) -> Level:
+        """The level at which a tensor is compared; the policy has one for buffers too."""
+        return self.policy.buffers if id(value) in self._buffers else super().level(value)
 
-    def noted(self, number: int, value: Any, inner: Check) -> Check:
-        """A check that also notes under a number what it was given; quick for a tensor."""
-        like = self.look(value) if isinstance(value, torch.Tensor) else None
-        if like is None or (what := self.matters(value)) == "shapes":
-            return super().noted(number, value, inner)
-        return the_same(value, like, number, what == "values", inner)
+    def numbered(self, number: int, value: Any, check: Check) -> Check:
+        """A check of an object that `Again` may refer to; a faster one for a tensor."""
+        like = self.like(value) if isinstance(value, torch.Tensor) else None
+        if like is None or (level := self.level(value)) == "shapes":
+            return super().numbered(number, value, check)
+        same = tensors.same_values if level == "values" else tensors.same_object
+        return Numbered(number, same(value, like, check))
 
-    def look(self, value: Any) -> Callable[[Any], bool] | None:
-        """A test in one look for what a tensor is; None where code reads more of it."""
-        return None if "grad" in self.names else looked_at(value)
+    def like(self, value: Any) -> tensors.Like | None:
+        """A test for all facts of a tensor but its numbers; None where code reads more of it."""
+        return None if "grad" in self.names else tensors.like(value)
 
-    def beside(self, value: torch.Tensor, path: str, inner: Check) -> Check:
-        """A check of a tensor, and that it has no attributes of a user's that code reads."""
-        names, everything = self.names, self._computed
-        reason = f"{path} has attributes that are no part of a tensor"
-
-        def has_own(tensor: torch.Tensor) -> bool:
-            space = vars(tensor)
-            return bool(space) and (everything or not names.isdisjoint(space))
-
-        if has_own(value):  # the tensors that are traced in its place have none
-            self.refuse(reason)
-        grad = self.value(_grad(value), f"{path}.grad") if "grad" in names else None
-
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            mismatch = inner(new, seen)
-            if mismatch is None and has_own(new):
-                return Mismatch(reason)
-            if mismatch is None and grad is not None:
-                return grad(_grad(new), seen)
-            return mismatch
-
-        return check
+    def with_attributes(self, value: torch.Tensor, path: str, check: Check) -> Check:
+        """A check of a tensor, which may not have attributes of a user's that code reads."""
+        own = _NO_OWN(path, self.names, self._computed)
+        if not own.test(value):  # the tensors that are traced in its place have none
+            self.refuse(f"{path} has attributes that are no part of a tensor")
+        if "grad" not in self.names:
+            return All([check, own])
+        return All([check, own, At(_GRAD, self.value(_grad(value), f"{path}.grad"))])
 
     def global_hooks(self) -> Check:
         """A check of the hooks that run for every module."""
-        inner = self.value(list(GLOBAL_HOOKS), "global module hooks")
-        return inlined(
-            lambda _, seen: inner(list(GLOBAL_HOOKS), seen),
-            lambda lines, _: lines.need_check(inner, lines.hold(list(GLOBAL_HOOKS))),
-        )
+        return At(_HOOKS, self.value(list(GLOBAL_HOOKS), "global module hooks"))
 
     def _class(self, value: type, path: str) -> Check:
-        """A class: its own namespace, and those of its bases, if they are a user's."""
-        self.found.add(_making(value))
+        """A check of a class that code calls."""
+        self.reached.add(_making(value))
         return self.class_of_instances(value, path)
 
     def class_of_instances(self, value: type, path: str) -> Check:
-        """A class that objects are of: what code reads of it, and of its bases."""
+        """A check of the class of an object: of its namespace, and of those of a user's bases."""
         own = [c for c in value.__mro__ if not is_trusted(c.__module__)]
         if not own:
             return identical(value, path)
         if not is_trusted(type(value).__module__):
             raise NotUnderstood(f"{path} has a metaclass of its own, {type(value).__name__}")
-        made = _making(value) in self.names or not self.names.isdisjoint({"type", "__class__"})
+        called = _making(value) in self.names or not self.names.isdisjoint({"type", "__class__"})
         foreign = [c for c in value.__mro__ if is_trusted(c.__module__) and c is not object]
-        wanted = functools.partial(_is_read, self.names, self._computed, made, foreign)
-        spaces = [self.attributes(dict(vars(c)), f"{c.__name__}", wanted) for c in own]
-        expected: Any = weakref.ref(value)
-        asked = isinstance(value, abc.ABCMeta) and not _ASKS.isdisjoint(self.names)
-        registered = _registered(value) if asked else frozenset()
-
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            if new is not expected():
-                return Mismatch(f"{path} is another class now: {shown(new)}")
-            if asked and _registered(new) != registered:
-                return Mismatch(f"what counts as an instance of {path} changed")
-            mine = [c for c in new.__mro__ if not is_trusted(c.__module__)]
-            if len(mine) != len(spaces):
-                return Mismatch(f"the bases of {path} changed")
-            for c, inner in zip(mine, spaces, strict=True):
-                mismatch = inner(vars(c), seen)
-                if mismatch is not None:
-                    return mismatch
-            return None
-
-        def form(lines: GuardCode, place: str) -> None:
-            x, cls = lines.let(place), expected()
-            lines.need(f"{x} is {lines.hold(expected)}()")
-            bases = lines.let(f"{x}.__mro__")
-            # By number: the classes themselves would be kept alive.
-            lines.need(f"list(map(id, {bases})) == {lines.hold([id(c) for c in cls.__mro__])}")
-            mine = [k for k, c in enumerate(cls.__mro__) if not is_trusted(c.__module__)]
-            for k, inner in zip(mine, spaces, strict=True):
-                lines.need_check(inner, f"{bases}[{k}].__dict__")
-
-        return check if asked else inlined(check, form)
+        read = functools.partial(_is_read, self.names, self._computed, called, foreign)
+        spaces = [self.attributes(dict(vars(c)), f"{c.__name__}", read) for c in own]
+        bases = [id(c) for c in value.__mro__]
+        positions = [k for k, c in enumerate(value.__mro__) if c in own]
+        inner = Parts(_BASE, positions, spaces)
+        if not isinstance(value, abc.ABCMeta) or _ASKS.isdisjoint(self.names):
+            return Compound(_CLASS(path, weakref.ref(value), bases), [inner])
+        leaf = _ABSTRACT(path, weakref.ref(value), _registered(value), bases)
+        return Compound(leaf, [inner])
 
     def instance(self, value: Any, path: str) -> Check:
-        """Class, attributes and slots of an object."""
+        """A check of the class, the attributes and the slots of an object."""
         cls = type(value)
         _refuse_magic(cls, path)
-        kind = self.remember(cls, f"the class of {path}", self.class_of_instances)
-        slots = [name for c in cls.__mro__ for name in _slots(c)]
-        held = {n: getattr(value, n) for n in slots if hasattr(value, n)}
-        state = self.attributes(held, path) if slots else None
-        space = (
-            self.attributes(vars(value), path, self._read_of(cls)) if _has_space(value) else None
-        )
-        tree = self.value(tree_functions(cls), f"how {path} is taken apart in a tree")
-
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            mismatch = kind(type(new), seen) or tree(tree_functions(type(new)), seen)
-            if mismatch is not None:
-                return mismatch
-            if state is not None:
-                now = {n: getattr(new, n) for n in slots if hasattr(new, n)}
-                mismatch = state(now, seen)
-                if mismatch is not None:
-                    return mismatch
-            return space(vars(new), seen) if space is not None else None
-
-        def form(lines: GuardCode, place: str) -> None:
-            x = lines.let(place)
-            cls = lines.let(f"type({x})")
-            lines.need_check(kind, cls)
-            lines.need_check(tree, f"{lines.hold(tree_functions)}({cls})")
-            if space is not None:
-                lines.need_check(space, f"{x}.__dict__")
-
-        return check if slots else inlined(check, form)
+        checks: list[Check] = [
+            At(TYPE, self.remember(cls, f"the class of {path}", self.class_of_instances)),
+            At(_TREE, self.value(tree_functions(cls), f"how {path} is taken apart in a tree")),
+        ]
+        slots = tuple(name for c in cls.__mro__ for name in _slots(c))
+        if slots:
+            state = self.attributes(_state(value, slots), path)
+            checks.append(Parts(_STATE, [slots], [state]))
+        if _has_space(value):
+            space = self.attributes(vars(value), path, self._read_of(cls))
+            checks.append(At(NAMESPACE, space))
+        return All(checks)
 
     def _object(self, value: Any, path: str) -> Check:
         cls = type(value)
@@ -220,20 +227,14 @@ class ObjectWatcher(CodeWatcher):
         return self.instance(value, path)
 
     def _inert(self, value: Any, path: str) -> Check:
-        """An object whose state matters only where code asks for it: the level of a logger."""
-        same = self.same_class(value, path)
+        """A check of an object without state that matters, but for the level of a logger."""
+        same = same_class(value, path)
         if not isinstance(value, logging.Logger) or self.names.isdisjoint(_OF_LOGGERS):
-            return lambda new, seen: same(new)
-        state = _logs(value)
-
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            changed = Mismatch(f"what {path} logs changed")
-            return same(new) or (None if _logs(new) == state else changed)
-
-        return check
+            return same
+        return All([same, _LOGGER(path, _logs(value))])
 
     def _read_of(self, cls: type) -> Callable[[str], bool]:
-        """Which attributes of an object are read: those that code names."""
+        """Whether an attribute of an object is read, by its name."""
         bases = [c for c in cls.__mro__ if is_trusted(c.__module__)]
         known = any(c not in (object, nn.Module) for c in bases)
         if self._computed or known or tree_functions(cls):
@@ -244,7 +245,7 @@ class ObjectWatcher(CodeWatcher):
         )
 
     def _network(self, value: nn.Module, path: str) -> Check:
-        """A module: hooks, training flag, parameters, buffers, submodules, and its attributes."""
+        """A check of an `nn.Module`: of its class, its members and its attributes."""
         self.modules = True
         _refuse_magic(type(value), path)
         if not _is_plain(value):
@@ -257,35 +258,13 @@ class ObjectWatcher(CodeWatcher):
         )
         self.alive += [vars(value)[name] for name in _MEMBERS]
         members = [self.attributes(vars(value)[name], path) for name in _MEMBERS]
-        named = list(zip(_MEMBERS, members, strict=True))
-
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            mismatch = kind(type(new), seen)
-            if mismatch is not None:
-                return mismatch
-            now = vars(new)
-            mismatch = space(now, seen)
-            if mismatch is not None:
-                return mismatch
-            for name, inner in named:
-                mismatch = inner(now[name], seen)
-                if mismatch is not None:
-                    return mismatch
-            return None
-
-        def form(lines: GuardCode, place: str) -> None:
-            x = lines.let(place)
-            lines.need_check(kind, f"type({x})")
-            now = lines.let(f"{x}.__dict__")
-            for inner, held in [(space, now), *((m, f"{now}[{n!r}]") for n, m in named)]:
-                lines.need_check(inner, held)
-
-        return inlined(check, form)
+        inner = All([space, Parts(ITEM, _MEMBERS, members)])
+        return All([At(TYPE, kind), At(NAMESPACE, inner)])
 
 
 _CONSTANT_MODULES = frozenset({"torch._ops", "typing"})
 _T = TypeVar("_T")
-# Classes of objects whose state no derivative depends on; not their subclasses.
+# Classes of objects on whose state no derivative depends. Subclasses are not among them.
 _INERT: set[type] = {
     logging.Logger,
     logging.RootLogger,
@@ -306,31 +285,18 @@ def inert(cls: type[_T]) -> type[_T]:
     return cls
 
 
-def _registered(cls: Any) -> frozenset[Any]:
-    """The classes that are registered with an abstract class, or with a subclass of it."""
-    found = set(abc._get_dump(cls)[0])  # type: ignore[attr-defined]
-    for inner in cls.__subclasses__():
-        found |= _registered(inner)
-    return frozenset(found)
-
-
-def _logs(logger: logging.Logger) -> tuple[Any, ...]:
-    level, off = logger.getEffectiveLevel(), logger.manager.disable
-    return logger.level, level, off, logger.disabled, logger.hasHandlers()
-
-
 def _is_read(
-    names: frozenset[str], everything: bool, made: bool, foreign: list[type], name: str
+    names: frozenset[str], everything: bool, called: bool, foreign: list[type], name: str
 ) -> bool:
     """Whether an entry of a class is read: by name, by Python itself, or by code of a base."""
-    if name in _NOT_READ or (name in _MAKING and not made):
+    if name in _NOT_READ or (name in _MAKING and not called):
         return False
     special = name.startswith("__") and name.endswith("__")
     return everything or special or name in names or any(hasattr(c, name) for c in foreign)
 
 
 def _making(cls: type) -> str:
-    """Stands among the names of code for: the class itself may be called."""
+    """The entry among the names of code that says: code may call the class."""
     return f"new {cls.__module__}.{cls.__qualname__}"
 
 
@@ -338,8 +304,8 @@ def _refuse_magic(cls: type, path: str) -> None:
     for c in cls.__mro__:
         if c in (object, nn.Module):
             continue
-        found = [vars(c)[n] for n in ("__getattr__", "__getattribute__") if n in vars(c)]
-        if any(not isinstance(method, types.WrapperDescriptorType) for method in found):
+        methods = [vars(c)[n] for n in ("__getattr__", "__getattribute__") if n in vars(c)]
+        if any(not isinstance(method, types.WrapperDescriptorType) for method in methods):
             raise NotUnderstood(f"{path} computes its attributes ({c.__name__}.__getattr__)")
 
 
@@ -355,12 +321,8 @@ def _slots(cls: type) -> Iterable[str]:
 
 def slots_of(cls: type) -> list[types.MemberDescriptorType]:
     """The slots of a user's classes."""
-    found = [vars(c).get(name) for c in cls.__mro__ for name in _slots(c)]
-    return [slot for slot in found if isinstance(slot, types.MemberDescriptorType)]
-
-
-def _grad(tensor: torch.Tensor) -> torch.Tensor | None:
-    return tensor.grad if tensor.is_leaf else None  # PyTorch warns where it is no leaf
+    slots = [vars(c).get(name) for c in cls.__mro__ for name in _slots(c)]
+    return [slot for slot in slots if isinstance(slot, types.MemberDescriptorType)]
 
 
 def _has_space(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Watching modules, and refusing what reads the world outside of the program."""
+"""Checks of modules, and refusals of code that reads the world outside of the program."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ from typing import Any
 import torch
 
 from torchjac._torch.state import registered_namespaces
-from torchjac.guards.builder import Check, Mismatch, Policy, Seen
+from torchjac.guards.builder import Policy
 from torchjac.guards.bytecode import READS_FILES, computed, is_trusted, is_volatile, volatile_in
-from torchjac.guards.constants import TRUSTED_OPERATORS, NotUnderstood, shown
-from torchjac.guards.containers import ContainerWatcher
-from torchjac.guards.predicate import inlined
+from torchjac.guards.checks import All, At, Compound, Parts
+from torchjac.guards.constants import TRUSTED_OPERATORS, NotUnderstood
+from torchjac.guards.containers import ContainerBuilder
+from torchjac.guards.rules import NAMESPACE, Access, Check, Clause, Rule, identical
 
 _OUTSIDE = "reads what lies outside of the program, or gives another value on every call"
+_BY_NAME = Access("x.get(key)")
+_MODULE = Rule("module", Clause("x is module()", "{path} is another module now: {shown(x)}"))
 _NAMED = (types.BuiltinFunctionType, types.FunctionType, type)
 
 
-class ModuleWatcher(ContainerWatcher):
+class ModuleBuilder(ContainerBuilder):
     """Builds checks of modules.
 
-    Which attributes of objects and modules are read is known by their names: the names in all code
-    that is reached. That set grows while code is walked, so a walk is repeated until it does not.
+    Attributes are read by names, so the names in all code that is reached say which attributes are
+    read. The set of names grows while code is walked, so walks are repeated until it is complete.
 
     Attributes:
         names: Names in the code that earlier walks reached.
-        found: Names in the code that this walk reached.
+        reached: Names in the code that the current walk reaches.
     """
 
     def __init__(self, policy: Policy, names: frozenset[str]):
         super().__init__(policy)
         self.names = names
-        self.found: set[str] = set()
+        self.reached: set[str] = set()
         self.kinds = [*self.kinds, (types.ModuleType, self._module)]
 
     def refuse(self, reason: str) -> None:
-        """Ends the walk: it cannot be seen whether what was met changes.
+        """Ends the walk, at a value whose changes cannot be seen.
 
         Raises:
             NotUnderstood: Always.
@@ -48,15 +51,15 @@ class ModuleWatcher(ContainerWatcher):
         raise NotUnderstood(reason)
 
     def value(self, value: Any, path: str) -> Check:
-        """A check that the value at this path is as it is now."""
+        """A check of the value at a path."""
         if isinstance(value, _NAMED):
             home = getattr(value, "__module__", None)
             if is_volatile(home, value.__name__):
                 self.refuse(f"{path}: {home}.{value.__name__} {_OUTSIDE}")
             if is_trusted(home):  # under another name it is the same function
-                self.found.add(value.__name__)
+                self.reached.add(value.__name__)
         elif isinstance(value, types.ModuleType):
-            self.found.add(_read(value, _ALL))
+            self.reached.add(_read(value, _ALL))
             self._within(value, path)
         elif value is sys.modules:
             self.refuse(f"{path} holds every module")
@@ -65,7 +68,7 @@ class ModuleWatcher(ContainerWatcher):
         return super().value(value, path)
 
     def variable(self, value: Any, path: str, used: Iterable[str]) -> Check:
-        """A check of a variable of which code reads these attributes and nothing else."""
+        """A check of a variable. Code reads only these attributes if it is a module."""
         if not isinstance(value, types.ModuleType) or "" in used:
             return self.value(value, path)
         for chain in sorted(used):
@@ -73,12 +76,12 @@ class ModuleWatcher(ContainerWatcher):
         return self._known(value, path)
 
     def _known(self, value: types.ModuleType, path: str) -> Check:
-        """A check of a module of which it was noted before what is read."""
+        """A check of a module, after the names that are read of it are in `reached`."""
         self.counted(path)
         return self.remember(value, path, self._module)
 
     def _module(self, value: types.ModuleType, path: str) -> Check:
-        """A Python module: those that are trusted do not change, of others what code names."""
+        """A check of a module: a trusted one does not change, of a user's code reads some names."""
         if is_trusted(value.__name__):
             return identical(value, path)
         if not is_trusted(type(value).__module__):
@@ -86,31 +89,23 @@ class ModuleWatcher(ContainerWatcher):
         names, space = self.names, vars(value)
         modules = {name for name, held in space.items() if isinstance(held, types.ModuleType)}
         named = {name for name in space if _read(value, name) in names}
-        below = []  # modules that are only read by attributes which are noted
+        below = {}  # modules of which only names in `reached` are read
         if _read(value, _ALL) in names:
             everything = computed(names, of="modules")
             named |= {n for n in space if n in names or (everything and n not in modules | _HEAD)}
         else:
-            below = [(n, self._known(space[n], f"{path}.{n}")) for n in sorted(named & modules)]
+            below = {n: self._known(space[n], f"{path}.{n}") for n in sorted(named & modules)}
             named -= modules
-        inner = self.attributes(space, path, named.__contains__)
-        expected = weakref.ref(value)
-
-        def check(new: Any, seen: Seen) -> Mismatch | None:
-            if new is not expected():
-                return Mismatch(f"{path} is another module now: {shown(new)}")
-            for name, test in below:
-                mismatch = test(vars(new).get(name), seen)
-                if mismatch is not None:
-                    return mismatch
-            return inner(vars(new), seen)
-
-        return check
+        checks: list[Check] = []
+        if below:
+            checks.append(Parts(_BY_NAME, [*below], [*below.values()]))
+        checks.append(self.attributes(space, path, named.__contains__))
+        return Compound(_MODULE(path, weakref.ref(value)), [At(NAMESPACE, All(checks))])
 
     def _along(self, module: types.ModuleType, path: str, parts: list[str]) -> None:
-        """Refuses the outside where code reads these attributes, one of the other."""
+        """Refuses the world outside in a chain of attributes, as in `np.random.rand`."""
         for part in parts:
-            self.found.add(_read(module, part))
+            self.reached.add(_read(module, part))
             if is_volatile(module.__name__, part):
                 self.refuse(f"{path}: {module.__name__}.{part} {_OUTSIDE}")
             if module is torch.ops and part not in TRUSTED_OPERATORS:
@@ -121,11 +116,11 @@ class ModuleWatcher(ContainerWatcher):
             if not isinstance(inner, types.ModuleType):
                 return
             module = inner
-        self.found.add(_read(module, _ALL))
+        self.reached.add(_read(module, _ALL))
         self._within(module, path)
 
     def _within(self, module: types.ModuleType, path: str) -> None:
-        """Refuses the outside where code may read any of the attributes that code names."""
+        """Refuses the world outside in any attribute of a module that code names."""
         if "__getattr__" in vars(module):
             self._computes(module, path)
         space = vars(module)
@@ -144,7 +139,7 @@ class ModuleWatcher(ContainerWatcher):
                     self._operator(path, name)
 
     def _operator(self, path: str, namespace: str) -> None:
-        """What `torch.ops.mine.op` runs hangs on no object that can be walked."""
+        """Refuses a user's operator: no object that could be walked leads to its code."""
         self.refuse(f"{path}: operators of torch.ops.{namespace} are defined out of sight")
 
     def _computes(self, module: types.ModuleType, path: str) -> None:
@@ -153,19 +148,10 @@ class ModuleWatcher(ContainerWatcher):
 
 
 _ALL = "*"
-# What every module has.
+# Names that every module has.
 _HEAD = frozenset(vars(types.ModuleType("m"))) | {"__builtins__", "__cached__", "__file__"}
 
 
 def _read(module: types.ModuleType, name: str) -> str:
-    """Stands among the names of code for: this is read of the module."""
+    """The entry among the names of code that says: code reads this name of the module."""
     return f"{module.__name__}:{name}"
-
-
-def identical(value: Any, path: str) -> Check:
-    """A check that this very object is still there; only for what lives as long as the program."""
-
-    def check(new: Any, seen: Seen) -> Mismatch | None:
-        return None if new is value else Mismatch(f"{path} was replaced: {shown(new)}")
-
-    return inlined(check, lambda lines, place: lines.need(f"{place} is {lines.hold(value)}"))

@@ -1,7 +1,7 @@
-"""Putting back what a function assigns while it is traced.
+"""Rollback of the values that a function assigns while it is traced.
 
-A function is traced beside its real runs. If it keeps a tensor (`self.last = x`), or counts its
-calls, its next real run would find what the trace left behind.
+A trace is no run of the user's. If a function stores a tensor (`self.last = x`), or counts its
+calls, the next real run would meet the values of the trace.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torchjac.call import Call
-from torchjac.guards.builder import Check, Policy
+from torchjac.guards.builder import Policy
 from torchjac.guards.bytecode import is_trusted, reads
+from torchjac.guards.checks import All
 from torchjac.guards.functions import ROOT
-from torchjac.guards.objects import ObjectWatcher, slots_of
+from torchjac.guards.objects import ObjectBuilder, slots_of
+from torchjac.guards.rules import Check
 
 PutBack = Callable[[], None]
 _UNSET = object()
 
 
 def restoring(call: Call) -> Callable[[], AbstractContextManager[None]]:
-    """Attributes, items, closure and global variables are put back that a function assigns to.
+    """Rolls attributes, items, closure and global variables back that a function assigns to.
 
-    Of everything that the function can be seen to read; what an object hides in C stays as it is,
-    and so does what lies behind very much else (`_MOST` values).
+    These are the values that a guard of the function would walk, up to `_MOST`. State that an
+    object hides in C stays changed.
 
     Returns:
-        Makes a context to evaluate the function in, any number of times; after each everything is
-        as it was when this was called.
+        Makes a context, any number of times, in which to evaluate the function. At its end all
+        values are those of now.
     """
     met, names = _met(call)
     actions = [action for value in met for action in _actions(value, names)]
@@ -46,14 +48,16 @@ def restoring(call: Call) -> Callable[[], AbstractContextManager[None]]:
     return restored
 
 
+# Values that are walked; values behind these stay changed.
 _MOST = 10_000
+_NOTHING = All(())
 
 
-class _Collector(ObjectWatcher):
-    """Walks on where something is not understood.
+class _Collector(ObjectBuilder):
+    """Walks on behind values that no guard would accept.
 
     Attributes:
-        walked: Number of values, those of earlier walks included.
+        walked: Number of values in this and earlier walks.
     """
 
     def __init__(self, policy: Policy, names: frozenset[str], walked: int):
@@ -64,20 +68,20 @@ class _Collector(ObjectWatcher):
         """Walks on."""
 
     def value(self, value: Any, path: str) -> Check:
-        """A check that is not used; what matters is what was met."""
+        """Walks a value. Nobody uses the check."""
         self.walked += 1
         if self.walked > _MOST:
-            return lambda new, seen: None
+            return _NOTHING
         if isinstance(value, set):
             self.alive.append(value)
         try:
             return super().value(value, path)
         except Exception:  # code of a user's objects runs here (properties, `==`)
-            return lambda new, seen: None
+            return _NOTHING
 
 
 def _met(call: Call) -> tuple[list[Any], frozenset[str]]:
-    """What code can reach, and the names in that code."""
+    """The objects that code can reach, and the names in the code."""
     names: frozenset[str] = frozenset()
     walked = 0
     while True:
@@ -85,10 +89,10 @@ def _met(call: Call) -> tuple[list[Any], frozenset[str]]:
         collector.value(call.function, ROOT)
         collector.value(list(call.args), "args")
         collector.value(call.kwargs, "kwargs")
-        if collector.found <= names or collector.walked > _MOST:
+        if collector.reached <= names or collector.walked > _MOST:
             met, collector.alive = collector.alive, []
             return met, names
-        names |= collector.found
+        names |= collector.reached
         walked = collector.walked
 
 
@@ -133,7 +137,7 @@ def _sequence(value: Any) -> PutBack:
 
 
 def _slot(value: Any, slot: Any) -> PutBack:
-    """A slot, written past whatever the class makes of an assignment."""
+    """Puts a slot back, past any `__setattr__` of the class."""
 
     def held() -> Any:
         try:
@@ -155,7 +159,7 @@ def _slot(value: Any, slot: Any) -> PutBack:
 
 
 def _module(module: types.ModuleType, names: frozenset[str]) -> PutBack:
-    """Variables of a module that code names; modules that were imported into it stay."""
+    """Puts the variables of a module back that code names, but for imported modules."""
     space = vars(module)
     saved = {name: space.get(name, _UNSET) for name in names}
 

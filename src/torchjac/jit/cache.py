@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from torchjac.call import Call
 from torchjac.guards.builder import Policy
-from torchjac.guards.guard import Guard, Unguardable, fingerprint
+from torchjac.guards.guard import Guard, Unguardable, build_guard
 from torchjac.guards.objects import inert
 
 V = TypeVar("V")
@@ -52,7 +52,7 @@ class CaptureCache(Generic[V]):
         return None
 
     def latest(self) -> tuple[Guard, V] | None:
-        """What was used last, and the fingerprint of its calls."""
+        """What was used last, and the guard of its calls."""
         entries = self._snapshot()
         return entries[0] if entries else None
 
@@ -79,7 +79,7 @@ class CaptureCache(Generic[V]):
 
     def before(self, call: Call) -> Before:
         """What a call reads now."""
-        return fingerprint(call, self._policy)
+        return build_guard(call, self._policy)
 
     def mismatches(self, call: Call) -> tuple[str, ...]:
         """Why each capture does not hold for a call, the last used first."""
@@ -110,7 +110,7 @@ class CaptureCache(Generic[V]):
             self._refused = f"running the function changes what it reads: {changed.reason}"
             return self._refused
         if print_.has_grown():  # results were frozen that it does not know
-            again = fingerprint(call, self._policy)
+            again = build_guard(call, self._policy)
             if isinstance(again, Unguardable):
                 self._refused = again.reason
                 return self._refused

@@ -1,7 +1,7 @@
-"""What a call comes to once a kernel gives its result: a glance that nothing changed, and it.
+"""The fast path: check the guard predicate, then call the native kernel.
 
-The same guards decide as on the way around it (`guards.guard`); what is left out is what leads to
-them. Wherever anything is not as it mostly is, the call goes the long way.
+The same guard decides as in the dispatcher (`guards.guard`). A call that the predicate does not
+pass goes through the dispatcher.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ def fast_path(
         type(x) is Tensor and x.is_floating_point() and x.is_contiguous() and not x.is_neg()
         for x in call.args
     )
-    glance = (
-        guard.glance(call, (transform, depth, forced, is_checking), unchanged) if plain else None
+    predicate = (
+        guard.predicate(call, (transform, depth, forced, is_checking), unchanged) if plain else None
     )
-    if glance is None:
+    if predicate is None:
         return None
-    alike, finish, compiling = glance, compiled.finish, torch.compiler.is_compiling
+    holds, finish, compiling = predicate, compiled.finish, torch.compiler.is_compiling
     evaluate, order = kernel.launcher(), _order(call)
 
     def jacobian(args: tuple[Any, ...]) -> Any:
         started = now()
         try:
-            if compiling() or not alike(args):
+            if compiling() or not holds(args):
                 return None
         except RuntimeError:  # a setting that cannot be read: where precisions of backends differ
             return None

@@ -41,7 +41,9 @@ def fold_constants(recording: Recording) -> Recording:
         is_known = all(v.kind == "constant" or id(v) in tensors for v in _operands(call))
         if is_known and _is_fixed(call):
             args = map_values(list(call.args), tensor)
-            result = call.operation(*args, **{k: map_values(a, tensor) for k, a in call.kwargs.items()})
+            result = call.operation(
+                *args, **{k: map_values(a, tensor) for k, a in call.kwargs.items()}
+            )
             parts = (result,) if call.is_single else result
             for value, part in zip(call.results, parts, strict=True):
                 if value is not None:
@@ -110,7 +112,7 @@ def optimized_graph(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor,
 def plain_graph(recording: Recording) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The operations as a graph for Inductor or autograd, and its constants.
 
-    Common subexpressions are computed once; views and operations stay as they were finish_recording.
+    Common subexpressions are computed once; views and operations stay as they were recorded.
     Placeholders are those of `optimized_graph`.
     """
     graph, constants = _graph(recording, None, {})
@@ -196,7 +198,9 @@ def _unshare(
         owned.add(memory)
 
 
-def _add_results(graph: fx.Graph, node: fx.Node, call: Instruction, nodes: dict[int, fx.Node]) -> None:
+def _add_results(
+    graph: fx.Graph, node: fx.Node, call: Instruction, nodes: dict[int, fx.Node]
+) -> None:
     """Adds the nodes of the results of a call."""
     if call.is_single:
         (result,) = call.results
