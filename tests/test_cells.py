@@ -19,7 +19,7 @@ from torchjac.compiler.codegen import build as source_build
 from torchjac.compiler.codegen import schedule as loops
 from torchjac.compiler.codegen.fusion import Cells, Edge, Ties, _alike
 from torchjac.compiler.codegen.granularity import expand
-from torchjac.compiler.codegen.scalar_ir import Lanes, Map
+from torchjac.compiler.codegen.scalar_ir import Deployment, Lanes, Map
 from torchjac.compiler.native import jacobian_of
 from torchjac.errors import PlanRefused
 
@@ -69,7 +69,10 @@ def test_faces_of_a_mesh() -> None:
     w = build("finite_volume(20, 15)")
     plan, _ = plan_of(w.f, *w.make(0), layout=torch.sparse_csr)
     found = min(
-        (len(loops.schedule(expand([jacobian_of(p)], None)).loops) for p in plan.programs),
+        (
+            len(loops.schedule(expand([jacobian_of(p)], None, Deployment.PROCESS)).loops)
+            for p in plan.programs
+        ),
     )
     assert found < 30
 

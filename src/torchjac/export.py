@@ -23,6 +23,7 @@ from torchjac.compiler.codegen.build import written, written_for_samples
 from torchjac.compiler.codegen.c.standalone import Array, Standalone, identifier, standalone
 from torchjac.compiler.codegen.c.toolchain import NoCompiler
 from torchjac.compiler.codegen.executable import Executable
+from torchjac.compiler.codegen.scalar_ir import Deployment
 from torchjac.compiler.codegen.target import SourceUnit
 from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.native import agree, first_written, jacobian_of
@@ -145,8 +146,8 @@ def _program(call: Call, plan: Compiled, name: str) -> tuple[SourceUnit, list[Te
         parts = [jacobian_of(way), (value, len(values))]
         if way.samples is not None:
             few, many = way.samples
-            return written_for_samples(parts, few, many, f"{name}_body", frozen=True)
-        return written(parts, plan.shape[2], f"{name}_body", frozen=True)
+            return written_for_samples(parts, few, many, f"{name}_body", Deployment.STANDALONE)
+        return written(parts, plan.shape[2], f"{name}_body", Deployment.STANDALONE)
 
     _, program = first_written(plan.programs, write)
     _check(program, plan, inputs, values)

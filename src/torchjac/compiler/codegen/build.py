@@ -19,7 +19,7 @@ from torchjac.compiler.codegen.granularity import (
     multiplies,
     shares_matrices,
 )
-from torchjac.compiler.codegen.scalar_ir import STRUCTURAL, ArrayRef
+from torchjac.compiler.codegen.scalar_ir import STRUCTURAL, ArrayRef, Deployment
 from torchjac.compiler.codegen.schedule import (
     LoopProgram,
     ScheduleKind,
@@ -41,7 +41,7 @@ def written(
     recordings: Sequence[tuple[Recording, int]],
     samples: int | None,
     name: str = NAME,
-    frozen: bool = False,
+    deployment: Deployment = Deployment.PROCESS,
     target: Target = HOST,
 ) -> SourceUnit:
     """The first outputs of recordings as a function.
@@ -50,7 +50,7 @@ def written(
         recordings: Operations on the same inputs, and how many of their outputs are wanted.
         samples: The leading size of tensors that hold independent samples, if there are such.
         name: Of the function.
-        frozen: Whether it is to stand alone: parameters stay as they are now, one thread runs it.
+        deployment: Where it runs.
         target: The target that renders it.
 
     Raises:
@@ -60,14 +60,14 @@ def written(
     reasons = []
     if multiplies(recordings):
         try:
-            scalars = expand_strips(recordings, 0, frozen)
+            scalars = expand_strips(recordings, 0, deployment)
             return _written(recordings, scalars, each_alone(scalars), name, target)
         except PlanRefused as refusal:
             reasons.append(str(refusal))
     try:
-        scalars = expand(recordings, samples, frozen)
+        scalars = expand(recordings, samples, deployment)
         plan = schedule(scalars)
-        if not frozen and ScheduleKind.PARALLEL in target.limits.schedules:
+        if deployment is Deployment.PROCESS and ScheduleKind.PARALLEL in target.limits.schedules:
             plan = in_parallel(plan)
         return _written(recordings, scalars, plan, name, target)
     except PlanRefused as refusal:
@@ -79,7 +79,7 @@ def written_for_samples(
     few: int,
     many: int,
     name: str = NAME,
-    frozen: bool = False,
+    deployment: Deployment = Deployment.PROCESS,
     target: Target = HOST,
 ) -> SourceUnit:
     """The same for any number of samples, from what is recorded with a few.
@@ -89,7 +89,7 @@ def written_for_samples(
         few: How many samples they have.
         many: How many the function is called with.
         name: Of the function.
-        frozen: Whether it is to stand alone: parameters stay as they are now, one thread runs it.
+        deployment: Where it runs.
         target: The target that renders it.
 
     Raises:
@@ -98,12 +98,12 @@ def written_for_samples(
     recordings = _of_floats(recordings)
 
     def alone() -> SourceUnit:
-        scalars = expand_samples(recordings, few, frozen)
+        scalars = expand_samples(recordings, few, deployment)
         plan = schedule_of_samples(scalars, few)
         return _written(recordings, scalars, plan, name, target)
 
     def in_strips() -> SourceUnit:
-        scalars = expand_strips(recordings, few, frozen)
+        scalars = expand_strips(recordings, few, deployment)
         return _written(recordings, scalars, over_samples(scalars, few), name, target)
 
     if shares_matrices(recordings, few):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchjac._torch.trace.ir import Value
 from torchjac.compiler.codegen.expressions import Expressions
-from torchjac.compiler.codegen.scalar_ir import Places
+from torchjac.compiler.codegen.scalar_ir import Granularity, Places
 from torchjac.compiler.codegen.scalar_ops import DTYPES
 from torchjac.errors import PlanRefused
 
@@ -25,13 +25,11 @@ class Expanding(Protocol):
 
     Attributes:
         expressions: What was made so far.
-        writes_out: Whether sums are written out, however long.
-        keeps_products: Whether products of matrices are kept whole.
+        granularity: Which elements share an expression.
     """
 
     expressions: Expressions
-    writes_out: bool
-    keeps_products: bool
+    granularity: Granularity
 
     def code(self, value: Value) -> Tensor:
         """The codes of a tensor."""

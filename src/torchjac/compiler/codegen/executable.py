@@ -42,7 +42,10 @@ class Executable:
         """Compiles it."""
         source, target, samples = program.source, program.target, program.samples
         self.source = source
-        self._scratch = source.scratch_of_thread
+        # Bytes of scratch memory: for each thread of a batch, else for all threads together.
+        scratch = source.scratch_of_thread
+        self._thread_scratch = scratch if samples is not None else 0
+        self._shared_scratch = scratch if samples is None else 0
         self._run = target.entry(target.compile(program, limit), program)
         # `x.is_cpu` takes 45 ns, `x.device.type` 250 ns.
         self._is_here: Callable[[Tensor], bool] = attrgetter(f"is_{target.limits.device}")
@@ -59,7 +62,6 @@ class Executable:
         self._threads = Threads(samples or _THREADS) if program.is_shared else None
         self._turns = samples or 0
         self._allocate = allocator()
-        self._apart = samples is not None  # threads have memory of their own to work in
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The outputs at these inputs; None where they are not all finite.
@@ -84,7 +86,7 @@ class Executable:
 
     def launcher(self) -> Callable[[Sequence[Tensor]], tuple[tuple[Tensor, ...], bool]]:
         """What `run` does for inputs that are known to be as the program reads them."""
-        bare = self._inputs and not (self._live or self._scratch or self._threads)
+        bare = self._inputs and not (self._live or self.source.scratch or self._threads)
         if not bare or len(self._outputs) != 1:
             return self._on
         run, where, (about,), address = self._run, self._where, self._outputs, Tensor.data_ptr
@@ -113,9 +115,9 @@ class Executable:
 
     def _with_memory(self, arrays: tuple[int, ...], threads: int, *numbers: int) -> bool:
         """Runs it in memory to work in, which it has for itself."""
-        if not self._scratch:
+        size = self._shared_scratch + self._thread_scratch * threads
+        if not size:
             return self._run(*arrays, 0, *numbers)
-        size = self._scratch * (threads if self._apart else 1)
         scratch = self._workspace(size)
         fine = self._run(*arrays, scratch.data_ptr(), *numbers)
         if (len(self._spare) + 1) * size <= max(_SPARE, size):

@@ -19,11 +19,11 @@ from torchjac._torch.operators import aten
 from torchjac._torch.trace.ir import Called
 from torchjac._torch.trace.recording import Recording, values_in
 from torchjac.compiler.codegen.expressions import Expressions
-from torchjac.compiler.codegen.lower import EXPRESSIONS, Expansion, Form
+from torchjac.compiler.codegen.lower import EXPRESSIONS, Expansion
 from torchjac.compiler.codegen.ops_factorize import FACTORS
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
 from torchjac.compiler.codegen.ops_reduce import CONTRACTIONS
-from torchjac.compiler.codegen.scalar_ir import ArrayRef, Places
+from torchjac.compiler.codegen.scalar_ir import ArrayRef, Deployment, Granularity, Places
 from torchjac.errors import PlanRefused
 from torchjac.ops import IN_PLACE, Fact, having
 
@@ -60,7 +60,7 @@ class ScalarProgram:
 
 
 def expand(
-    recordings: Sequence[tuple[Recording, int]], samples: int | None, frozen: bool = False
+    recordings: Sequence[tuple[Recording, int]], samples: int | None, deployment: Deployment
 ) -> ScalarProgram:
     """Expands the operations that the first outputs of recordings need.
 
@@ -68,7 +68,7 @@ def expand(
         recordings: Operations on the same inputs, what does not vary being among their constants;
             and how many of their outputs are wanted.
         samples: The leading size of tensors that hold independent samples, if there are such.
-        frozen: Whether parameters stay as they are now.
+        deployment: Where the program runs.
 
     Raises:
         PlanRefused: It runs an operation that is not known, or there are too many expressions.
@@ -76,30 +76,30 @@ def expand(
     parts = _parts(recordings)
     elements = _counted(parts)
 
-    def expanded(how: Form, most: int = EXPRESSIONS) -> ScalarProgram:
-        return _expanded(how, parts, samples or 0, frozen, most)
+    def expanded(how: Granularity, most: int = EXPRESSIONS) -> ScalarProgram:
+        return _expanded(how, parts, samples or 0, deployment, most)
 
     if elements <= _SMALL:
-        return expanded("single")
+        return expanded(Granularity.ELEMENTS)
     if samples is not None and samples > 1:
         if elements // samples <= _UNROLLED:
             with suppress(PlanRefused):
-                return expanded("samples")
+                return expanded(Granularity.SAMPLES)
     elif elements <= _UNROLLED:
         with suppress(PlanRefused):
-            single = expanded("single")
+            single = expanded(Granularity.ELEMENTS)
             # Lanes make programs short; single elements let more of them be known.
             size = len(single.expressions.all) + _stored(single)
             if size <= _BRIEF:
                 return single
             with suppress(PlanRefused):  # given up as soon as it is too long
-                return expanded("rolled", (size - 1) // _SHORTER)
+                return expanded(Granularity.LANES, (size - 1) // _SHORTER)
             return single
-    return expanded("rolled")
+    return expanded(Granularity.LANES)
 
 
 def expand_samples(
-    recordings: Sequence[tuple[Recording, int]], samples: int, frozen: bool = False
+    recordings: Sequence[tuple[Recording, int]], samples: int, deployment: Deployment
 ) -> ScalarProgram:
     """The same, every element of a sample an expression of its own, whose lanes are the samples.
 
@@ -110,11 +110,11 @@ def expand_samples(
     elements = _counted(parts) // samples
     if elements > _UNROLLED:
         raise PlanRefused(f"{elements} scalar operations for each sample")
-    return _expanded("samples", parts, samples, frozen, EXPRESSIONS)
+    return _expanded(Granularity.SAMPLES, parts, samples, deployment, EXPRESSIONS)
 
 
 def expand_strips(
-    recordings: Sequence[tuple[Recording, int]], samples: int, frozen: bool = False
+    recordings: Sequence[tuple[Recording, int]], samples: int, deployment: Deployment
 ) -> ScalarProgram:
     """The same, elements that are made alike being lanes, and products of matrices kept whole.
 
@@ -123,7 +123,7 @@ def expand_strips(
     """
     parts = _parts(recordings)
     _counted(parts)
-    return _expanded("strips", parts, samples, frozen, EXPRESSIONS)
+    return _expanded(Granularity.MATRICES, parts, samples, deployment, EXPRESSIONS)
 
 
 def shares_matrices(recordings: Sequence[tuple[Recording, int]], samples: int) -> bool:
@@ -198,10 +198,10 @@ def _counted(parts: Sequence[_Part]) -> int:
 
 
 def _expanded(
-    how: Form, parts: Sequence[_Part], samples: int, frozen: bool, most: int
+    how: Granularity, parts: Sequence[_Part], samples: int, deployment: Deployment, most: int
 ) -> ScalarProgram:
     try:
-        expansion = Expansion(how, samples, frozen, most)
+        expansion = Expansion(how, samples, deployment, most)
         outputs = [x for part in parts for x in expansion.outputs(*part)]
         return ScalarProgram(
             expansion.expressions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,14 @@ from torchjac.compiler.codegen.expressions import Expressions
 from torchjac.compiler.codegen.ops_factorize import FACTORS
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
 from torchjac.compiler.codegen.ops_reduce import CONTRACTIONS
-from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Lanes, Places
+from torchjac.compiler.codegen.scalar_ir import (
+    ONE,
+    ArrayRef,
+    Deployment,
+    Granularity,
+    Lanes,
+    Places,
+)
 from torchjac.compiler.codegen.scalar_ops import DTYPES, TRUTHS
 from torchjac.compiler.program.optimize import folded
 from torchjac.errors import PlanRefused
@@ -27,38 +34,33 @@ from torchjac.ops import IN_PLACE, Fact, having
 EXPRESSIONS = 40_000
 # Constants with as many elements, or as many different ones, are numbers in the code.
 _FEW, _DIFFERENT = 4096, 16
-# Every element an expression of its own; every element of a sample; as many lanes as there are; or
-# that, for a few samples of many, with products of matrices as they are.
-Form = Literal["single", "samples", "rolled", "strips"]
 
 
 class Expansion:
     """Runs calls on codes.
 
     Args:
-        form: What is an expression of its own.
+        granularity: Which elements share an expression.
         samples: The leading size of tensors that hold independent samples.
-        frozen: Whether parameters stay as they are now.
+        deployment: Where the program runs.
         most: How many expressions there may be.
 
     Attributes:
         expressions: What was made so far.
-        writes_out: Whether sums are written out, however long.
-        keeps_products: Whether products of matrices are kept whole.
+        granularity: Which elements share an expression.
         tables: Constants that are read, by their array.
         live: Tensors from elsewhere whose numbers may change (parameters), in the same way.
         sampled: Inputs that hold samples.
     """
 
-    def __init__(self, form: Form, samples: int, frozen: bool, most: int):
-        self._frozen = frozen
+    def __init__(self, granularity: Granularity, samples: int, deployment: Deployment, most: int):
+        self._deployment = deployment
+        self.granularity = granularity
         self.live: dict[ArrayRef, Tensor] = {}
         self.sampled: set[ArrayRef] = set()
-        self._is_single = form == "single"
-        self.writes_out = form in ("single", "samples")
-        self.keeps_products = form == "strips"
-        self._count = samples if form in ("samples", "strips") else 0
-        self._samples = Lanes(samples) if form == "samples" else None
+        of_samples = (Granularity.SAMPLES, Granularity.MATRICES)
+        self._count = samples if granularity in of_samples else 0
+        self._samples = Lanes(samples) if granularity is Granularity.SAMPLES else None
         self.expressions = Expressions(most)
         self.tables: dict[ArrayRef, Tensor] = {}
         self._recording = Recording((), (), (), ())
@@ -193,7 +195,7 @@ class Expansion:
         size = math.prod(shape)
         lanes = self._samples
         each = lanes is not None and len(shape) > 0 and shape[0] == lanes.size
-        if self._is_single or (lanes is not None and not each):
+        if self.granularity is Granularity.ELEMENTS or (lanes is not None and not each):
             numbers = [self.expressions.load(array, dtype, ONE, 0, k) for k in range(size)]
             return (torch.tensor(numbers, dtype=torch.int64) << BITS).view(shape)
         if lanes is not None:
@@ -206,7 +208,7 @@ class Expansion:
 
     def _constant(self, value: Value) -> Tensor:
         tensor = self._recording.constants[value.position]
-        if value.base.varies and not self._frozen:
+        if value.base.varies and self._deployment is Deployment.PROCESS:
             array = ArrayRef("live", len(self.live))
             self.live[array] = tensor
             return laid_out(self._array(array, tensor.shape, dtype_of(value)), value)
@@ -220,7 +222,7 @@ class Expansion:
         if (one := self._of_one_sample(tensor)) is not None:
             return self._for_all(self._numbers(one, value), tensor.shape)
         different, where = _bits(tensor).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        few = len(different) <= _DIFFERENT or (self.writes_out and size <= _FEW)
+        few = len(different) <= _DIFFERENT or (self.granularity.unrolls and size <= _FEW)
         if few:
             numbers = [self.number(x, dtype) for x in different.view(tensor.dtype).tolist()]
             return torch.tensor(numbers, dtype=torch.int64)[where]
@@ -233,7 +235,11 @@ class Expansion:
 
     def matrix(self, value: Value) -> Tensor:
         """The codes of a tensor that is multiplied: lanes of one expression where it may be."""
-        kept = self.keeps_products and value.kind == "constant" and not value.base.varies
+        kept = (
+            self.granularity is Granularity.MATRICES
+            and value.kind == "constant"
+            and not value.base.varies
+        )
         if kept and id(value) not in self._codes:
             tensor = self._recording.constants[value.position].detach()
             one = self._of_one_sample(tensor)
@@ -320,7 +326,7 @@ class Expansion:
         flat = [o.reshape(-1).numpy() for o in operands]
         if not len(flat[0]):
             return torch.empty(shape, dtype=torch.int64)
-        if self._is_single:
+        if self.granularity is Granularity.ELEMENTS:
             return torch.from_numpy(self._singly(kind, dtype, flat)).view(shape)
         split = [apart(x) for x in flat]
         made = np.empty(len(flat[0]), dtype=np.int64)

@@ -8,6 +8,7 @@ Matrices that are singular, or not positive definite, give what is not finite.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -22,6 +23,20 @@ from torchjac.errors import PlanRefused
 _LARGEST = 8
 # Rows of a matrix; an element is the codes of all matrices of a batch.
 _Rows = list[list[Tensor]]
+
+
+class _Triangle(Enum):
+    """The triangle of a matrix that substitution reads."""
+
+    LOWER = "lower"
+    UPPER = "upper"
+
+
+class _Diagonal(Enum):
+    """The diagonal of a triangle: stored elements, or ones."""
+
+    STORED = "stored"
+    ONES = "ones"
 
 
 class _Scalars:
@@ -97,52 +112,50 @@ def _lu(s: _Scalars, code: Tensor) -> tuple[_Rows, list[Tensor]]:
     return rows, places
 
 
-def _substituted(
-    s: _Scalars, rows: _Rows, right: list[Tensor], lower: bool, unit: bool
+def _substitute(
+    s: _Scalars, rows: _Rows, right: list[Tensor], triangle: _Triangle, diagonal: _Diagonal
 ) -> list[Tensor]:
-    """Solves with a triangle of a matrix; right sides are rows, whose last axis goes across."""
+    """Solves with one triangle of a matrix, from the left; the right sides are rows."""
     order = list(range(len(rows)))
-    order = order if lower else order[::-1]
-    found = list(right)
+    order = order if triangle is _Triangle.LOWER else order[::-1]
+    solution = list(right)
     for n, i in enumerate(order):
         for j in order[:n]:
-            found[i] = s.less(found[i], rows[i][j][..., None], found[j])
-        if not unit:
-            found[i] = s("div", found[i], rows[i][i][..., None])
-    return found
+            solution[i] = s.less(solution[i], rows[i][j][..., None], solution[j])
+        if diagonal is _Diagonal.STORED:
+            solution[i] = s("div", solution[i], rows[i][i][..., None])
+    return solution
 
 
 def _transposed(rows: _Rows) -> _Rows:
     return [list(row) for row in zip(*rows, strict=True)]
 
 
-def _solved(
-    s: _Scalars, rows: _Rows, places: Sequence[Tensor], right: Tensor, adjoint: bool
-) -> Tensor:
-    """Solves with L and U, from the left."""
-    sides = list(right.unbind(-2))
-    if not adjoint:
-        wide = [[x] for x in sides]
-        for k, place in enumerate(places):
-            _exchange(s, wide, k, place[..., None])
-        sides = _substituted(s, rows, [x for (x,) in wide], lower=True, unit=True)
-        sides = _substituted(s, rows, sides, lower=False, unit=False)
-    else:
-        across = _transposed(rows)
-        sides = _substituted(s, across, sides, lower=True, unit=False)
-        sides = _substituted(s, across, sides, lower=False, unit=True)
-        wide = [[x] for x in sides]
-        for k, place in reversed(list(enumerate(places))):
-            _exchange(s, wide, k, place[..., None])
-        sides = [x for (x,) in wide]
-    return torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
+def _solve(s: _Scalars, rows: _Rows, pivots: Sequence[Tensor], right: Tensor) -> Tensor:
+    """Solves A X = B with the factors of A."""
+    sides = [[x] for x in right.unbind(-2)]
+    for k, pivot in enumerate(pivots):
+        _exchange(s, sides, k, pivot[..., None])
+    found = _substitute(s, rows, [x for (x,) in sides], _Triangle.LOWER, _Diagonal.ONES)
+    found = _substitute(s, rows, found, _Triangle.UPPER, _Diagonal.STORED)
+    return torch.stack(torch.broadcast_tensors(*found), -2)  # type: ignore[no-untyped-call]
 
 
-def _from(s: _Scalars, rows: _Rows, places: Sequence[Tensor], b: Tensor, left: bool) -> Tensor:
-    """A^-1 B, or B A^-1."""
-    if left:
-        return _solved(s, rows, places, b, False)
-    return _solved(s, rows, places, b.transpose(-1, -2), True).transpose(-1, -2)
+def _solve_transposed(s: _Scalars, rows: _Rows, pivots: Sequence[Tensor], right: Tensor) -> Tensor:
+    """Solves transpose(A) X = B with the factors of A."""
+    across = _transposed(rows)
+    found = _substitute(s, across, list(right.unbind(-2)), _Triangle.LOWER, _Diagonal.STORED)
+    found = _substitute(s, across, found, _Triangle.UPPER, _Diagonal.ONES)
+    sides = [[x] for x in found]
+    for k, pivot in reversed(list(enumerate(pivots))):
+        _exchange(s, sides, k, pivot[..., None])
+    found = [x for (x,) in sides]
+    return torch.stack(torch.broadcast_tensors(*found), -2)  # type: ignore[no-untyped-call]
+
+
+def _solve_right(s: _Scalars, rows: _Rows, pivots: Sequence[Tensor], right: Tensor) -> Tensor:
+    """Solves X A = B with the factors of A."""
+    return _solve_transposed(s, rows, pivots, right.transpose(-1, -2)).transpose(-1, -2)
 
 
 def _all(places: Sequence[Tensor]) -> Tensor:
@@ -160,7 +173,8 @@ def _solve_ex(
     s, matrix, right = _Scalars(do, dtype_of(a)), do.code(a), do.code(b)
     rows, places = _lu(s, matrix)
     vector = right.dim() == 1 or right.shape == matrix.shape[:-1]
-    found = _from(s, rows, places, right[..., None] if vector else right, left or vector)
+    solve = _solve if left or vector else _solve_right
+    found = solve(s, rows, places, right[..., None] if vector else right)
     found = found[..., 0] if vector else found
     return found, _matrix(rows), _all(places), _fine(s, matrix)
 
@@ -205,9 +219,11 @@ def _lu_solve(
 ) -> Tensor:
     s, rows = _Scalars(do, dtype_of(lu)), _rows(do.code(lu))
     places, right = list(do.code(pivots).unbind(-1)), do.code(b)
-    if left:
-        return _solved(s, rows, places, right, adjoint)
-    return _solved(s, rows, places, right.transpose(-1, -2), not adjoint).transpose(-1, -2)
+    if not left:
+        right = right.transpose(-1, -2)
+    solve = _solve if left is not adjoint else _solve_transposed
+    found = solve(s, rows, places, right)
+    return found if left else found.transpose(-1, -2)
 
 
 def _inv_ex(do: Expanding, a: Value, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
@@ -216,7 +232,7 @@ def _inv_ex(do: Expanding, a: Value, *, check_errors: bool = False) -> tuple[Ten
     size = len(rows)
     one = torch.where(torch.eye(size, dtype=torch.bool), s.number(1.0), s.number(0.0))
     right = one.expand(*matrix.shape[:-2], size, size)
-    return _solved(s, rows, places, right, False), _fine(s, matrix)
+    return _solve(s, rows, places, right), _fine(s, matrix)
 
 
 def _sign(s: _Scalars, places: Sequence[Tensor]) -> Tensor:
@@ -290,7 +306,9 @@ def _triangular(
     s, rows, right = _Scalars(do, dtype_of(a)), _rows(do.code(a)), do.code(b)
     if not left:
         rows, right, upper = _transposed(rows), right.transpose(-1, -2), not upper
-    sides = _substituted(s, rows, list(right.unbind(-2)), not upper, unitriangular)
+    triangle = _Triangle.UPPER if upper else _Triangle.LOWER
+    diagonal = _Diagonal.ONES if unitriangular else _Diagonal.STORED
+    sides = _substitute(s, rows, list(right.unbind(-2)), triangle, diagonal)
     made = torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
     return made if left else made.transpose(-1, -2)
 
@@ -298,8 +316,9 @@ def _triangular(
 def _cholesky_solve(do: Expanding, b: Value, factor: Value, upper: bool = False) -> Tensor:
     s, rows = _Scalars(do, dtype_of(b)), _rows(do.code(factor))
     rows = _transposed(rows) if upper else rows
-    sides = _substituted(s, rows, list(do.code(b).unbind(-2)), True, False)
-    sides = _substituted(s, _transposed(rows), sides, False, False)
+    sides = list(do.code(b).unbind(-2))
+    sides = _substitute(s, rows, sides, _Triangle.LOWER, _Diagonal.STORED)
+    sides = _substitute(s, _transposed(rows), sides, _Triangle.UPPER, _Diagonal.STORED)
     return torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchjac._torch.operators import aten, known, prims
 from torchjac._torch.trace.ir import Value
 from torchjac.compiler.codegen.element_ids import BITS, Expanding, apart, dtype_of, groups
-from torchjac.compiler.codegen.scalar_ir import ONE, Places, Sizes
+from torchjac.compiler.codegen.scalar_ir import ONE, Granularity, Places, Sizes
 from torchjac.errors import PlanRefused
 
 # Sums, and products of matrices, up to this length are written out.
@@ -118,7 +118,7 @@ def _extreme(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def found(do: Expanding, x: Value, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
         of, code = dtype_of(x), do.code(x)
-        if not code.dim() or (code.shape[dim] > _LONG and not do.writes_out):
+        if not code.dim() or (code.shape[dim] > _LONG and not do.granularity.unrolls):
             raise PlanRefused("the largest of many elements")
         columns = code.unbind(dim)
         best, place = columns[0], torch.full(columns[0].shape, do.number(0, "int64"))
@@ -182,8 +182,8 @@ def _convolution(
 
 def _rows(do: Expanding, kind: str, rows: Tensor, dtype: str) -> Tensor:
     """One operation along each row of a matrix."""
-    longest = _INNER if do.keeps_products and kind != "add" else _LONG
-    if do.writes_out or rows.shape[1] <= longest:
+    longest = _INNER if do.granularity is Granularity.MATRICES and kind != "add" else _LONG
+    if do.granularity.unrolls or rows.shape[1] <= longest:
         found = rows[:, 0]
         for column in rows.unbind(1)[1:]:
             found = do.apply(kind, dtype, [found, column])
@@ -233,9 +233,12 @@ def _product(do: Expanding, a: Tensor, b: Tensor, dtype: str) -> Tensor:
     inner = a.shape[2]
     if not inner:
         return torch.full((a.shape[0], a.shape[1], b.shape[2]), do.number(0.0, dtype))
-    if do.keeps_products and (kept := _whole(do, a, b, dtype)) is not None:
+    if do.granularity is Granularity.MATRICES and (kept := _whole(do, a, b, dtype)) is not None:
         return kept
-    if inner > (_LONG if do.keeps_products else _INNER) and not do.writes_out:
+    if (
+        inner > (_LONG if do.granularity is Granularity.MATRICES else _INNER)
+        and not do.granularity.unrolls
+    ):
         raise PlanRefused("large matrix products are for BLAS")
     found: Tensor | None = None
     for k in range(inner):
@@ -290,7 +293,7 @@ def _add_at(do: Expanding, to: Tensor, dim: int, index: Tensor, source: Tensor, 
         return
     first = torch.cumsum(counts, 0) - counts
     alike = int(counts.min()) == int(counts.max()) <= _LONG
-    if do.writes_out or alike:
+    if do.granularity.unrolls or alike:
         for turn in range(int(counts.max())):
             now = counts > turn
             rows = where[now]

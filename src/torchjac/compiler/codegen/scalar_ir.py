@@ -9,6 +9,7 @@ by the same operations are lanes of one expression, wherever they lie.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +18,39 @@ from numpy.typing import NDArray
 from torchjac.compiler.codegen.scalar_ops import COSTLY
 
 Places = NDArray[np.int64]
+
+
+class Deployment(Enum):
+    """Where a program runs.
+
+    Attributes:
+        PROCESS: In this process: each call reads the parameters anew, and threads may share loops.
+        STANDALONE: Outside of torch: parameters are constants, and one thread runs it.
+    """
+
+    PROCESS = "process"
+    STANDALONE = "standalone"
+
+
+class Granularity(Enum):
+    """Which elements share an expression.
+
+    Attributes:
+        ELEMENTS: None: each element is an expression of its own.
+        SAMPLES: The same element of all samples; one sample is written out.
+        LANES: All elements that are computed alike.
+        MATRICES: The same, and matrix products stay whole.
+    """
+
+    ELEMENTS = "elements"
+    SAMPLES = "samples"
+    LANES = "lanes"
+    MATRICES = "matrices"
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether reductions are scalar statements, whatever their length."""
+        return self in (Granularity.ELEMENTS, Granularity.SAMPLES)
 
 
 class Lanes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from torchjac.compiler.codegen.c.loop_body import Turn
+from torchjac.compiler.codegen.c.loop_body import LoopBody
 from torchjac.compiler.codegen.c.matmul_tiles import STRIP, strip_bytes, strip_type, turned
 from torchjac.compiler.codegen.c.scalar_ops import CTYPES, literal
 from torchjac.compiler.codegen.c.writer import Writer
@@ -20,7 +20,6 @@ class SampleRows(Writer):
     """Writes what samples give, each a row: those from `first` up to `last`."""
 
     parameters = ", long first, long last"
-    joins = False
 
     def fixed(self, outputs: Sequence[tuple[str, int]]) -> list[str]:
         """Statements that say what does not vary, and write it where nothing else does."""
@@ -92,7 +91,7 @@ class SampleWriter(SampleRows):
         self._strip.append(f"  {CTYPES[dtype]} *restrict const {name} = {where};")
 
     def _loop(self, loop: Loop) -> list[str]:
-        values = Turn(self, loop.size)
+        values = LoopBody(self, loop.size)
         results: dict[ArrayRef, list[int]] = {}
         widths: dict[ArrayRef, int] = {}
         stores = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from torchjac.compiler.codegen.c.scalar_ops import CTYPES
 from torchjac.compiler.codegen.scalar_ir import ArrayRef
@@ -40,6 +41,18 @@ def turned(array: ArrayRef, strip: str, width: int) -> list[str]:
 def bytes_of(dtype: str) -> int:
     """Bytes of a number."""
     return 4 if dtype in ("float32", "bool") else 8
+
+
+class Factor(Enum):
+    """Which numbers of the second factor a SIMD batch multiplies by.
+
+    Attributes:
+        SHARED: One number for all samples, which is broadcast.
+        PER_SAMPLE: One number for each sample.
+    """
+
+    SHARED = "all"
+    PER_SAMPLE = "each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +111,7 @@ class Tiles:
         self._known: set[str] = set()
 
     def product(
-        self, strip: Operand, other: Operand, inner: int, result: str, both: bool
+        self, strip: Operand, other: Operand, inner: int, result: str, factor: Factor
     ) -> list[str]:
         """Statements that write a product.
 
@@ -107,13 +120,13 @@ class Tiles:
             other: The other one.
             inner: How many numbers are multiplied and added.
             result: Where it goes.
-            both: Whether samples differ in the other one too.
+            factor: What samples share of the other one.
         """
-        wide = f" * {STRIP}" if both else ""
+        wide = f" * {STRIP}" if factor is Factor.PER_SAMPLE else ""
         lines = []
         for first, last, height in _divided(strip.rows, _ROWS):
             for begin, end, width in _divided(other.rows, _COLUMNS[height]):
-                name = self._tile(height, width, both)
+                name = self._tile(height, width, factor)
                 lines += [
                     f"    for (long c = {begin}; c < {end}; c += {width})",
                     f"      for (long r = {first}; r < {last}; r += {height})",
@@ -167,7 +180,7 @@ class Tiles:
                 f"        const long f = q + {STRIP} <= {strip.rows} ? q : {strip.rows} - {STRIP};"
             )
             for begin, end, width in _divided(other.rows, _COLUMNS[height]):
-                name = self._tile(height, width, False)
+                name = self._tile(height, width, Factor.SHARED)
                 lines += [
                     f"        for (long c = {begin}; c < {end}; c += {width})",
                     f"          {name}({strip.array} + f, {STRIP}, {strip.along},"
@@ -241,9 +254,9 @@ class Tiles:
         self.lines += () if self._known else _FUSED
         self._known.add(name)
 
-    def _tile(self, rows: int, columns: int, both: bool) -> str:
+    def _tile(self, rows: int, columns: int, factor: Factor) -> str:
         """The name of the function for one tile; distances are in numbers."""
-        name = f"torchjac_{'each' if both else 'all'}_{rows}_{columns}"
+        name = f"torchjac_{factor.value}_{rows}_{columns}"
         if name in self._known:
             return name
         self._begin(name)
@@ -264,8 +277,10 @@ class Tiles:
             )
         for c in range(columns):
             where = f"{c} * over + k * down"
-            value = f"*(const torchjac_strip *)(w + {where})" if both else f"w[{where}]"
-            kind = "torchjac_strip" if both else t
+            if factor is Factor.PER_SAMPLE:
+                kind, value = "torchjac_strip", f"*(const torchjac_strip *)(w + {where})"
+            else:
+                kind, value = t, f"w[{where}]"
             self.lines.append(f"    const {kind} w{c} = {value};")
             self.lines += [f"    c{r}_{c} += a{r} * w{c};" for r in range(rows)]
         self.lines.append("  }")

@@ -10,6 +10,7 @@ import numpy as np
 from torchjac.compiler.codegen.batch_layout import Home, Matrix, Strips
 from torchjac.compiler.codegen.c.matmul_tiles import (
     STRIP,
+    Factor,
     Operand,
     Tiles,
     bytes_of,
@@ -238,7 +239,7 @@ class GroupWriter(Writer):
                     self._operand(*other, k),
                     inner,
                     f"x{number} + {start} * {STRIP}",
-                    all(sampled),
+                    Factor.PER_SAMPLE if all(sampled) else Factor.SHARED,
                 )
         return lines
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchjac.compiler.codegen.c.loop_body import Turn
+from torchjac.compiler.codegen.c.loop_body import MergingBody
 from torchjac.compiler.codegen.c.matmul_tiles import bytes_of
 from torchjac.compiler.codegen.c.scalar_ops import CTYPES, OWN, VECTORIZED, C, literal
 from torchjac.compiler.codegen.granularity import ScalarProgram
@@ -145,14 +145,12 @@ class Writer:
         work: What they come to, in scalar products.
         product: Seconds that each takes at best.
         loops: Loops so far.
-        joins: Whether sums over several arrays are made one.
         uses: How many expressions and stores take each expression.
         scratch: Bytes of memory for kept values.
     """
 
     parameters = ""
     product = 0.05e-9
-    joins = True
 
     def __init__(self, scalars: ScalarProgram, plan: LoopProgram):
         """Begins with no statements."""
@@ -297,7 +295,7 @@ class Writer:
 
     def _loop(self, loop: Loop) -> list[str]:
         """One loop; of one turn it is none."""
-        values, before = Turn(self, loop.size), self.statements
+        values, before = MergingBody(self, loop.size), self.statements
         lines: list[str] = []
         for store in loop.stores:
             name = values.of(store.expression, store.lanes)
