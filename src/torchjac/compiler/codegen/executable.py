@@ -61,7 +61,8 @@ class Executable:
         self._where = ctypes.addressof(self._table)
         self._threads = Threads(samples or _THREADS) if program.is_shared else None
         self._turns = samples or 0
-        self._allocate = allocator()
+        self._device = target.limits.device
+        self._allocate = allocator(self._device)
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The outputs at these inputs; None where they are not all finite.
@@ -130,7 +131,7 @@ class Executable:
             found = self._spare.pop()
             if found.numel() >= size:
                 return found
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:
@@ -146,7 +147,7 @@ def _finite(made: Sequence[Tensor]) -> bool:
 def _dense(x: Tensor) -> Tensor:
     """The same numbers in memory, in order: not negated, nor zeros that are nowhere."""
     x = x.resolve_neg().contiguous()
-    return torch.zeros(x.shape, dtype=x.dtype) if x._is_zerotensor() else x
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x
 
 
 def _suited(
