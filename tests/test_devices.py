@@ -25,7 +25,7 @@ from torchjac._torch.trace.recorder import Recorder
 from torchjac._torch.trace.recording import Recording, recorded
 from torchjac.call import Call
 from torchjac.capture.eager import capture_function
-from torchjac.compiler.codegen.build import written
+from torchjac.compiler.codegen.build import build_source
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.target import Launch, SourceUnit
 from torchjac.compiler.program import peephole
@@ -149,7 +149,7 @@ class Elsewhere(NumpyTarget):
 
 def kernel_on(target: NumpyTarget) -> Executable:
     x = value(4, 4)
-    return Executable(written([(recording_of(torch.sin, x), 1)], None, target=target))
+    return Executable(build_source([(recording_of(torch.sin, x), 1)], None, target=target))
 
 
 def test_an_executable_allocates_on_the_device_of_its_target() -> None:

@@ -34,8 +34,6 @@ UNREAD = {
     "src/torchjac/capture",
     "src/torchjac/compiler",
     "src/torchjac/compiler/accumulate",
-    "src/torchjac/compiler/codegen",
-    "src/torchjac/compiler/codegen/c",
     "src/torchjac/compiler/program",
     "src/torchjac/guards",
     "src/torchjac/jit",

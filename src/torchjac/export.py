@@ -19,7 +19,7 @@ from torchjac.call import Call, variables
 from torchjac.capture.eager import capture_function
 from torchjac.capture.trace import trace_value
 from torchjac.compiler.batch_invariance import alike, fewer, with_samples
-from torchjac.compiler.codegen.build import written, written_for_samples
+from torchjac.compiler.codegen.build import build_batch_source, build_source
 from torchjac.compiler.codegen.c.standalone import Array, Standalone, identifier, standalone
 from torchjac.compiler.codegen.c.toolchain import NoCompiler
 from torchjac.compiler.codegen.executable import Executable
@@ -146,8 +146,8 @@ def _program(call: Call, plan: Compiled, name: str) -> tuple[SourceUnit, list[Te
         parts = [jacobian_of(way), (value, len(values))]
         if way.samples is not None:
             few, many = way.samples
-            return written_for_samples(parts, few, many, f"{name}_body", Deployment.STANDALONE)
-        return written(parts, plan.shape[2], f"{name}_body", Deployment.STANDALONE)
+            return build_batch_source(parts, few, many, f"{name}_body", Deployment.STANDALONE)
+        return build_source(parts, plan.shape[2], f"{name}_body", Deployment.STANDALONE)
 
     _, program = first_written(plan.programs, write)
     _check(program, plan, inputs, values)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from torchjac._torch.trace.recording import Recording
 from torchjac.compiler.accumulate.emit import elsewhere
-from torchjac.compiler.codegen.build import written
+from torchjac.compiler.codegen.build import build_source
 from torchjac.compiler.codegen.executable import Executable
-from torchjac.compiler.codegen.target import LIMIT, SourceUnit
+from torchjac.compiler.codegen.target import COMPILE_SECONDS, SourceUnit
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanRefused
 from torchjac.host.contest import Contest, Rules, hold
@@ -87,7 +87,7 @@ def with_kernel(
     programs: Sequence[TensorProgram],
     inputs: Sequence[Tensor],
     samples: int | None,
-    limit: float = LIMIT,
+    limit: float = COMPILE_SECONDS,
 ) -> TensorProgram:
     """A program as a kernel: of those that give the same Jacobian the one that should be fastest.
 
@@ -105,7 +105,7 @@ def with_kernel(
         want = programs[0](inputs)
 
     def write(program: TensorProgram) -> SourceUnit:
-        return written([jacobian_of(program)], samples)
+        return build_source([jacobian_of(program)], samples)
 
     for program, text in written_in_order(programs, write, refusals):
         try:

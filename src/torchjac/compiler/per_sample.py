@@ -19,7 +19,7 @@ from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function, trace_value
 from torchjac.compiler.accumulate.output import Target
 from torchjac.compiler.batch_invariance import alike, fewer, several_fewer
-from torchjac.compiler.codegen.build import written_for_samples
+from torchjac.compiler.codegen.build import build_batch_source
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.target import SourceUnit
 from torchjac.compiler.compiled import Tried
@@ -149,4 +149,4 @@ def compiled_again(emitted: TensorProgram) -> TensorProgram:
 
 def _written(emitted: TensorProgram) -> SourceUnit:
     assert emitted.samples is not None, "it is for a few samples"
-    return written_for_samples([jacobian_of(emitted)], *emitted.samples)
+    return build_batch_source([jacobian_of(emitted)], *emitted.samples)

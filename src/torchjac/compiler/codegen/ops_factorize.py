@@ -1,8 +1,8 @@
-"""Factorizations of small matrices on codes, written out: what torch leaves to LAPACK.
+"""Factorizations of small matrices as scalar statements, where torch calls LAPACK.
 
-Rows are exchanged for the largest pivot, as LAPACK does (Golub and Van Loan, Matrix Computations,
-4th edition, algorithm 3.4.1); which ones is a number of the program, and rows are chosen by it.
-Matrices that are singular, or not positive definite, give what is not finite.
+Rows are exchanged for the largest pivot, as in LAPACK (Golub and Van Loan, Matrix Computations,
+4th edition, algorithm 3.4.1). The index of a pivot is a value of the program, by which rows are
+selected. A matrix that is singular, or not positive definite, gives values that are not finite.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.ir import Value
-from torchjac.compiler.codegen.element_ids import Expanding, dtype_of
+from torchjac.compiler.codegen.element_ids import LoweringContext, dtype_of
 from torchjac.errors import PlanRefused
 
-# Matrices up to this size are written out.
-_LARGEST = 8
-# Rows of a matrix; an element is the codes of all matrices of a batch.
+_LARGEST = 8  # rows or columns of a matrix: larger ones are refused
+# Rows of a matrix; each element holds the ids of a batch of matrices.
 _Rows = list[list[Tensor]]
 
 
@@ -40,9 +39,9 @@ class _Diagonal(Enum):
 
 
 class _Scalars:
-    """Arithmetic on codes of one dtype."""
+    """Arithmetic on element ids of one dtype."""
 
-    def __init__(self, do: Expanding, dtype: str):
+    def __init__(self, do: LoweringContext, dtype: str):
         self._do = do
         self.dtype = dtype
 
@@ -50,10 +49,10 @@ class _Scalars:
         return self._do.apply(kind, self.dtype, operands)
 
     def number(self, value: float) -> Tensor:
-        return torch.tensor(self._do.number(value, self.dtype))
+        return torch.tensor(self._do.constant_id(value, self.dtype))
 
     def place(self, value: int) -> Tensor:
-        return torch.tensor(self._do.number(value, "int64"))
+        return torch.tensor(self._do.constant_id(value, "int64"))
 
     def test(self, kind: str, *operands: Tensor) -> Tensor:
         return self._do.apply(kind, "bool", operands)
@@ -62,28 +61,28 @@ class _Scalars:
         return self._do.apply("where", "int64", [condition, one, other])
 
     def less(self, x: Tensor, *factors: Tensor) -> Tensor:
-        """X minus a product."""
+        """The first operand minus a product."""
         return self("sub", x, self("mul", *factors))
 
 
-def _rows(code: Tensor) -> _Rows:
+def _rows(ids: Tensor) -> _Rows:
     """The elements of matrices.
 
     Raises:
-        PlanRefused: They are large.
+        PlanRefused: The matrices are large.
     """
-    if max(code.shape[-2:]) > _LARGEST:
+    if max(ids.shape[-2:]) > _LARGEST:
         raise PlanRefused(f"factors of a matrix larger than {_LARGEST} x {_LARGEST}")
-    return [list(row.unbind(-1)) for row in code.unbind(-2)]
+    return [list(row.unbind(-1)) for row in ids.unbind(-2)]
 
 
 def _matrix(rows: _Rows) -> Tensor:
-    made = [torch.stack(torch.broadcast_tensors(*row), -1) for row in rows]  # type: ignore[no-untyped-call]
-    return torch.stack(torch.broadcast_tensors(*made), -2)  # type: ignore[no-untyped-call]
+    stacked = [torch.stack(torch.broadcast_tensors(*row), -1) for row in rows]  # type: ignore[no-untyped-call]
+    return torch.stack(torch.broadcast_tensors(*stacked), -2)  # type: ignore[no-untyped-call]
 
 
 def _exchange(s: _Scalars, rows: _Rows, k: int, place: Tensor) -> None:
-    """Exchanges row k with a row after it that a number of the program names."""
+    """Exchanges row k with the later row whose index a value of the program gives."""
     first = list(rows[k])
     for i in range(k + 1, len(rows)):
         this = s.test("eq", place, s.place(i))
@@ -92,10 +91,10 @@ def _exchange(s: _Scalars, rows: _Rows, k: int, place: Tensor) -> None:
             rows[k][j] = s("where", this, other, rows[k][j])
 
 
-def _lu(s: _Scalars, code: Tensor) -> tuple[_Rows, list[Tensor]]:
-    """L and U in one matrix, and which row was exchanged with each."""
-    rows = _rows(code)
-    size, places = len(rows), []
+def _lu(s: _Scalars, ids: Tensor) -> tuple[_Rows, list[Tensor]]:
+    """L and U in one matrix, and the pivot of each row."""
+    rows = _rows(ids)
+    size, pivots = len(rows), []
     for k in range(size):
         best, place = s("abs", rows[k][k]), s.place(k).expand(rows[k][k].shape)
         for i in range(k + 1, size):
@@ -103,13 +102,13 @@ def _lu(s: _Scalars, code: Tensor) -> tuple[_Rows, list[Tensor]]:
             more = s.test("gt", other, best)
             best = s("where", more, other, best)
             place = s.place_where(more, s.place(i), place)
-        places.append(place)
+        pivots.append(place)
         _exchange(s, rows, k, place)
         for i in range(k + 1, size):
             rows[i][k] = s("div", rows[i][k], rows[k][k])
             for j in range(k + 1, size):
                 rows[i][j] = s.less(rows[i][j], rows[i][k], rows[k][j])
-    return rows, places
+    return rows, pivots
 
 
 def _substitute(
@@ -136,21 +135,21 @@ def _solve(s: _Scalars, rows: _Rows, pivots: Sequence[Tensor], right: Tensor) ->
     sides = [[x] for x in right.unbind(-2)]
     for k, pivot in enumerate(pivots):
         _exchange(s, sides, k, pivot[..., None])
-    found = _substitute(s, rows, [x for (x,) in sides], _Triangle.LOWER, _Diagonal.ONES)
-    found = _substitute(s, rows, found, _Triangle.UPPER, _Diagonal.STORED)
-    return torch.stack(torch.broadcast_tensors(*found), -2)  # type: ignore[no-untyped-call]
+    solution = _substitute(s, rows, [x for (x,) in sides], _Triangle.LOWER, _Diagonal.ONES)
+    solution = _substitute(s, rows, solution, _Triangle.UPPER, _Diagonal.STORED)
+    return torch.stack(torch.broadcast_tensors(*solution), -2)  # type: ignore[no-untyped-call]
 
 
 def _solve_transposed(s: _Scalars, rows: _Rows, pivots: Sequence[Tensor], right: Tensor) -> Tensor:
     """Solves transpose(A) X = B with the factors of A."""
     across = _transposed(rows)
-    found = _substitute(s, across, list(right.unbind(-2)), _Triangle.LOWER, _Diagonal.STORED)
-    found = _substitute(s, across, found, _Triangle.UPPER, _Diagonal.ONES)
-    sides = [[x] for x in found]
+    solution = _substitute(s, across, list(right.unbind(-2)), _Triangle.LOWER, _Diagonal.STORED)
+    solution = _substitute(s, across, solution, _Triangle.UPPER, _Diagonal.ONES)
+    sides = [[x] for x in solution]
     for k, pivot in reversed(list(enumerate(pivots))):
         _exchange(s, sides, k, pivot[..., None])
-    found = [x for (x,) in sides]
-    return torch.stack(torch.broadcast_tensors(*found), -2)  # type: ignore[no-untyped-call]
+    solution = [x for (x,) in sides]
+    return torch.stack(torch.broadcast_tensors(*solution), -2)  # type: ignore[no-untyped-call]
 
 
 def _solve_right(s: _Scalars, rows: _Rows, pivots: Sequence[Tensor], right: Tensor) -> Tensor:
@@ -158,56 +157,56 @@ def _solve_right(s: _Scalars, rows: _Rows, pivots: Sequence[Tensor], right: Tens
     return _solve_transposed(s, rows, pivots, right.transpose(-1, -2)).transpose(-1, -2)
 
 
-def _all(places: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(places), -1)
+def _all(pivots: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(pivots), -1)
 
 
-def _fine(s: _Scalars, code: Tensor) -> Tensor:
-    """What says that no error was met: those that are show in the numbers."""
-    return s.place(0).expand(code.shape[:-2])
+def _fine(s: _Scalars, ids: Tensor) -> Tensor:
+    """The status of LAPACK, always zero: errors show as values that are not finite."""
+    return s.place(0).expand(ids.shape[:-2])
 
 
 def _solve_ex(
-    do: Expanding, a: Value, b: Value, *, left: bool = True, check_errors: bool = False
+    do: LoweringContext, a: Value, b: Value, *, left: bool = True, check_errors: bool = False
 ) -> tuple[Tensor, ...]:
-    s, matrix, right = _Scalars(do, dtype_of(a)), do.code(a), do.code(b)
-    rows, places = _lu(s, matrix)
+    s, matrix, right = _Scalars(do, dtype_of(a)), do.ids(a), do.ids(b)
+    rows, pivots = _lu(s, matrix)
     vector = right.dim() == 1 or right.shape == matrix.shape[:-1]
     solve = _solve if left or vector else _solve_right
-    found = solve(s, rows, places, right[..., None] if vector else right)
-    found = found[..., 0] if vector else found
-    return found, _matrix(rows), _all(places), _fine(s, matrix)
+    solution = solve(s, rows, pivots, right[..., None] if vector else right)
+    solution = solution[..., 0] if vector else solution
+    return solution, _matrix(rows), _all(pivots), _fine(s, matrix)
 
 
 def _lu_factor_ex(
-    do: Expanding, a: Value, *, pivot: bool = True, check_errors: bool = False
+    do: LoweringContext, a: Value, *, pivot: bool = True, check_errors: bool = False
 ) -> tuple[Tensor, ...]:
     if not pivot or a.shape[-1] != a.shape[-2]:
         raise PlanRefused("factors without pivots, or of a matrix that is not square")
-    s, matrix = _Scalars(do, dtype_of(a)), do.code(a)
-    rows, places = _lu(s, matrix)
-    return _matrix(rows), _all(places), _fine(s, matrix)
+    s, matrix = _Scalars(do, dtype_of(a)), do.ids(a)
+    rows, pivots = _lu(s, matrix)
+    return _matrix(rows), _all(pivots), _fine(s, matrix)
 
 
 def _lu_unpack(
-    do: Expanding,
+    do: LoweringContext,
     lu: Value,
     pivots: Value,
     unpack_data: bool = True,
     unpack_pivots: bool = True,
 ) -> tuple[Tensor, ...]:
-    s, code = _Scalars(do, dtype_of(lu)), do.code(lu)
-    size = len(_rows(code))
-    if code.shape[-1] != size:
+    s, ids = _Scalars(do, dtype_of(lu)), do.ids(lu)
+    size = len(_rows(ids))
+    if ids.shape[-1] != size:
         raise PlanRefused("factors of a matrix that is not square")
     one, zero = s.number(1.0), s.number(0.0)
-    unit = torch.where(torch.eye(size, dtype=torch.bool), one, zero).expand(code.shape)
+    unit = torch.where(torch.eye(size, dtype=torch.bool), one, zero).expand(ids.shape)
     below = torch.ones(size, size, dtype=torch.bool).tril(-1)
-    lower = torch.where(below, code, unit)
-    upper = torch.where(below, zero, code)
+    lower = torch.where(below, ids, unit)
+    upper = torch.where(below, zero, ids)
     rows = _rows(unit)
-    places = list(do.code(pivots).unbind(-1))
-    for k, place in reversed(list(enumerate(places))):
+    exchanges = list(do.ids(pivots).unbind(-1))
+    for k, place in reversed(list(enumerate(exchanges))):
         _exchange(s, rows, k, place)
     nothing = torch.empty(0, dtype=torch.int64)
     data = (lower, upper) if unpack_data else (nothing, nothing)
@@ -215,74 +214,80 @@ def _lu_unpack(
 
 
 def _lu_solve(
-    do: Expanding, lu: Value, pivots: Value, b: Value, *, left: bool = True, adjoint: bool = False
+    do: LoweringContext,
+    lu: Value,
+    pivots: Value,
+    b: Value,
+    *,
+    left: bool = True,
+    adjoint: bool = False,
 ) -> Tensor:
-    s, rows = _Scalars(do, dtype_of(lu)), _rows(do.code(lu))
-    places, right = list(do.code(pivots).unbind(-1)), do.code(b)
+    s, rows = _Scalars(do, dtype_of(lu)), _rows(do.ids(lu))
+    exchanges, right = list(do.ids(pivots).unbind(-1)), do.ids(b)
     if not left:
         right = right.transpose(-1, -2)
     solve = _solve if left is not adjoint else _solve_transposed
-    found = solve(s, rows, places, right)
-    return found if left else found.transpose(-1, -2)
+    solution = solve(s, rows, exchanges, right)
+    return solution if left else solution.transpose(-1, -2)
 
 
-def _inv_ex(do: Expanding, a: Value, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
-    s, matrix = _Scalars(do, dtype_of(a)), do.code(a)
-    rows, places = _lu(s, matrix)
+def _inv_ex(do: LoweringContext, a: Value, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
+    s, matrix = _Scalars(do, dtype_of(a)), do.ids(a)
+    rows, pivots = _lu(s, matrix)
     size = len(rows)
     one = torch.where(torch.eye(size, dtype=torch.bool), s.number(1.0), s.number(0.0))
     right = one.expand(*matrix.shape[:-2], size, size)
-    return _solve(s, rows, places, right), _fine(s, matrix)
+    return _solve(s, rows, pivots, right), _fine(s, matrix)
 
 
-def _sign(s: _Scalars, places: Sequence[Tensor]) -> Tensor:
-    """Of the exchanges of rows."""
+def _sign(s: _Scalars, pivots: Sequence[Tensor]) -> Tensor:
+    """The sign of the row exchanges."""
     sign = s.number(1.0)
-    for k, place in enumerate(places):
+    for k, place in enumerate(pivots):
         sign = s("where", s.test("eq", place, s.place(k)), sign, s("neg", sign))
     return sign
 
 
-def _across(do: Expanding, a: Value) -> Tensor:
-    """Of a determinant torch factors the transposed matrix where that saves a copy."""
+def _across(do: LoweringContext, a: Value) -> Tensor:
+    """The matrix that torch factors for a determinant: transposed where that saves a copy."""
     dense = torch.empty_strided(a.shape, a.stride, device="meta").is_contiguous()
-    return do.code(a).transpose(-1, -2) if dense else do.code(a)
+    return do.ids(a).transpose(-1, -2) if dense else do.ids(a)
 
 
-def _det(do: Expanding, a: Value) -> tuple[Tensor, ...]:
+def _det(do: LoweringContext, a: Value) -> tuple[Tensor, ...]:
     s, matrix = _Scalars(do, dtype_of(a)), _across(do, a)
-    rows, places = _lu(s, matrix)
-    found = _sign(s, places)
+    rows, pivots = _lu(s, matrix)
+    solution = _sign(s, pivots)
     for k, row in enumerate(rows):
-        found = s("mul", found, row[k])
-    return found, _matrix(rows), _all(places)
+        solution = s("mul", solution, row[k])
+    return solution, _matrix(rows), _all(pivots)
 
 
-def _slogdet(do: Expanding, a: Value) -> tuple[Tensor, ...]:
+def _slogdet(do: LoweringContext, a: Value) -> tuple[Tensor, ...]:
     s, matrix = _Scalars(do, dtype_of(a)), _across(do, a)
-    rows, places = _lu(s, matrix)
-    sign, size = _sign(s, places), s.number(0.0)
+    rows, pivots = _lu(s, matrix)
+    sign, size = _sign(s, pivots), s.number(0.0)
     for k, row in enumerate(rows):
         sign = s("mul", sign, s("sign", row[k]))
         size = s("add", size, s("log", s("abs", row[k])))
-    return sign, size.expand(sign.shape), _matrix(rows), _all(places)
+    return sign, size.expand(sign.shape), _matrix(rows), _all(pivots)
 
 
 def _cholesky_ex(
-    do: Expanding, a: Value, *, upper: bool = False, check_errors: bool = False
+    do: LoweringContext, a: Value, *, upper: bool = False, check_errors: bool = False
 ) -> tuple[Tensor, Tensor]:
-    s, matrix = _Scalars(do, dtype_of(a)), do.code(a)
-    given = _rows(matrix.transpose(-1, -2) if upper else matrix)
-    size = len(given)
+    s, matrix = _Scalars(do, dtype_of(a)), do.ids(a)
+    elements = _rows(matrix.transpose(-1, -2) if upper else matrix)
+    size = len(elements)
     nothing = s.number(0.0).expand(matrix.shape[:-2])
     rows = [[nothing] * size for _ in range(size)]
     for j in range(size):
         for i in range(j, size):
-            value = given[i][j]
+            value = elements[i][j]
             for k in range(j):
                 value = s.less(value, rows[i][k], rows[j][k])
             rows[i][j] = s("sqrt", value) if i == j else s("div", value, rows[j][j])
-    # Where there is no factor its last element is not a number; then no element is one.
+    # Without a factor the last element is NaN; then all elements become NaN.
     nothing = s("sub", rows[-1][-1], rows[-1][-1])
     for i in range(size):
         for j in range(i + 1):
@@ -290,12 +295,12 @@ def _cholesky_ex(
     return _matrix(_transposed(rows) if upper else rows), _fine(s, matrix)
 
 
-def _cholesky(do: Expanding, a: Value, upper: bool = False) -> Tensor:
+def _cholesky(do: LoweringContext, a: Value, upper: bool = False) -> Tensor:
     return _cholesky_ex(do, a, upper=upper)[0]
 
 
 def _triangular(
-    do: Expanding,
+    do: LoweringContext,
     a: Value,
     b: Value,
     *,
@@ -303,20 +308,20 @@ def _triangular(
     left: bool = True,
     unitriangular: bool = False,
 ) -> Tensor:
-    s, rows, right = _Scalars(do, dtype_of(a)), _rows(do.code(a)), do.code(b)
+    s, rows, right = _Scalars(do, dtype_of(a)), _rows(do.ids(a)), do.ids(b)
     if not left:
         rows, right, upper = _transposed(rows), right.transpose(-1, -2), not upper
     triangle = _Triangle.UPPER if upper else _Triangle.LOWER
     diagonal = _Diagonal.ONES if unitriangular else _Diagonal.STORED
     sides = _substitute(s, rows, list(right.unbind(-2)), triangle, diagonal)
-    made = torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
-    return made if left else made.transpose(-1, -2)
+    stacked = torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
+    return stacked if left else stacked.transpose(-1, -2)
 
 
-def _cholesky_solve(do: Expanding, b: Value, factor: Value, upper: bool = False) -> Tensor:
-    s, rows = _Scalars(do, dtype_of(b)), _rows(do.code(factor))
+def _cholesky_solve(do: LoweringContext, b: Value, factor: Value, upper: bool = False) -> Tensor:
+    s, rows = _Scalars(do, dtype_of(b)), _rows(do.ids(factor))
     rows = _transposed(rows) if upper else rows
-    sides = list(do.code(b).unbind(-2))
+    sides = list(do.ids(b).unbind(-2))
     sides = _substitute(s, rows, sides, _Triangle.LOWER, _Diagonal.STORED)
     sides = _substitute(s, _transposed(rows), sides, _Triangle.UPPER, _Diagonal.STORED)
     return torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
