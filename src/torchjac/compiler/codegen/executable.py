@@ -88,10 +88,10 @@ class Executable:
         bare = self._inputs and not (self._live or self.source.scratch or self._threads)
         if not bare or len(self._outputs) != 1:
             return self._on
-        run, where, (about,), address = self._run, self._where, self._outputs, Tensor.data_ptr
+        run, where, (spec,), address = self._run, self._where, self._outputs, Tensor.data_ptr
 
         def launched(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
-            results = self._allocate(*about)
+            results = self._allocate(*spec)
             fine = run(*map(address, tensors), address(results), where, 0)
             return (results,), fine or _finite((results,))
 
@@ -100,7 +100,7 @@ class Executable:
     def _on(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
         if self._live:
             tensors = [*tensors, *[_dense(x.detach()) for x in self._live]]
-        results = [self._allocate(*about) for about in self._outputs]
+        results = [self._allocate(*spec) for spec in self._outputs]
         arrays = (
             *([x.data_ptr() for x in tensors] or (0,)),
             *[x.data_ptr() for x in results],

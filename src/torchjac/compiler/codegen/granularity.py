@@ -67,8 +67,8 @@ def lower_program(
     parts = _parts(recordings)
     elements = _counted(parts)
 
-    def lowered(how: Granularity, most: int = EXPRESSIONS) -> ScalarProgram:
-        return _lowered(how, parts, samples or 0, deployment, most)
+    def lowered(granularity: Granularity, most: int = EXPRESSIONS) -> ScalarProgram:
+        return _lowered(granularity, parts, samples or 0, deployment, most)
 
     if elements <= _ALWAYS_UNROLL:
         return lowered(Granularity.ELEMENTS)
@@ -189,10 +189,14 @@ def _counted(parts: Sequence[_Part]) -> int:
 
 
 def _lowered(
-    how: Granularity, parts: Sequence[_Part], samples: int, deployment: Deployment, most: int
+    granularity: Granularity,
+    parts: Sequence[_Part],
+    samples: int,
+    deployment: Deployment,
+    most: int,
 ) -> ScalarProgram:
     try:
-        lowering = Lowering(how, samples, deployment, most)
+        lowering = Lowering(granularity, samples, deployment, most)
         outputs = [x for part in parts for x in lowering.outputs(*part)]
         return ScalarProgram(
             lowering.expressions,

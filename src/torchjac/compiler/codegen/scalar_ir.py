@@ -164,7 +164,6 @@ class Expression:
 
 
 SCALAR = Domain(1)
-HERE = np.zeros(1, dtype=np.int64)
 
 
 def segments_of(expression: Expression) -> tuple[int, Indices, Indices]:

@@ -157,7 +157,7 @@ class _Scheduler:
             edges.sort(key=lambda edge: not edge.is_even)
         for edge in edges:
             if not self._groups.fuse(edge):
-                self._part(edge)
+                self._cut(edge)
         for number in self._needed:
             expression = self._all[number]
             if expression.kind == "segments":
@@ -220,7 +220,7 @@ class _Scheduler:
         weight = {k: max(self._costs[a] for a in e.arguments) for k, e in edges.items()}
         return [edges[k] for k in sorted(edges, key=lambda k: -weight[k])]
 
-    def _part(self, edge: Edge) -> None:
+    def _cut(self, edge: Edge) -> None:
         """Cuts an edge: its arguments go through buffers, or are computed twice."""
         for argument in edge.arguments:
             if self._costs[argument] > _RECOMPUTED_COST:

@@ -27,16 +27,16 @@ class BatchTensorWriter(BatchRows, TensorWriter):
     def body(self) -> list[str]:
         """The statements."""
         self._scalar_statements()
-        groups = self._groups()
-        self._allot(groups)
-        for layout, numbers in groups:
+        tensor_loops = self._tensor_loops()
+        self._allot(tensor_loops)
+        for layout, numbers in tensor_loops:
             if layout is None:
                 self._lines += self._render_loop(numbers, layout)
         self._lines += [
             f"  for (long i = first; i < last; i += {SIMD}) {{",
             f"    const int n = last - i < {SIMD} ? (int)(last - i) : {SIMD};",
         ]
-        for layout, numbers in groups:
+        for layout, numbers in tensor_loops:
             if layout is not None:
                 self._lines += self._render_loop(numbers, layout)
         self._lines += [*self._stores(), "  }"]
@@ -84,9 +84,9 @@ class TensorLoopWriter(TensorWriter):
     def body(self) -> list[str]:
         """The statements."""
         self._scalar_statements()
-        groups = self._groups()
-        self._allot(groups)
-        for layout, numbers in groups:
+        tensor_loops = self._tensor_loops()
+        self._allot(tensor_loops)
+        for layout, numbers in tensor_loops:
             self._lines += self._render_loop(numbers, layout)
         for loop in self._program.loops:
             (store,) = loop.stores

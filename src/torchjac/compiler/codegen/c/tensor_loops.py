@@ -78,7 +78,7 @@ class TensorWriter(Writer):
         """Whether an expression is read from an array."""
         return self._all[number].kind == "load" and self._layouts.layouts[number] is None
 
-    def _groups(self) -> list[TensorLoop]:
+    def _tensor_loops(self) -> list[TensorLoop]:
         """The loops: expressions of one level and one layout share a loop."""
         by_key: dict[tuple[int, int, int, int], list[int]] = {}
         for number in self._numbers:
@@ -93,24 +93,24 @@ class TensorWriter(Writer):
             key = (self._layouts.levels[number], id(expression.domain), id(layout), alone)
             by_key.setdefault(key, []).append(number)
         order = sorted(by_key, key=lambda key: (key[0], by_key[key][0]))
-        groups = [(self._layouts.layouts[by_key[key][0]], by_key[key]) for key in order]
+        loops = [(self._layouts.layouts[by_key[key][0]], by_key[key]) for key in order]
         # Values that all samples share are computed before the loop over samples.
-        return sorted(groups, key=lambda group: group[0] is not None)
+        return sorted(loops, key=lambda group: group[0] is not None)
 
-    def _allot(self, groups: Sequence[TensorLoop]) -> None:
+    def _allot(self, loops: Sequence[TensorLoop]) -> None:
         """Allocates the buffers; dead buffers are used again.
 
         Raises:
             PlanRefused: The buffers do not fit into a near cache.
         """
-        loop_of = {n: k for k, (_, numbers) in enumerate(groups) for n in numbers}
-        last = dict.fromkeys(self._wanted, len(groups))
+        loop_of = {n: k for k, (_, numbers) in enumerate(loops) for n in numbers}
+        last = dict.fromkeys(self._wanted, len(loops))
         for number in self._numbers:
             for argument, _ in self._all[number].arguments:
                 last[argument] = max(last.get(argument, 0), loop_of.get(number, 0))
         free: list[tuple[int, int]] = []  # offset and bytes
         ends: defaultdict[int, list[int]] = defaultdict(list)
-        for k, (layout, numbers) in enumerate(groups):
+        for k, (layout, numbers) in enumerate(loops):
             for number in self._stored.intersection(numbers):
                 self._offsets_of[number] = self._room(self._bytes(number), free)
                 if layout is not None:  # shared values are read for every SIMD batch

@@ -18,7 +18,7 @@ from torchjac.compiler.codegen.scalar_order import CallGroup, call_groups, reach
 from torchjac.compiler.codegen.schedule import Loop, LoopProgram
 from torchjac.compiler.codegen.target import Signature, Source
 
-_LONG = 6000  # statements of a function with loops: from here on level 1, not 2
+_LONG = 6000  # statements of a function with loops: from here on level 1, not 2; of a loop: no SIMD
 _STRAIGHT = 1000  # statements of a function without loops: from here on level 1, not 2
 _LOOPS = 100  # loops of a function: from here on level 1, not 2
 _LITERAL_VALUES = 64  # fixed values of an output: up to as many are literals
