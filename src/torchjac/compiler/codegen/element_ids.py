@@ -54,7 +54,7 @@ def dtype_of(value: Value | None) -> str:
     """The name of the dtype of a tensor.
 
     Raises:
-        PlanRefused: Expressions have no such dtype.
+        PlanRefused: Expressions cannot have the dtype.
     """
     assert value is not None
     name = str(value.dtype).removeprefix("torch.")
@@ -99,7 +99,7 @@ def comparison_dtype(call: Called) -> str:
     """The dtype in which the operands of a comparison are compared.
 
     Raises:
-        PlanRefused: The operation compares bits, or expressions have no such dtype.
+        PlanRefused: The operation compares bits, or expressions cannot have the dtype.
     """
     arguments: list[Any] = [
         torch.zeros((1,) * min(len(a.shape), 1), dtype=a.dtype) if isinstance(a, Value) else a

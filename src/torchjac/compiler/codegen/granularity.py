@@ -24,7 +24,7 @@ from torchjac.ops import IN_PLACE, Fact, having
 
 _ALWAYS_UNROLL = 500  # scalar operations: unroll fully
 _MAX_UNROLL = 60_000  # scalar operations (of a sample): more are never unrolled
-_PREFER_UNROLLED = 1500  # expressions and stores: unrolled programs up to this size are kept
+_PREFER_UNROLLED = 1500  # expressions and stores: no loops for unrolled programs up to this size
 _ROLLED_GAIN = 6  # ratio: loops replace a longer unrolled program if they are this much shorter
 _WHOLE_WORK = 1500  # scalar products (of a sample): from here on matrix products stay whole
 _PRODUCTS = having(Fact.LOOPED_PRODUCT)

@@ -259,7 +259,7 @@ class Writer:
         return self.operation(expression.kind, expression.dtype, names, of, 1)
 
     def _call_statement(self, group: CallGroup) -> None:
-        """Writes a call group: one SIMD call, where the library has such a function."""
+        """Writes a call group: one SIMD call, if the library has the function."""
         first = self._all[group[0]]
         t, size, name = CTYPES[first.dtype], len(group), f"g{group[0]}"
         arguments = [[self._scalar_names[a] for a, _ in self._all[n].arguments] for n in group]
