@@ -16,7 +16,14 @@ import numpy as np
 import scipy.special
 
 from torchjac.compiler.codegen.granularity import ScalarProgram
-from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Places, loaded, multiplied, summed
+from torchjac.compiler.codegen.scalar_ir import (
+    SCALAR,
+    ArrayRef,
+    Indices,
+    load_of,
+    matmul_sizes_of,
+    segments_of,
+)
 from torchjac.compiler.codegen.scalar_ops import DTYPES
 from torchjac.compiler.codegen.schedule import Loop, LoopProgram, ScheduleKind
 from torchjac.compiler.codegen.target import Launch, Limits, Signature, Source, SourceUnit
@@ -54,7 +61,7 @@ class NumpySource(Source):
     """A program to interpret."""
 
     scalars: ScalarProgram
-    plan: LoopProgram
+    program: LoopProgram
     signature: Signature
 
 
@@ -63,9 +70,9 @@ class NumpyTarget:
 
     limits = Limits("NumPy", "cpu", DTYPES, frozenset(_OPERATIONS), frozenset(ScheduleKind), 10**6)
 
-    def render(self, scalars: ScalarProgram, plan: LoopProgram, signature: Signature) -> Source:
-        work = ScalarWork(sum(loop.size * len(loop.stores) for loop in plan.loops), 0)
-        return NumpySource((), 0, len(scalars.expressions.all), work, scalars, plan, signature)
+    def render(self, scalars: ScalarProgram, program: LoopProgram, signature: Signature) -> Source:
+        work = ScalarWork(sum(loop.size * len(loop.stores) for loop in program.loops), 0)
+        return NumpySource((), 0, len(scalars.expressions.all), work, scalars, program, signature)
 
     def compile(self, unit: SourceUnit, limit: float) -> NumpySource:
         assert isinstance(unit.source, NumpySource)
@@ -97,10 +104,10 @@ def _parts(
     source: NumpySource, samples: int | None, inputs: _Arrays, outputs: _Arrays
 ) -> Iterator[tuple[_Arrays, _Arrays]]:
     """The arrays of each run: of a few samples, the last ones being there again and again."""
-    if source.plan.kind not in _BATCHES or samples is None:
+    if source.program.kind not in _BATCHES or samples is None:
         yield inputs, outputs
         return
-    few, sampled = source.plan.loops[0].size, source.scalars.sampled
+    few, sampled = source.program.loops[0].size, source.scalars.batched_inputs
     for first in range(0, samples, few):
         rows = np.minimum(np.arange(first, first + few), samples - 1)
         reads = [
@@ -118,40 +125,40 @@ class _Run:
     """One run of a program."""
 
     def __init__(self, source: NumpySource, inputs: _Arrays, outputs: _Arrays):
-        self._plan = source.plan
+        self._program = source.program
         self._all = source.scalars.expressions.all
-        self._kept = {n: array for n, (array, _) in source.plan.kept.items()}
+        self._kept = {n: array for n, (array, _) in source.program.buffers.items()}
         self._arrays = {array: inputs[i] for i, array, _ in source.signature.inputs}
         self._arrays |= {a: t.reshape(-1).numpy() for a, t in source.scalars.tables.items()}
         self._arrays |= {ArrayRef("out", i): x for i, x in enumerate(outputs)}
-        for number, (array, size) in source.plan.kept.items():  # what nobody wrote is seen
+        for number, (array, size) in source.program.buffers.items():  # what nobody wrote is seen
             self._arrays[array] = np.full(size, np.nan, self._all[number].dtype)
 
     def run(self) -> None:
-        for i, (places, values) in enumerate(self._plan.fixed):
+        for i, (places, values) in enumerate(self._program.fixed):
             out = self._arrays[ArrayRef("out", i)]
-            if self._plan.kind in _BATCHES:
+            if self._program.kind in _BATCHES:
                 out.reshape(-1, max(len(values), 1))[:] = values if len(values) else 0
             else:
                 out[:] = 0
                 out[places] = values
-        for number, array, positions in self._plan.single:
+        for number, array, positions in self._program.scalar_stores:
             self._arrays[array][positions] = self._values(number, np.zeros(1, np.int64), {})
-        for _, level in groupby(self._plan.loops, lambda loop: loop.level):
+        for _, level in groupby(self._program.loops, lambda loop: loop.level):
             loops = list(level)
-            for loop in loops[::-1] if self._plan.kind is ScheduleKind.PARALLEL else loops:
+            for loop in loops[::-1] if self._program.kind is ScheduleKind.PARALLEL else loops:
                 self._loop(loop)
 
     def _loop(self, loop: Loop) -> None:
         known: dict[tuple[int, bytes], np.ndarray] = {}
         for store in loop.stores:
             array = self._arrays[store.array]
-            array[store.positions] = self._values(store.expression, store.lanes, known)
+            array[store.positions] = self._values(store.expression, store.points, known)
 
-    def _values(self, number: int, lanes: Places, known: dict[Any, np.ndarray]) -> np.ndarray:
+    def _values(self, number: int, points: Indices, known: dict[Any, np.ndarray]) -> np.ndarray:
         """The values of some lanes of an expression that is to be written."""
-        wanted = (number, lanes.tobytes())
-        stack = [(number, lanes)]
+        wanted = (number, points.tobytes())
+        stack = [(number, points)]
         while stack:  # no recursion: programs may be deep
             top, places = stack[-1]
             key = (top, places.tobytes())
@@ -167,34 +174,41 @@ class _Run:
                 known[key] = np.broadcast_to(found.astype(self._all[top].dtype), len(places))
         return known[wanted]
 
-    def _taken(self, number: int, lanes: Places) -> list[tuple[int, Places]]:
+    def _taken(self, number: int, points: Indices) -> list[tuple[int, Indices]]:
         """The arguments of an expression, and which lanes of them."""
         expression = self._all[number]
         if expression.kind in ("segments", "product"):
-            return [(a, by.places) for a, by in expression.arguments if by is not None]
+            return [(a, by.indices) for a, by in expression.arguments if by is not None]
         one = np.zeros(1, np.int64)
         return [
-            (a, one if self._all[a].lanes is ONE else lanes if by is None else by.places[lanes])
+            (
+                a,
+                one
+                if self._all[a].domain is SCALAR
+                else points
+                if by is None
+                else by.indices[points],
+            )
             for a, by in expression.arguments
         ]
 
-    def _computed(self, number: int, lanes: Places, given: Any, reads: bool) -> Any:
+    def _computed(self, number: int, points: Indices, given: Any, reads: bool) -> Any:
         """The values of some lanes of an expression, from those of its arguments."""
         expression = self._all[number]
         if number in self._kept and reads:
-            return self._arrays[self._kept[number]][lanes]
+            return self._arrays[self._kept[number]][points]
         if expression.kind == "constant":
-            return expression.about
+            return expression.attribute
         if expression.kind == "load":
-            array, step, start = loaded(expression)
-            return self._arrays[array][lanes * step + start]
+            array, step, start = load_of(expression)
+            return self._arrays[array][points * step + start]
         if expression.kind == "segments":
-            _, _, starts = summed(expression)
+            _, _, starts = segments_of(expression)
             sums = np.zeros(len(starts) - 1, expression.dtype)
             np.add.at(sums, np.repeat(np.arange(len(sums)), np.diff(starts)), given[0])
-            return sums[lanes]
+            return sums[points]
         if expression.kind == "product":
-            count, rows, inner, columns = multiplied(expression)
+            count, rows, inner, columns = matmul_sizes_of(expression)
             left, right = given[0].reshape(count, rows, inner), given[1].reshape(count, inner, -1)
-            return (left @ right).reshape(count * rows * columns)[lanes]
+            return (left @ right).reshape(count * rows * columns)[points]
         return _OPERATIONS[expression.kind](*given)

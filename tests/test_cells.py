@@ -17,9 +17,9 @@ from test_accumulate import PROBLEMS
 from test_kernel import cache, kernel_of  # noqa: F401
 from torchjac.compiler.codegen import build as source_build
 from torchjac.compiler.codegen import schedule as loops
-from torchjac.compiler.codegen.fusion import Cells, Edge, Ties, _alike
-from torchjac.compiler.codegen.granularity import expand
-from torchjac.compiler.codegen.scalar_ir import Lanes, Map
+from torchjac.compiler.codegen.fusion import Edge, FusionGroups, FusionPolicy, number_rows
+from torchjac.compiler.codegen.granularity import lower_program
+from torchjac.compiler.codegen.scalar_ir import Deployment, Domain, IndexMap
 from torchjac.compiler.native import jacobian_of
 from torchjac.errors import PlanRefused
 
@@ -27,17 +27,17 @@ Function = Callable[..., Any]
 MESHES = ["finite_volume(5, 4)", "finite_volume(7, 6)", "bundle_full(3, 7, 20)", "nbody(7)"]
 
 
-def forced(monkeypatch: pytest.MonkeyPatch, ties: Ties) -> None:
+def forced(monkeypatch: pytest.MonkeyPatch, ties: FusionPolicy) -> None:
     """Programs are divided in one way only, however many loops that makes."""
-    monkeypatch.setattr(loops, "_KINDS", 10**6)
+    monkeypatch.setattr(loops, "_MAX_KINDS", 10**6)
     monkeypatch.setattr(
-        source_build, "schedule", lambda scalars: loops._Scheduling(scalars, ties).made()
+        source_build, "schedule", lambda scalars: loops._Scheduler(scalars, ties).program()
     )
 
 
 @pytest.mark.parametrize("ties", ["all", "even", "none"])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_problems(monkeypatch: pytest.MonkeyPatch, name: str, ties: Ties) -> None:
+def test_problems(monkeypatch: pytest.MonkeyPatch, name: str, ties: FusionPolicy) -> None:
     """What is computed together changes nothing of what it is."""
     forced(monkeypatch, ties)
     f, shape = PROBLEMS[name]
@@ -53,7 +53,7 @@ def test_problems(monkeypatch: pytest.MonkeyPatch, name: str, ties: Ties) -> Non
 
 @pytest.mark.parametrize("ties", ["all", "even", "none"])
 @pytest.mark.parametrize("name", MESHES)
-def test_meshes(monkeypatch: pytest.MonkeyPatch, name: str, ties: Ties) -> None:
+def test_meshes(monkeypatch: pytest.MonkeyPatch, name: str, ties: FusionPolicy) -> None:
     forced(monkeypatch, ties)
     w = build(name)
     inputs = w.make(0)
@@ -69,13 +69,16 @@ def test_faces_of_a_mesh() -> None:
     w = build("finite_volume(20, 15)")
     plan, _ = plan_of(w.f, *w.make(0), layout=torch.sparse_csr)
     found = min(
-        (len(loops.schedule(expand([jacobian_of(p)], None)).loops) for p in plan.programs),
+        (
+            len(loops.schedule(lower_program([jacobian_of(p)], None, Deployment.PROCESS)).loops)
+            for p in plan.programs
+        ),
     )
     assert found < 30
 
 
-def lanes(count: int) -> Lanes:
-    return Lanes(count)
+def domain(count: int) -> Domain:
+    return Domain(count)
 
 
 class TestCells:
@@ -83,12 +86,12 @@ class TestCells:
 
     def test_even(self) -> None:
         """Three corners of each face, in whatever order."""
-        faces, corners = lanes(4), lanes(12)
-        cells = Cells([faces, corners], "even")
+        faces, corners = domain(4), domain(12)
+        cells = FusionGroups([faces, corners], "even")
         places = torch.arange(4).repeat(3).numpy()
-        edge = Edge(corners, faces, Map(places), {0})
+        edge = Edge(corners, faces, IndexMap(places), {0})
         assert edge.is_even
-        assert cells.tie(edge)
+        assert cells.fuse(edge)
         assert (cells.of(corners, torch.arange(12).numpy()) == cells.of(faces, places)).all()
 
     @pytest.mark.parametrize(
@@ -98,26 +101,26 @@ class TestCells:
     )
     def test_what_is_not_even(self, places: list[int], tied: bool) -> None:
         """Lanes that are alone come to cells that get as many each; others stay apart."""
-        faces, others = lanes(4), lanes(len(places))
-        cells = Cells([faces, others], "even")
-        edge = Edge(others, faces, Map(torch.tensor(places).numpy()), {0})
-        assert cells.tie(edge) is tied
+        faces, others = domain(4), domain(len(places))
+        cells = FusionGroups([faces, others], "even")
+        edge = Edge(others, faces, IndexMap(torch.tensor(places).numpy()), {0})
+        assert cells.fuse(edge) is tied
 
     def test_no_cells_are_merged(self) -> None:
         """An entry of J that two faces add to does not make one cell of them."""
-        faces, corners, entries = lanes(2), lanes(4), lanes(2)
-        cells = Cells([faces, corners, entries], "even")
-        every: Callable[..., Any] = lambda *p: Map(torch.tensor(p).numpy())  # noqa: E731
-        assert cells.tie(Edge(corners, faces, every(0, 0, 1, 1), {0}))
-        assert cells.tie(Edge(entries, faces, every(0, 1), {0}))
-        assert not cells.tie(Edge(entries, corners, every(2, 0), {0}))
+        faces, corners, entries = domain(2), domain(4), domain(2)
+        cells = FusionGroups([faces, corners, entries], "even")
+        every: Callable[..., Any] = lambda *p: IndexMap(torch.tensor(p).numpy())  # noqa: E731
+        assert cells.fuse(Edge(corners, faces, every(0, 0, 1, 1), {0}))
+        assert cells.fuse(Edge(entries, faces, every(0, 1), {0}))
+        assert not cells.fuse(Edge(entries, corners, every(2, 0), {0}))
 
     def test_too_large(self) -> None:
         """One value that everything takes is not computed with everything."""
-        one, many = lanes(2), lanes(400)
-        cells = Cells([one, many], "all")
+        one, many = domain(2), domain(400)
+        cells = FusionGroups([one, many], "all")
         places = torch.arange(400).remainder(2).numpy()
-        assert not cells.tie(Edge(many, one, Map(places), {0}))
+        assert not cells.fuse(Edge(many, one, IndexMap(places), {0}))
 
 
 def test_a_value_of_other_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +143,6 @@ def test_rows_whose_sums_collide() -> None:
     """Two rows with the same sum of products are still two."""
     a, b = (int(w) for w in np.random.default_rng(0).integers(1, 2**62, 2))
     rows = np.array([[b, 0], [0, a], [b, 0], [1, 1]])
-    found = _alike(rows)
+    found = number_rows(rows)
     assert found[0] == found[2]
     assert len(set(found.tolist())) == 3

@@ -30,7 +30,7 @@ CACHED = (
     compiler._command,
     compiler._version,
     compiler._flags_file,
-    entry.own_kind,
+    entry.has_native_calls,
     native._library,
     native._symbol,
     native._context,
@@ -57,7 +57,7 @@ def faked(name: str, tmp_path: Path, machine: str = "arm64") -> Iterator[pytest.
         patch.setattr(sys, "platform", NAMES[name])
         patch.setattr(platform, "machine", lambda: machine)
         patch.setattr(Path, "read_text", read_text)
-        patch.setattr(compiler, "_found", {})
+        patch.setattr(compiler, "_flags_of", {})
         patch.setenv("TORCHJAC_CACHE_DIR", str(tmp_path / "cache"))
         if name == "windows":
             for missing in ("getuid", "sysconf", "killpg"):
@@ -83,7 +83,7 @@ def test_jacobians(name: str, tmp_path: Path) -> None:
         record = J.explain(x)
         if name == "windows":
             with pytest.raises(PlanRefused, match="kernels are not compiled on Windows"):
-                compiler.compiled("int f(void) { return 7; }", 1)
+                compiler.compile_library("int f(void) { return 7; }", 1)
     if name == "windows":
         assert "kernel" not in record.mode
         if record.engine == "accumulate":  # where passes are faster there is no need of a kernel
@@ -101,7 +101,7 @@ def test_names(name: str, tmp_path: Path) -> None:
         assert system.torch_library().endswith(suffix)
         assert native._library() is None or name == "other"  # the file has another name here
         assert native.setting(torch.is_grad_enabled) is None or name == "other"
-        assert not entry.own_kind()
+        assert not entry.has_native_calls()
         assert system.processor().startswith("arm64")
     assert system.system() == "linux" or sys.platform != "linux"
 
@@ -148,7 +148,7 @@ def test_flags(name: str, machine: str, tuned: str, tmp_path: Path) -> None:
         clang.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {real} {taken}\n')
         clang.chmod(0o755)
         patch.setenv("CC", str(clang))
-        assert compiler.compiled("int f(void) { return 7; }", 1).f() == 7
+        assert compiler.compile_library("int f(void) { return 7; }", 1).f() == 7
         (kept,) = (tmp_path / "cache").glob("kernel-*")
         assert kept.suffix == ".dylib"
         line = log.read_text().splitlines()[-1].split()
@@ -171,7 +171,7 @@ class TestFreeThreaded:
         if record.engine == "accumulate":
             assert "free-threaded" in dict(record.refusals)["kernel"]
         with pytest.raises(PlanRefused, match="free-threaded"):
-            compiler.compiled("int f(void) { return 7; }", 1)
+            compiler.compile_library("int f(void) { return 7; }", 1)
         assert readings._library() is None
         readings._library.cache_clear()
 

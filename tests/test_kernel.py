@@ -30,7 +30,7 @@ from torchjac._torch.trace.recorder import Recorder
 from torchjac._torch.trace.recording import Recording, finish_recording
 from torchjac.call import Call, arguments
 from torchjac.compiler import native as compilation
-from torchjac.compiler.codegen.build import written
+from torchjac.compiler.codegen.build import build_source
 from torchjac.compiler.codegen.c import toolchain as compiler
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
@@ -154,7 +154,7 @@ def of_operation(
         recorder.input(x)
     with torch.no_grad(), recorder:
         made = operation(*inputs, *rest).to(inputs[0].dtype)
-    return Executable(written([(finish_recording(recorder, [made]), 1)], samples)), made
+    return Executable(build_source([(finish_recording(recorder, [made]), 1)], samples)), made
 
 
 def special(dtype: torch.dtype) -> Tensor:
@@ -253,7 +253,7 @@ def test_polygamma(order: int, dtype: torch.dtype) -> None:
     recorder.input(x)
     with torch.no_grad(), recorder:
         made = aten.polygamma.default(order, x)
-    kernel = Executable(written([(finish_recording(recorder, [made]), 1)], None))
+    kernel = Executable(build_source([(finish_recording(recorder, [made]), 1)], None))
     (got,), _ = kernel.run([x])
     want = torch.from_numpy(scipy.special.polygamma(order, x.double().numpy()))
     eps = torch.finfo(dtype).eps
@@ -392,7 +392,7 @@ def test_what_is_assembled(layout: torch.layout, dtype: torch.dtype) -> None:
         plan, _ = plan_of(mesh, x, orders=(order,), layout=layout)
         plan = kernel_of(plan, mesh, x)
         assert isinstance(plan.emitted.kernel, Executable)
-        assert "+= kept_float" in plan.emitted.kernel.source.text
+        assert "+= buffers_float" in plan.emitted.kernel.source.text
         J = plan(Call(mesh, 0, False, (x,), {}))
         got = (J if layout is torch.strided else J.to_dense()).double()
         rounding = 1e-9 if dtype is torch.float64 else 1e-3
@@ -425,7 +425,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     known = (compiler._command, compiler._version, compiler._flags_file)
     for found in known:
         found.cache_clear()
-    monkeypatch.setattr(compiler, "_found", {})
+    monkeypatch.setattr(compiler, "_flags_of", {})
     yield tmp_path
     for found in known:
         found.cache_clear()
@@ -440,12 +440,12 @@ def script(path: Path, text: str) -> str:
 
 def compile_again(text: str = "int f(void) { return 7; }", limit: float = 20.0) -> int:
     """Compiles a function and calls it."""
-    return compiler.compiled(text, 1, limit).f()
+    return compiler.compile_library(text, 1, limit).f()
 
 
 def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compile_again() == 7
-    monkeypatch.setattr(compiler, "_made", None)  # whoever compiles now fails
+    monkeypatch.setattr(compiler, "_compile", None)  # whoever compiles now fails
     assert compile_again() == 7
 
 
@@ -550,8 +550,8 @@ def test_a_directory_that_cannot_be_written(fresh: Path, monkeypatch: pytest.Mon
 def test_processes_at_once(fresh: Path) -> None:
     """Eight of them compile the same."""
     text = (
-        "from torchjac.compiler.codegen.c.toolchain import compiled\n"
-        "assert compiled('int f(void) { return 7; }', 1).f() == 7\n"
+        "from torchjac.compiler.codegen.c.toolchain import compile_library\n"
+        "assert compile_library('int f(void) { return 7; }', 1).f() == 7\n"
     )
     running = [
         subprocess.Popen([sys.executable, "-c", text], env=dict(os.environ)) for _ in range(8)
@@ -595,9 +595,9 @@ def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(ways: Sequence[tuple[Recording, int]], *how: Any) -> SourceUnit:
         if ways[0][0] is refused:
             raise PlanRefused("not this one")
-        return written(ways, *how)
+        return build_source(ways, *how)
 
-    monkeypatch.setattr(compilation, "written", refuse)
+    monkeypatch.setattr(compilation, "build_source", refuse)
     plan = kernel_of(plan, f, x)
     assert plan.emitted.form == f"{other.mode}, kernel"
     y = 0.3 - 0.7 * x

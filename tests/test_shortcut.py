@@ -187,9 +187,9 @@ class TestEntry:
     @pytest.mark.parametrize("own", [True, False], ids=["CPython", "ctypes"])
     @pytest.mark.parametrize("batched", [False, True], ids=["single", "batched"])
     def test_both_ways_in(self, own: bool, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        if own and not entry.own_kind():
+        if own and not entry.has_native_calls():
             pytest.skip("this interpreter is entered through ctypes")
-        monkeypatch.setattr(entry, "own_kind", lambda: own)
+        monkeypatch.setattr(entry, "has_native_calls", lambda: own)
         x = value(64, 3) if batched else value(3)
 
         def f(x: Tensor) -> Tensor:

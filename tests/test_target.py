@@ -19,7 +19,7 @@ from test_kernel import cache  # noqa: F401
 from torchjac._torch.trace.recorder import Recorder
 from torchjac._torch.trace.recording import Recording, finish_recording
 from torchjac.compiler.codegen import schedule
-from torchjac.compiler.codegen.build import written, written_for_samples
+from torchjac.compiler.codegen.build import build_batch_source, build_source
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.schedule import ScheduleKind
 from torchjac.compiler.codegen.target import Limits, Target
@@ -84,7 +84,7 @@ def test_programs(name: str, dtype: torch.dtype, target: Target) -> None:
     if dtype is torch.float32 and name in ("solve", "constants beside"):
         pytest.skip("it has constants of double precision")
     inputs = [value(*shape, seed=k, dtype=dtype) for k, shape in enumerate(shapes)]
-    kernel = Executable(written([(of(f, *inputs), 1)], None, target=target))
+    kernel = Executable(build_source([(of(f, *inputs), 1)], None, target=target))
     for point in (inputs, [inside(0.7 * x.roll(1)) for x in inputs]):
         (got,) = kernel(point) or ()
         same(got, f(*point))
@@ -100,7 +100,7 @@ def test_jacobians(name: str, layout: torch.layout, target: Target) -> None:
     how = {} if layout is torch.strided else {"layout": layout}
     try:
         program = plan_of(f, x, **how)[0].programs[0]
-        kernel = Executable(written([jacobian_of(program)], None, target=target))
+        kernel = Executable(build_source([jacobian_of(program)], None, target=target))
     except (CaptureRefused, PlanRefused) as refusal:
         pytest.skip(f"it is refused: {refusal}"[:100])
     for point in (x, inside(0.7 * x.roll(1))):
@@ -114,7 +114,7 @@ def test_jacobians(name: str, layout: torch.layout, target: Target) -> None:
 def test_batches(name: str, many: int, target: Target) -> None:
     """Recorded with seven samples, run with any number."""
     f = OF_SAMPLES[name]
-    unit = written_for_samples([(of(f, value(7, 6)), 1)], 7, many, target=target)
+    unit = build_batch_source([(of(f, value(7, 6)), 1)], 7, many, target=target)
     x = value(many, 6, seed=1)
     (got,) = Executable(unit)([x]) or ()
     same(got, f(x))
@@ -141,14 +141,14 @@ def test_schedules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each kind of schedule is a value of the program, and every target runs it."""
-    monkeypatch.setattr(schedule, "_MANY", 1 if kind is ScheduleKind.PARALLEL else 10**9)
+    monkeypatch.setattr(schedule, "_PARALLEL_VALUES", 1 if kind is ScheduleKind.PARALLEL else 10**9)
     x = value(*shape)
     parts = [(of(f, x), 1)]
     if kind in (ScheduleKind.BATCH, ScheduleKind.BATCH_TENSORS):
-        unit = written_for_samples(parts, len(x), 40, target=target)
+        unit = build_batch_source(parts, len(x), 40, target=target)
         x = value(40, *shape[1:])
     else:
-        unit = written(parts, None, target=target)
+        unit = build_source(parts, None, target=target)
     assert unit.kind is kind
     (got,) = Executable(unit)([x]) or ()
     same(got, f(x))
@@ -182,18 +182,18 @@ def test_what_is_beyond_a_target_is_refused(less: dict[str, Any], reason: str) -
     """With the reason, before anything is compiled."""
     parts = [(of(lambda x: x.sin() * 2, value(3, 4)), 1)]
     with pytest.raises(PlanRefused, match=reason):
-        written(parts, None, target=Lesser(**less))
+        build_source(parts, None, target=Lesser(**less))
 
 
 def test_other_schedules_take_the_place_of_those_that_are_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Loops stay serial, and products are written out."""
-    monkeypatch.setattr(schedule, "_MANY", 1)
+    monkeypatch.setattr(schedule, "_PARALLEL_VALUES", 1)
     target = Lesser(schedules=frozenset((ScheduleKind.SERIAL,)))
     for f, shape in ((lambda x: x.exp().sum(0).sin() * x, (40, 30)), (lambda x: x @ WIDE, (9, 64))):
         x = value(*shape)
-        unit = written([(of(f, x), 1)], None, target=target)
+        unit = build_source([(of(f, x), 1)], None, target=target)
         assert unit.kind is ScheduleKind.SERIAL
         (got,) = Executable(unit)([x]) or ()
         same(got, f(x))
@@ -201,7 +201,9 @@ def test_other_schedules_take_the_place_of_those_that_are_missing(
 
 def test_other_devices_are_errors() -> None:
     """Addresses of another device never reach a target."""
-    kernel = Executable(written([(of(torch.sin, value(3)), 1)], None, target=Lesser(device="meta")))
+    kernel = Executable(
+        build_source([(of(torch.sin, value(3)), 1)], None, target=Lesser(device="meta"))
+    )
     with pytest.raises(ValueError, match="a kernel for"):
         kernel([value(3)])
 
@@ -215,9 +217,9 @@ def test_what_is_not_finite_is_said(name: str, samples: int | None, target: Targ
     bad = {"log": -1.0, "div": 0.0, "sqrt": -1.0}[name]
     parts = [(of(f, torch.full((7, 2), 2.0, dtype=torch.float64)), 1)]
     if samples is None:
-        unit = written(parts, None, target=target)
+        unit = build_source(parts, None, target=target)
     else:
-        unit = written_for_samples(parts, 7, samples, target=target)
+        unit = build_batch_source(parts, 7, samples, target=target)
     kernel = Executable(unit)
     x = torch.full((samples or 7, 2), 2.0, dtype=torch.float64)
     assert kernel([x]) is not None

@@ -30,7 +30,7 @@ MESHES = ["finite_volume(19, 17)", "bundle_full(3, 17, 120)", "nbody(19)", "brus
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads are worth it from the first element on."""
-    monkeypatch.setattr(schedule, "_MANY", 1)
+    monkeypatch.setattr(schedule, "_PARALLEL_VALUES", 1)
     monkeypatch.setattr(costs, "_THREAD", 1e-12)
 
 

@@ -30,8 +30,6 @@ FOLDERS = ("src", "tests", "tools", "benchmarks", "examples")
 UNREAD = {
     "src/torchjac",
     "src/torchjac/compiler/accumulate",
-    "src/torchjac/compiler/codegen",
-    "src/torchjac/compiler/codegen/c",
     "src/torchjac/jit",
     "src/torchjac/passes",
     "benchmarks",

@@ -19,10 +19,11 @@ from torchjac.call import Call, variables
 from torchjac.capture.eager import capture_function
 from torchjac.capture.trace import trace_value
 from torchjac.compiler.batch_invariance import first_samples, is_batch_invariant, with_samples
-from torchjac.compiler.codegen.build import written, written_for_samples
+from torchjac.compiler.codegen.build import build_batch_source, build_source
 from torchjac.compiler.codegen.c.standalone import Array, Standalone, identifier, standalone
 from torchjac.compiler.codegen.c.toolchain import NoCompiler
 from torchjac.compiler.codegen.executable import Executable
+from torchjac.compiler.codegen.scalar_ir import Deployment
 from torchjac.compiler.codegen.target import SourceUnit
 from torchjac.compiler.compiled import Compiled
 from torchjac.compiler.native import agree, jacobian_of, render_first
@@ -146,8 +147,8 @@ def _program(call: Call, plan: Compiled, name: str) -> tuple[SourceUnit, list[Te
         parts = [jacobian_of(way), (value, len(values))]
         if way.samples is not None:
             few, many = way.samples
-            return written_for_samples(parts, few, many, f"{name}_body", frozen=True)
-        return written(parts, plan.shape[2], f"{name}_body", frozen=True)
+            return build_batch_source(parts, few, many, f"{name}_body", Deployment.STANDALONE)
+        return build_source(parts, plan.shape[2], f"{name}_body", Deployment.STANDALONE)
 
     _, program = render_first(plan.programs, write)
     _check(program, plan, inputs, values)

@@ -15,13 +15,20 @@ Allocate = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 _fast = private("torch._C._dynamo.guards._empty_strided_cpu")
 
 
-def allocator() -> Allocate:
-    """The fastest function of torch that allocates on the CPU."""
-    return _fast if ALLOCATOR.holds() else _plain
+def allocator(device: str) -> Allocate:
+    """The fastest function of torch that allocates a tensor on a device.
 
+    Args:
+        device: The type of a `torch.device`.
+    """
+    if device == "cpu" and ALLOCATOR.holds():
+        fast: Allocate = _fast
+        return fast
 
-def _plain(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+    def allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    return allocate
 
 
 @corner("Inductor's way to allocate", "torch.empty_strided allocates results")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from torchjac._torch.trace.recording import Recording
 from torchjac.compiler.accumulate.emit import elsewhere
-from torchjac.compiler.codegen.build import written
+from torchjac.compiler.codegen.build import build_source
 from torchjac.compiler.codegen.executable import Executable
-from torchjac.compiler.codegen.target import LIMIT, SourceUnit
+from torchjac.compiler.codegen.target import COMPILE_SECONDS, SourceUnit
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.compiler.program.work import numbers_of
 from torchjac.errors import PlanRefused
@@ -89,7 +89,7 @@ def with_kernel(
     programs: Sequence[TensorProgram],
     inputs: Sequence[Tensor],
     samples: int | None,
-    limit: float = LIMIT,
+    limit: float = COMPILE_SECONDS,
 ) -> TensorProgram:
     """One of some programs with its kernel: the program that should be fastest as native code.
 
@@ -107,7 +107,7 @@ def with_kernel(
         want = programs[0](inputs)
 
     def render(program: TensorProgram) -> SourceUnit:
-        return written([jacobian_of(program)], samples)
+        return build_source([jacobian_of(program)], samples)
 
     for program, unit in render_in_order(programs, render, refusals):
         try:

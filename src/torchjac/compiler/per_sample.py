@@ -18,7 +18,7 @@ from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function, trace_value
 from torchjac.compiler.accumulate.output import Goal
 from torchjac.compiler.batch_invariance import few_sample_calls, first_samples, is_batch_invariant
-from torchjac.compiler.codegen.build import written_for_samples
+from torchjac.compiler.codegen.build import build_batch_source
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.target import SourceUnit
 from torchjac.compiler.compiled import Tried
@@ -146,4 +146,4 @@ def with_per_sample_kernel(program: TensorProgram) -> TensorProgram:
 
 def _render(program: TensorProgram) -> SourceUnit:
     assert program.samples is not None, "it is for a few samples"
-    return written_for_samples([jacobian_of(program)], *program.samples)
+    return build_batch_source([jacobian_of(program)], *program.samples)

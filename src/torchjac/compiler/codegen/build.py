@@ -11,123 +11,122 @@ import torch
 
 from torchjac._torch.trace.ir import Value
 from torchjac._torch.trace.recording import Recording
+from torchjac.compiler.codegen.batch_schedule import batch_loop, batch_tensor_loops
 from torchjac.compiler.codegen.granularity import (
     ScalarProgram,
-    expand,
-    expand_samples,
-    expand_strips,
-    multiplies,
-    shares_matrices,
+    is_mostly_matmuls,
+    is_mostly_shared_matmuls,
+    lower_per_sample,
+    lower_program,
+    lower_tensors,
 )
-from torchjac.compiler.codegen.scalar_ir import STRUCTURAL, ArrayRef
+from torchjac.compiler.codegen.scalar_ir import STRUCTURAL, ArrayRef, Deployment
 from torchjac.compiler.codegen.schedule import (
     LoopProgram,
     ScheduleKind,
-    each_alone,
-    in_parallel,
-    over_samples,
+    parallelize,
     schedule,
-    schedule_of_samples,
+    tensor_loops,
 )
 from torchjac.compiler.codegen.target import Signature, SourceUnit, Target
 from torchjac.compiler.codegen.targets import HOST
 from torchjac.errors import PlanRefused
 
-# What the function is called where nobody asks for another name.
+# Default name of the function.
 NAME = "torchjac_kernel"
 
 
-def written(
+def build_source(
     recordings: Sequence[tuple[Recording, int]],
     samples: int | None,
     name: str = NAME,
-    frozen: bool = False,
+    deployment: Deployment = Deployment.PROCESS,
     target: Target = HOST,
 ) -> SourceUnit:
-    """The first outputs of recordings as a function.
+    """Builds the source unit of a function that computes the first outputs of recordings.
 
     Args:
-        recordings: Operations on the same inputs, and how many of their outputs are wanted.
-        samples: The leading size of tensors that hold independent samples, if there are such.
-        name: Of the function.
-        frozen: Whether it is to stand alone: parameters stay as they are now, one thread runs it.
-        target: The target that renders it.
+        recordings: Operations on the same inputs, with the number of outputs that are wanted.
+        samples: The leading size of tensors that hold independent samples; None without samples.
+        name: The name of the function.
+        deployment: The place where the program runs.
+        target: The target that renders the program.
 
     Raises:
-        PlanRefused: It runs operations that have no scalar form, or gets too long.
+        PlanRefused: An operation has no scalar form, or the program gets too long.
     """
     recordings = _of_floats(recordings)
     reasons = []
-    if multiplies(recordings):
+    if is_mostly_matmuls(recordings):
         try:
-            scalars = expand_strips(recordings, 0, frozen)
-            return _written(recordings, scalars, each_alone(scalars), name, target)
+            scalars = lower_tensors(recordings, 0, deployment)
+            return _render(recordings, scalars, tensor_loops(scalars), name, target)
         except PlanRefused as refusal:
             reasons.append(str(refusal))
     try:
-        scalars = expand(recordings, samples, frozen)
-        plan = schedule(scalars)
-        if not frozen and ScheduleKind.PARALLEL in target.limits.schedules:
-            plan = in_parallel(plan)
-        return _written(recordings, scalars, plan, name, target)
+        scalars = lower_program(recordings, samples, deployment)
+        program = schedule(scalars)
+        if deployment is Deployment.PROCESS and ScheduleKind.PARALLEL in target.limits.schedules:
+            program = parallelize(program)
+        return _render(recordings, scalars, program, name, target)
     except PlanRefused as refusal:
         raise PlanRefused("; ".join([*reasons, str(refusal)])) from None
 
 
-def written_for_samples(
+def build_batch_source(
     recordings: Sequence[tuple[Recording, int]],
     few: int,
     many: int,
     name: str = NAME,
-    frozen: bool = False,
+    deployment: Deployment = Deployment.PROCESS,
     target: Target = HOST,
 ) -> SourceUnit:
-    """The same for any number of samples, from what is recorded with a few.
+    """Builds the source unit for any number of samples, from recordings with a few samples.
 
     Args:
-        recordings: As for `written`; a leading axis of size `few` is that of samples.
-        few: How many samples they have.
-        many: How many the function is called with.
-        name: Of the function.
-        frozen: Whether it is to stand alone: parameters stay as they are now, one thread runs it.
-        target: The target that renders it.
+        recordings: As for `build_source`; a leading axis of size `few` is the axis of samples.
+        few: The number of samples of the recordings.
+        many: The number of samples of each call.
+        name: The name of the function.
+        deployment: The place where the program runs.
+        target: The target that renders the program.
 
     Raises:
-        PlanRefused: As for `written`, or samples are not computed one by one.
+        PlanRefused: As for `build_source`, or samples depend on each other.
     """
     recordings = _of_floats(recordings)
 
-    def alone() -> SourceUnit:
-        scalars = expand_samples(recordings, few, frozen)
-        plan = schedule_of_samples(scalars, few)
-        return _written(recordings, scalars, plan, name, target)
+    def with_batch_loop() -> SourceUnit:
+        scalars = lower_per_sample(recordings, few, deployment)
+        program = batch_loop(scalars, few)
+        return _render(recordings, scalars, program, name, target)
 
-    def in_strips() -> SourceUnit:
-        scalars = expand_strips(recordings, few, frozen)
-        return _written(recordings, scalars, over_samples(scalars, few), name, target)
+    def with_tensor_loops() -> SourceUnit:
+        scalars = lower_tensors(recordings, few, deployment)
+        return _render(recordings, scalars, batch_tensor_loops(scalars, few), name, target)
 
-    if shares_matrices(recordings, few):
-        made = in_strips()
+    if is_mostly_shared_matmuls(recordings, few):
+        unit = with_tensor_loops()
     else:
         try:
-            made = alone()
-        except PlanRefused as refusal:  # it is too long
+            unit = with_batch_loop()
+        except PlanRefused as refusal:  # the unrolled sample is too long
             try:
-                made = in_strips()
-            except PlanRefused as other:
-                raise PlanRefused(f"{refusal}; in strips: {other}") from None
+                unit = with_tensor_loops()
+            except PlanRefused as second:
+                raise PlanRefused(f"{refusal}; in strips: {second}") from None
 
     def whole(shape: torch.Size) -> torch.Size:
         return torch.Size((many, *shape[1:])) if shape and shape[0] == few else shape
 
-    given = len(made.inputs) - len(made.live)
-    inputs = [(whole(s), d) for s, d in made.inputs[:given]]
-    source = replace(made.source, work=replace(made.source.work, samples=(few, many)))
+    count = len(unit.inputs) - len(unit.live)
+    inputs = [(whole(s), d) for s, d in unit.inputs[:count]]
+    source = replace(unit.source, work=replace(unit.source.work, samples=(few, many)))
     return replace(
-        made,
+        unit,
         source=source,
-        inputs=(*inputs, *made.inputs[given:]),
-        outputs=tuple((whole(s), d) for s, d in made.outputs),
+        inputs=(*inputs, *unit.inputs[count:]),
+        outputs=tuple((whole(s), d) for s, d in unit.outputs),
         samples=many,
     )
 
@@ -136,7 +135,7 @@ def _of_floats(recordings: Sequence[tuple[Recording, int]]) -> Sequence[tuple[Re
     """The recordings.
 
     Raises:
-        PlanRefused: They give something that is neither float64 nor float32.
+        PlanRefused: An output is neither float64 nor float32.
     """
     if not all(v.dtype in (torch.float64, torch.float32) for v in _results(recordings)):
         raise PlanRefused("it is neither float64 nor float32")
@@ -147,14 +146,14 @@ def _results(recordings: Sequence[tuple[Recording, int]]) -> list[Value]:
     return [v for r, count in recordings for v in r.outputs[:count] if v is not None]
 
 
-def _written(
+def _render(
     recordings: Sequence[tuple[Recording, int]],
     scalars: ScalarProgram,
-    plan: LoopProgram,
+    program: LoopProgram,
     name: str,
     target: Target,
 ) -> SourceUnit:
-    _check(scalars, plan, target)
+    _check(scalars, program, target)
     results = _results(recordings)
     inputs: list[tuple[ArrayRef, Any]] = [
         (ArrayRef("in", i), v) for i, v in enumerate(recordings[0][0].inputs)
@@ -166,13 +165,13 @@ def _written(
         if v.dtype.is_floating_point
     ]
     sizes = [(_name(v.dtype), math.prod(v.shape)) for v in results]
-    source = target.render(scalars, plan, Signature(name, tuple(read), tuple(sizes)))
+    source = target.render(scalars, program, Signature(name, tuple(read), tuple(sizes)))
     if source.statements > target.limits.statements:
         raise PlanRefused(f"{source.statements} statements in {target.limits.name}")
     return SourceUnit(
         name,
         target,
-        plan.kind,
+        program.kind,
         source,
         tuple((v.shape, v.dtype) for _, v in inputs),
         tuple(scalars.live.values()),
@@ -180,15 +179,15 @@ def _written(
     )
 
 
-def _check(scalars: ScalarProgram, plan: LoopProgram, target: Target) -> None:
-    """Refuses what a target cannot do.
+def _check(scalars: ScalarProgram, program: LoopProgram, target: Target) -> None:
+    """Refuses a program beyond the limits of a target.
 
     Raises:
-        PlanRefused: It has no such schedule, dtype or operation.
+        PlanRefused: The target lacks the schedule, a dtype or an operation.
     """
     limits, every = target.limits, scalars.expressions.all
-    if plan.kind not in limits.schedules:
-        raise PlanRefused(f"{limits.name} has no {plan.kind.value}")
+    if program.kind not in limits.schedules:
+        raise PlanRefused(f"{limits.name} has no {program.kind.value}")
     dtypes = {x.dtype for x in every} - limits.dtypes
     if dtypes:
         raise PlanRefused(f"{limits.name} does not compute in {', '.join(sorted(dtypes))}")

@@ -1,59 +1,61 @@
-"""Codes of elements: which expression each is, and which lane of it."""
+"""Element ids: the expression of each element of a tensor, and the point of that expression."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchjac._torch.trace.ir import Value
+from torchjac._torch.trace.ir import Instruction, Value
 from torchjac.compiler.codegen.expressions import Expressions
-from torchjac.compiler.codegen.scalar_ir import Places
+from torchjac.compiler.codegen.scalar_ir import Granularity, Indices
 from torchjac.compiler.codegen.scalar_ops import DTYPES
 from torchjac.errors import PlanRefused
 
-# Codes: the expression, then this many bits for the lane.
+# An element id: the number of the expression, then this many bits for the point.
 BITS = 40
-_LANE = (1 << BITS) - 1
+_POINT = (1 << BITS) - 1
 
 
-class Expanding(Protocol):
-    """What operations on codes may ask for.
+class LoweringContext(Protocol):
+    """The state that operations on element ids may read and extend.
 
     Attributes:
-        expressions: What was made so far.
-        writes_out: Whether sums are written out, however long.
-        keeps_products: Whether products of matrices are kept whole.
+        expressions: All expressions so far.
+        granularity: The elements that share an expression.
     """
 
     expressions: Expressions
-    writes_out: bool
-    keeps_products: bool
+    granularity: Granularity
 
-    def code(self, value: Value) -> Tensor:
-        """The codes of a tensor."""
+    def ids(self, value: Value) -> Tensor:
+        """The element ids of a tensor."""
 
-    def matrix(self, value: Value) -> Tensor:
-        """The codes of a tensor that is multiplied: lanes of one expression where it may be."""
+    def matmul_ids(self, value: Value) -> Tensor:
+        """The element ids of a factor: points of one expression where possible."""
 
     def cast(self, value: Value, dtype: str) -> Tensor:
-        """The same in another dtype."""
+        """The element ids of a tensor in another dtype."""
 
-    def known(self, value: Value) -> Tensor:
+    def fixed_values(self, value: Value) -> Tensor:
         """The numbers of a tensor that does not vary."""
 
-    def number(self, number: float, dtype: str) -> int:
-        """The code of a number."""
+    def constant_id(self, number: float, dtype: str) -> int:
+        """The element id of a number."""
 
     def apply(self, kind: str, dtype: str, operands: Sequence[Tensor]) -> Tensor:
-        """The codes of a scalar operation on all elements of operands, which are broadcast."""
+        """The element ids of a scalar operation on broadcast operands."""
 
 
 def dtype_of(value: Value | None) -> str:
-    """The name of a dtype that expressions may have."""
+    """The name of the dtype of a tensor.
+
+    Raises:
+        PlanRefused: Expressions cannot have the dtype.
+    """
     assert value is not None
     name = str(value.dtype).removeprefix("torch.")
     if name not in DTYPES:
@@ -61,13 +63,13 @@ def dtype_of(value: Value | None) -> str:
     return name
 
 
-def apart(codes: Places) -> tuple[Places, Places]:
-    """Expressions and lanes."""
-    return codes >> BITS, codes & _LANE
+def split_ids(ids: Indices) -> tuple[Indices, Indices]:
+    """The expressions and the points of element ids."""
+    return ids >> BITS, ids & _POINT
 
 
-def groups(numbers: Sequence[Places]) -> list[tuple[list[int], Places | None]]:
-    """Elements whose operands are the same expressions; None stands for all of them."""
+def group_by_expression(numbers: Sequence[Indices]) -> list[tuple[list[int], Indices | None]]:
+    """The elements grouped by the expressions of their operands; None stands for all elements."""
     if all(n[0] == n[-1] and (n == n[0]).all() for n in numbers):
         return [([int(n[0]) for n in numbers], None)]
     key = numbers[0]
@@ -81,13 +83,41 @@ def groups(numbers: Sequence[Places]) -> list[tuple[list[int], Places | None]]:
     return [([int(n[part[0]]) for n in numbers], part) for part in parts]
 
 
-def laid_out(made: Tensor, like: Value) -> Tensor:
-    """The same codes, with the strides that the tensor has: views look at memory."""
-    if made.shape != like.shape:
-        made = made.view(like.shape)
-    if made.stride() == like.stride or not made.numel():
-        return made
-    found = torch.empty_strided(like.shape, like.stride, dtype=torch.int64)
+def with_strides(ids: Tensor, like: Value) -> Tensor:
+    """The element ids with the strides of a tensor, because views read memory."""
+    if ids.shape != like.shape:
+        ids = ids.view(like.shape)
+    if ids.stride() == like.stride or not ids.numel():
+        return ids
+    copy = torch.empty_strided(like.shape, like.stride, dtype=torch.int64)
     once = tuple(slice(0, 1) if not step else slice(None) for step in like.stride)
-    found[once].copy_(made[once])  # what is expanded is written once
-    return found
+    copy[once].copy_(ids[once])  # writes expanded elements once
+    return copy
+
+
+def comparison_dtype(call: Instruction) -> str:
+    """The dtype in which the operands of a comparison are compared.
+
+    Raises:
+        PlanRefused: The operation compares bits, or expressions cannot have the dtype.
+    """
+    arguments: list[Any] = [
+        torch.zeros((1,) * min(len(a.shape), 1), dtype=a.dtype) if isinstance(a, Value) else a
+        for a in call.args
+        if isinstance(a, (Value, int, float))
+    ]
+    met = torch.result_type(*arguments) if len(arguments) == 2 else arguments[0].dtype
+    name = str(met).removeprefix("torch.")
+    if "bitwise" in str(call.operation) and name != "bool":
+        raise PlanRefused("bits of integers")
+    if name == "bool":
+        return "int64"  # True is greater than False.
+    if name not in DTYPES:
+        raise PlanRefused(f"it compares {name}")
+    return name
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers: 0 and -0 differ."""
+    of = {torch.float64: torch.int64, torch.float32: torch.int32}.get(tensor.dtype)
+    return tensor if of is None else tensor.view(of)

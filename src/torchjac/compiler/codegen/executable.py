@@ -15,43 +15,44 @@ import torch
 from torch import Tensor
 
 from torchjac._torch.storage import allocator
-from torchjac.compiler.codegen.target import LIMIT, SourceUnit
+from torchjac.compiler.codegen.target import COMPILE_SECONDS, SourceUnit
 from torchjac.host.clock import now
 from torchjac.host.contest import Contest, Rules
 from torchjac.host.costs import threads_worth
 
-# Bytes of memory to work in that are kept from call to call, but for that of one call.
-_SPARE = 1 << 26
-# Threads that may share a loop.
-_THREADS = 256
+_SPARE = 1 << 26  # bytes of scratch memory left for later calls, or that of one call
+_THREADS = 256  # threads of one loop, at most
 
 
 class Executable:
-    """A compiled program: takes tensors and gives tensors.
+    """A compiled program: takes tensors and returns tensors.
 
-    Calls may run at the same time; the interpreter's lock is released while they run.
+    Calls may run at the same time; a running call releases the interpreter's lock.
 
     Args:
-        program: What to compile.
-        limit: Seconds that the compiler may take.
+        program: The source unit.
+        limit: Seconds that compiling may take.
 
     Raises:
-        PlanRefused: It cannot be compiled.
+        PlanRefused: The unit cannot be compiled.
     """
 
-    def __init__(self, program: SourceUnit, limit: float = LIMIT):
-        """Compiles it."""
+    def __init__(self, program: SourceUnit, limit: float = COMPILE_SECONDS):
+        """Compiles the unit."""
         source, target, samples = program.source, program.target, program.samples
         self.source = source
-        self._scratch = source.scratch_of_thread
+        # Bytes of scratch memory: for each thread of a batch, else for all threads together.
+        scratch = source.thread_scratch
+        self._thread_scratch = scratch if samples is not None else 0
+        self._shared_scratch = scratch if samples is None else 0
         self._run = target.entry(target.compile(program, limit), program)
         # `x.is_cpu` takes 45 ns, `x.device.type` 250 ns.
         self._is_here: Callable[[Tensor], bool] = attrgetter(f"is_{target.limits.device}")
         self._live = program.live
         self._inputs = program.inputs[: len(program.inputs) - len(program.live)]
         self._outputs = tuple((tuple(s), _strides(s), d) for s, d in program.outputs)
-        self._spare: list[Tensor] = []  # memory of earlier calls: new pages cost more than sums
-        # Kept: their addresses are in `_table`, whose address is given at every call.
+        self._spare: list[Tensor] = []  # scratch of earlier calls: fresh pages cost more than sums
+        # Owned here: `_table` holds their addresses, and each call passes the address of `_table`.
         self._tables = [np.ascontiguousarray(t) for t in source.tables]
         self._table = (ctypes.c_void_p * max(len(self._tables), 1))(
             *[t.ctypes.data for t in self._tables]
@@ -59,64 +60,64 @@ class Executable:
         self._where = ctypes.addressof(self._table)
         self._threads = Threads(samples or _THREADS) if program.is_shared else None
         self._turns = samples or 0
-        self._allocate = allocator()
-        self._apart = samples is not None  # threads have memory of their own to work in
+        self._device = target.limits.device
+        self._allocate = allocator(self._device)
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        """The outputs at these inputs; None where they are not all finite.
+        """The outputs at some inputs; None where they are not all finite.
 
         Raises:
-            ValueError: An input has another shape, dtype or device than the program is for.
+            ValueError: An input has another shape, dtype or device than the program.
         """
-        made, fine = self.run(inputs)
-        return made if fine else None
+        results, fine = self.run(inputs)
+        return results if fine else None
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
-        """The outputs at these inputs, and whether all that vary are finite.
+        """The outputs at some inputs, and whether all values that vary are finite.
 
         Raises:
-            ValueError: An input has another shape, dtype or device than the program is for.
+            ValueError: An input has another shape, dtype or device than the program.
         """
-        given = [
+        tensors = [
             _suited(x, shape, dtype, self._is_here)
             for x, (shape, dtype) in zip(inputs, self._inputs, strict=True)
         ]
-        return self._on(given)
+        return self._on(tensors)
 
     def launcher(self) -> Callable[[Sequence[Tensor]], tuple[tuple[Tensor, ...], bool]]:
-        """What `run` does for inputs that are known to be as the program reads them."""
-        bare = self._inputs and not (self._live or self._scratch or self._threads)
+        """A function that does the same as `run`, for inputs that need no check and no copy."""
+        bare = self._inputs and not (self._live or self.source.scratch or self._threads)
         if not bare or len(self._outputs) != 1:
             return self._on
-        run, where, (about,), address = self._run, self._where, self._outputs, Tensor.data_ptr
+        run, where, (spec,), address = self._run, self._where, self._outputs, Tensor.data_ptr
 
-        def launched(given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
-            made = self._allocate(*about)
-            fine = run(*map(address, given), address(made), where, 0)
-            return (made,), fine or _finite((made,))
+        def launched(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
+            results = self._allocate(*spec)
+            fine = run(*map(address, tensors), address(results), where, 0)
+            return (results,), fine or _finite((results,))
 
         return launched
 
-    def _on(self, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
+    def _on(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
         if self._live:
-            given = [*given, *[_dense(x.detach()) for x in self._live]]
-        made = [self._allocate(*about) for about in self._outputs]
+            tensors = [*tensors, *[_dense(x.detach()) for x in self._live]]
+        results = [self._allocate(*spec) for spec in self._outputs]
         arrays = (
-            *([x.data_ptr() for x in given] or (0,)),
-            *[x.data_ptr() for x in made],
+            *([x.data_ptr() for x in tensors] or (0,)),
+            *[x.data_ptr() for x in results],
             self._where,
         )
         if self._threads is None:
             fine = self._with_memory(arrays, 1)
         else:
             fine = self._threads(lambda n: self._with_memory(arrays, n, self._turns, n))
-        return tuple(made), fine or _finite(made)
+        return tuple(results), fine or _finite(results)
 
     def _with_memory(self, arrays: tuple[int, ...], threads: int, *numbers: int) -> bool:
-        """Runs it in memory to work in, which it has for itself."""
-        if not self._scratch:
+        """Runs the program with scratch memory of its own."""
+        size = self._shared_scratch + self._thread_scratch * threads
+        if not size:
             return self._run(*arrays, 0, *numbers)
-        size = self._scratch * (threads if self._apart else 1)
         scratch = self._workspace(size)
         fine = self._run(*arrays, scratch.data_ptr(), *numbers)
         if (len(self._spare) + 1) * size <= max(_SPARE, size):
@@ -124,34 +125,38 @@ class Executable:
         return fine
 
     def _workspace(self, size: int) -> Tensor:
-        """Memory to work in, for one call at a time."""
+        """Scratch memory for one call at a time."""
         with suppress(IndexError):
-            found = self._spare.pop()
-            if found.numel() >= size:
-                return found
-        return torch.empty(size, dtype=torch.uint8)
+            spare = self._spare.pop()
+            if spare.numel() >= size:
+                return spare
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of a dense tensor."""
+    """The strides of a dense tensor."""
     return tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
 
 
-def _finite(made: Sequence[Tensor]) -> bool:
-    """Whether all is finite; its sum need not be."""
-    return all(bool(x.isfinite().all()) for x in made)
+def _finite(results: Sequence[Tensor]) -> bool:
+    """Whether all elements are finite; a sum of finite elements may overflow."""
+    return all(bool(x.isfinite().all()) for x in results)
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The same numbers in memory, in order: not negated, nor zeros that are nowhere."""
+    """The numbers of a tensor in row-major memory, without lazy negation or lazy zeros."""
     x = x.resolve_neg().contiguous()
-    return torch.zeros(x.shape, dtype=x.dtype) if x._is_zerotensor() else x
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x
 
 
 def _suited(
     x: Tensor, shape: torch.Size, dtype: torch.dtype, is_here: Callable[[Tensor], bool]
 ) -> Tensor:
-    """The same numbers as the program reads them: dense, in order."""
+    """The numbers of an input in row-major memory.
+
+    Raises:
+        ValueError: The input has another shape, dtype or device.
+    """
     if x.shape != shape or x.dtype is not dtype or not is_here(x):
         raise ValueError(
             f"torchjac: a kernel for {tuple(shape)}, {dtype} was given {tuple(x.shape)}, "
@@ -160,33 +165,29 @@ def _suited(
     return _dense(x)
 
 
-# Timed runs by one thread; the best one counts.
-_SERIAL = 3
-# Timed runs by several threads; the best one must be faster than that of one thread.
-_SHARED = 5
-# Runs by one thread after several threads lost; twice as many each time.
-_REST = 25
-# Such runs, at most.
-_LONGEST = 400
+_SERIAL = 3  # timed runs of one thread; the best run counts
+_SHARED = 5  # timed runs of several threads; the best run must beat one thread
+_REST = 25  # runs of one thread after several threads lost; doubled after each loss
+_LONGEST = 400  # runs of one thread between two trials, at most
 
 
 class Threads:
-    """How many threads run a kernel: as many as torch would use, where that turns out faster.
+    """The number of threads of a kernel: as many as torch would use, where that is faster.
 
     Args:
-        most: How many there may be.
+        most: The number of threads that is allowed.
     """
 
     def __init__(self, most: int):
         """Times one thread first."""
         self._most = most
         self._rest = _REST
-        self._serial = 0.0  # seconds of the best run by one thread
+        self._serial = 0.0  # best time of one thread, in seconds
         self._contest: Contest[int] = Contest({1: 0.0}, Rules(_SERIAL))
         self._threads, self._left = 1, _SERIAL
 
     def __call__(self, run: Callable[[int], bool]) -> bool:
-        """Runs a kernel; returns what it returns.
+        """Runs a kernel; returns the kernel's result.
 
         Args:
             run: Takes the number of threads.
@@ -195,7 +196,7 @@ class Threads:
             return run(1)
         if self._left <= 0:  # several Python threads may count at once
             threads = self._worth()
-            if threads < 2:  # little work: nothing is to be timed
+            if threads < 2:  # little work: no trial
                 return run(1)
             self._begin(threads, _SHARED)
         threads = self._threads
@@ -208,18 +209,18 @@ class Threads:
         return fine
 
     def _begin(self, threads: int, runs: int) -> None:
-        """Times some runs: of one thread, or of several against the best run of one."""
+        """Begins a trial: of one thread, or of several threads against the best time of one."""
         self._threads, self._left = threads, runs
         candidates, timings = {1: 0.0, threads: 0.0}, {1: (self._serial,)}
         self._contest = Contest(candidates, Rules(runs), timings=timings if threads > 1 else {})
 
     def _worth(self) -> int:
-        """The number of threads that the work is worth, of those that torch would use."""
+        """The number of threads that the work is worth, at most torch's own."""
         worth = threads_worth(self._serial, self._most)
         return min(torch.get_num_threads(), worth) if worth > 1 else 1
 
     def _decide(self) -> None:
-        """Goes back to one thread for a while where others have something else to do."""
+        """Returns to one thread for a while where other processes use the cores."""
         if self._threads == 1:
             self._serial = self._contest.fastest()
         elif self._contest.winner() != 1:
@@ -229,8 +230,8 @@ class Threads:
             self._rest = min(2 * self._rest, _LONGEST)
 
 
-# The thread that a forked process began with: OpenMP takes it to have the threads that it had
-# before, and would wait for them forever. Others begin with none.
+# The first thread of a forked process: OpenMP counts on threads that exist in the parent only, and
+# would wait for them forever. Later threads begin with none.
 _stale: set[int] = set()
 
 

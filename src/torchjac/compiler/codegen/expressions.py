@@ -1,4 +1,4 @@
-"""Making scalar expressions: none is there twice, numbers are folded, zeros and signs taken in."""
+"""The table of scalar expressions: hash consing, constant folding, zero and sign simplification."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TypeVar
 import numpy as np
 
 from torchjac.compiler.codegen.scalar_ir import (
-    ONE,
-    About,
+    SCALAR,
     Argument,
     ArrayRef,
+    Attribute,
+    Domain,
     Expression,
-    Lanes,
+    IndexMap,
+    Indices,
     Load,
-    Map,
-    Places,
-    Sizes,
+    MatmulSizes,
     constant_of,
 )
 from torchjac.errors import PlanRefused
@@ -26,43 +26,57 @@ _P = TypeVar("_P")
 
 
 class Expressions:
-    """All expressions of a program; none is there twice.
+    """All expressions of a program, each once.
 
     Args:
-        most: How many there may be.
+        most: The number of expressions that is allowed.
     """
 
     def __init__(self, most: int):
-        """Begins with none."""
+        """Begins with an empty table."""
         self.all: list[Expression] = []
         self._most = most
-        self._found: dict[object, int] = {}
-        self._maps: dict[int, list[Map]] = {}
+        self._numbers: dict[object, int] = {}
+        self._maps: dict[int, list[IndexMap]] = {}
 
     def constant(self, value: float, dtype: str) -> int:
-        """A number."""
+        """The number of a constant expression."""
         text = float(value).hex()  # tells 0 from -0
-        return self._add(("constant", dtype, text), "constant", dtype, (), ONE, float(value))
+        return self._add(("constant", dtype, text), "constant", dtype, (), SCALAR, float(value))
 
-    def load(self, array: ArrayRef, dtype: str, lanes: Lanes, step: int = 1, start: int = 0) -> int:
-        """Elements of an array: one for each lane, so far apart, from the one at `start` on."""
+    def load(
+        self, array: ArrayRef, dtype: str, domain: Domain, step: int = 1, start: int = 0
+    ) -> int:
+        """A load from an array.
+
+        Args:
+            array: The array.
+            dtype: The dtype of its elements.
+            domain: The points, one for each element.
+            step: The distance between elements of consecutive points.
+            start: The element of the first point.
+        """
         about = Load(array, step, start)
-        return self._add(("load", about, id(lanes)), "load", dtype, (), lanes, about)
+        return self._add(("load", about, id(domain)), "load", dtype, (), domain, about)
 
-    def value(self, number: int) -> float | None:
-        """The value of a constant; None of others."""
-        found = self.all[number]
-        return constant_of(found) if found.kind == "constant" else None
+    def constant_value(self, number: int) -> float | None:
+        """The value of a constant; None for other expressions."""
+        item = self.all[number]
+        return constant_of(item) if item.kind == "constant" else None
 
-    def single(self, kind: str, dtype: str, arguments: Sequence[int]) -> int:
-        """An operation on expressions of one lane."""
-        kind, given, negative = self._signed(kind, [(a, None) for a in arguments], 1)
-        arguments = [a for a, _ in given]
+    def scalar(self, kind: str, dtype: str, arguments: Sequence[int]) -> int:
+        """An operation on scalar expressions."""
+        kind, operands, negative = self._signed(kind, [(a, None) for a in arguments], 1)
+        arguments = [a for a, _ in operands]
         if kind == "neg" and (twice := self._negated(arguments[0])) is not None:
             return twice
         if negative:
-            made = self.single(kind, dtype, arguments)
-            return made if self.value(made) == 0 else self.single("neg", dtype, [made])
+            positive = self.scalar(kind, dtype, arguments)
+            return (
+                positive
+                if self.constant_value(positive) == 0
+                else self.scalar("neg", dtype, [positive])
+            )
         simple = self._simplified(kind, dtype, arguments)
         if isinstance(simple, int):
             return arguments[simple] if simple >= 0 else self.constant(0.0, dtype)
@@ -71,20 +85,24 @@ class Expressions:
             if kind == "constant":
                 return arguments[0]
         arguments = _ordered(kind, arguments)
-        taken = tuple([(a, None) for a in arguments])
-        return self._add((kind, dtype, taken), kind, dtype, taken, ONE, None)
+        pairs = tuple([(a, None) for a in arguments])
+        return self._add((kind, dtype, pairs), kind, dtype, pairs, SCALAR, None)
 
-    def many(
-        self, kind: str, dtype: str, arguments: Sequence[tuple[int, Places]]
-    ) -> tuple[int, Places]:
-        """An operation on lanes of expressions: the result, and which lanes of it."""
+    def pointwise(
+        self, kind: str, dtype: str, arguments: Sequence[tuple[int, Indices]]
+    ) -> tuple[int, Indices]:
+        """An operation on points of expressions: the result, and the points of the result."""
         size = len(arguments[0][1])
         kind, arguments, negative = self._signed(kind, arguments, size)
         if kind == "neg" and (twice := self._negated(arguments[0][0])) is not None:
             return twice, arguments[0][1]
         if negative:
-            made = self.many(kind, dtype, arguments)
-            return made if self.value(made[0]) == 0 else self.many("neg", dtype, [made])
+            positive = self.pointwise(kind, dtype, arguments)
+            return (
+                positive
+                if self.constant_value(positive[0]) == 0
+                else self.pointwise("neg", dtype, [positive])
+            )
         numbers = [a for a, _ in arguments]
         simple = self._simplified(kind, dtype, numbers)
         if isinstance(simple, int):
@@ -92,82 +110,84 @@ class Expressions:
                 return arguments[simple]
             return self.constant(0.0, dtype), np.zeros(size, dtype=np.int64)
         if simple is not None:
-            kind, kept, dtype = simple
+            kind, chosen, dtype = simple
             if kind == "constant":
-                return kept[0], np.zeros(size, dtype=np.int64)
-            arguments = [arguments[numbers.index(a)] for a in kept]
-        if all(self.all[a].lanes is ONE for a, _ in arguments):
-            return self.single(kind, dtype, [a for a, _ in arguments]), np.zeros(size, np.int64)
+                return chosen[0], np.zeros(size, dtype=np.int64)
+            arguments = [arguments[numbers.index(a)] for a in chosen]
+        if all(self.all[a].domain is SCALAR for a, _ in arguments):
+            return self.scalar(kind, dtype, [a for a, _ in arguments]), np.zeros(size, np.int64)
         if kind in _COMMUTATIVE:
             arguments = sorted(arguments, key=lambda a: a[0])
-        lanes, maps = self._lanes(arguments)
-        taken = tuple([(a, m) for (a, _), m in zip(arguments, maps, strict=True)])
-        key = (kind, dtype, tuple([(a, id(m)) for a, m in taken]))
-        return self._add(key, kind, dtype, taken, lanes, None), np.arange(size)
+        domain, maps = self._domain_of(arguments)
+        pairs = tuple([(a, m) for (a, _), m in zip(arguments, maps, strict=True)])
+        key = (kind, dtype, tuple([(a, id(m)) for a, m in pairs]))
+        return self._add(key, kind, dtype, pairs, domain, None), np.arange(size)
 
-    def segments(self, argument: int, places: Places, starts: Places) -> int:
-        """Sums over lanes of an expression: lane i over `places[starts[i] : starts[i + 1]]`."""
-        lanes = Lanes(len(starts) - 1)
+    def segment_sum(self, argument: int, indices: Indices, starts: Indices) -> int:
+        """Sums over segments: point i adds `indices[starts[i] : starts[i + 1]]`."""
+        domain = Domain(len(starts) - 1)
         dtype = self.all[argument].dtype
-        key = ("segments", argument, places.tobytes(), starts.tobytes())
-        return self._add(key, "segments", dtype, ((argument, Map(places)),), lanes, starts)
+        key = ("segments", argument, indices.tobytes(), starts.tobytes())
+        return self._add(key, "segments", dtype, ((argument, IndexMap(indices)),), domain, starts)
 
-    def product(
+    def matmul(
         self,
         dtype: str,
-        left: tuple[int, Places],
-        right: tuple[int, Places],
-        sizes: Sizes,
+        left: tuple[int, Indices],
+        right: tuple[int, Indices],
+        sizes: MatmulSizes,
     ) -> int:
-        """Products of matrices, as one: lanes are matrices, rows and columns, in that order.
+        """A batch of matrix products as one expression; its points are matrices x rows x columns.
 
         Args:
-            dtype: Of the result.
-            left: An expression, and the lane of it in each place of the left matrices.
-            right: The same of the right ones.
-            sizes: Theirs.
+            dtype: The dtype of the result.
+            left: The expression of the left factor, and the point of each of its elements.
+            right: The expression of the right factor, and the point of each of its elements.
+            sizes: The sizes of the products.
         """
-        lanes = Lanes(sizes.matrices * sizes.rows * sizes.columns)
+        domain = Domain(sizes.matrices * sizes.rows * sizes.columns)
         key = ("product", *[(a, p.tobytes()) for a, p in (left, right)], sizes)
-        taken = tuple([(a, Map(p)) for a, p in (left, right)])
-        return self._add(key, "product", dtype, taken, lanes, sizes)
+        pairs = tuple([(a, IndexMap(p)) for a, p in (left, right)])
+        return self._add(key, "product", dtype, pairs, domain, sizes)
 
-    def map_of(self, lanes: Lanes, places: Places) -> Map | None:
-        """The map to these lanes, the same object for the same; None if it is the identity."""
-        if lanes is ONE or is_identity(places, lanes.size):
+    def index_map(self, domain: Domain, indices: Indices) -> IndexMap | None:
+        """The index map into a domain, one object for equal maps; None for the identity."""
+        if domain is SCALAR or is_identity(indices, domain.size):
             return None
-        known = self._maps.setdefault(hash(places.tobytes()), [])
-        for found in known:
-            if np.array_equal(found.places, places):
-                return found
-        known.append(Map(places))
+        known = self._maps.setdefault(hash(indices.tobytes()), [])
+        for item in known:
+            if np.array_equal(item.indices, indices):
+                return item
+        known.append(IndexMap(indices))
         return known[-1]
 
-    def _lanes(self, arguments: Sequence[tuple[int, Places]]) -> tuple[Lanes, list[Map | None]]:
-        """The lanes of an operation, and the maps from there to those of its arguments."""
-        of = [self.all[a].lanes for a, _ in arguments]
-        maps = [self.map_of(x, p) for x, (_, p) in zip(of, arguments, strict=True)]
+    def _domain_of(
+        self, arguments: Sequence[tuple[int, Indices]]
+    ) -> tuple[Domain, list[IndexMap | None]]:
+        """The domain of an operation, and the index map of each argument."""
+        of = [self.all[a].domain for a, _ in arguments]
+        maps = [self.index_map(x, p) for x, (_, p) in zip(of, arguments, strict=True)]
         size = len(arguments[0][1])
-        for lanes, found in zip(of, maps, strict=True):
-            if lanes is not ONE and found is None:
-                return lanes, maps
-        for lanes, found in zip(of, maps, strict=True):
-            for other, child in lanes.children.get(id(found), ()):
-                if other is found:
+        for domain, item in zip(of, maps, strict=True):
+            if domain is not SCALAR and item is None:
+                return domain, maps
+        for domain, item in zip(of, maps, strict=True):
+            for other, child in domain.children.get(id(item), ()):
+                if other is item:
                     return child, maps
-        child = Lanes(size)
-        for lanes, found in zip(of, maps, strict=True):
-            if lanes is not ONE and found is not None:
-                lanes.children.setdefault(id(found), []).append((found, child))
+        child = Domain(size)
+        for domain, item in zip(of, maps, strict=True):
+            if domain is not SCALAR and item is not None:
+                domain.children.setdefault(id(item), []).append((item, child))
         return child, maps
 
     def _signed(
         self, kind: str, arguments: Sequence[tuple[int, _P]], size: int
     ) -> tuple[str, Sequence[tuple[int, _P]], bool]:
-        """The same without changes of sign that cost; whether the result is to change its sign.
+        """The operation without sign changes of its arguments, and whether the result changes sign.
 
-        A sum takes them in, a product passes them on: bit by bit the same, as rounding is
-        symmetric, but for the sign of what is not a number.
+        A sum absorbs a sign, a product passes the sign on. The result is the same bit by bit, but
+        for the sign of NaN, because rounding is symmetric.
         """
         if kind not in ("add", "sub", "mul", "div"):
             return kind, arguments, False
@@ -176,9 +196,9 @@ class Expressions:
         if kind in ("mul", "div"):
             if first is not None and second is not None:
                 return kind, [(first, at), (second, to)], False
-            if first is not None and self.all[a].lanes.size == size:
+            if first is not None and self.all[a].domain.size == size:
                 return kind, [(first, at), (b, to)], True
-            if second is not None and self.all[b].lanes.size == size:
+            if second is not None and self.all[b].domain.size == size:
                 return kind, [(a, at), (second, to)], True
         elif second is not None:
             return "sub" if kind == "add" else "add", [(a, at), (second, to)], False
@@ -187,20 +207,20 @@ class Expressions:
         return kind, arguments, False
 
     def _negated(self, number: int) -> int | None:
-        """What an expression is the negative of."""
-        found = self.all[number]
-        if found.kind != "neg" or found.arguments[0][1] is not None:
+        """The argument of a negation; None for other expressions."""
+        item = self.all[number]
+        if item.kind != "neg" or item.arguments[0][1] is not None:
             return None
-        return found.arguments[0][0]
+        return item.arguments[0][0]
 
     def _simplified(
         self, kind: str, dtype: str, arguments: Sequence[int]
     ) -> int | tuple[str, Sequence[int], str] | None:
-        """The argument that is the result, -1 for zero, or another operation; None if neither.
+        """The index of the argument that is the result, -1 for zero, or another operation.
 
-        A product with a zero that is known is zero, as everywhere in J.
+        None: the operation stays. A product with a known zero is zero, as everywhere in J.
         """
-        values = [self.value(a) for a in arguments]
+        values = [self.constant_value(a) for a in arguments]
         if kind == "truth" and values[0] is not None:
             return "constant", [self.constant(float(values[0] != 0), dtype)], dtype
         if kind == "cast":
@@ -211,7 +231,11 @@ class Expressions:
             return "constant", [self.constant(-values[0], dtype)], dtype
         if kind == "where" and values[0] is not None:
             return 1 if values[0] else 2
-        if kind == "where" and arguments[1] == arguments[2] and self.all[arguments[1]].lanes is ONE:
+        if (
+            kind == "where"
+            and arguments[1] == arguments[2]
+            and self.all[arguments[1]].domain is SCALAR
+        ):
             return 1
         return None
 
@@ -253,15 +277,15 @@ class Expressions:
     ) -> tuple[str, Sequence[int], str] | None:
         if kind == "div" and second == 0:
             return None
-        found = {
+        folded = {
             "add": lambda: first + second,
             "sub": lambda: first - second,
             "mul": lambda: first * second,
             "div": lambda: first / second,
         }[kind]()
         if dtype == "float32":
-            found = float(np.float32(found))
-        return "constant", [self.constant(found, dtype)], dtype
+            folded = float(np.float32(folded))
+        return "constant", [self.constant(folded, dtype)], dtype
 
     def _add(
         self,
@@ -269,15 +293,15 @@ class Expressions:
         kind: str,
         dtype: str,
         arguments: tuple[Argument, ...],
-        lanes: Lanes,
-        about: About,
+        domain: Domain,
+        about: Attribute,
     ) -> int:
-        number = self._found.get(key)
+        number = self._numbers.get(key)
         if number is None:
-            number = self._found[key] = len(self.all)
+            number = self._numbers[key] = len(self.all)
             if number >= self._most:
                 raise PlanRefused(f"more than {self._most} scalar operations")
-            self.all.append(Expression(kind, dtype, arguments, lanes, about))
+            self.all.append(Expression(kind, dtype, arguments, domain, about))
         return number
 
 
@@ -288,8 +312,8 @@ def _ordered(kind: str, arguments: Sequence[int]) -> Sequence[int]:
     return sorted(arguments) if kind in _COMMUTATIVE else arguments
 
 
-def is_identity(places: Places, size: int) -> bool:
-    """Whether lanes go together."""
-    if len(places) != size or places[0] != 0 or places[-1] != size - 1:
+def is_identity(indices: Indices, size: int) -> bool:
+    """Whether an index map is the identity."""
+    if len(indices) != size or indices[0] != 0 or indices[-1] != size - 1:
         return False
-    return bool((places[1:] - places[:-1] == 1).all())
+    return bool((indices[1:] - indices[:-1] == 1).all())

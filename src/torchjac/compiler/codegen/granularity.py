@@ -1,9 +1,4 @@
-"""A straight line of tensor operations as scalar expressions.
-
-In the place of every tensor stands one of whole numbers, its *code*: which expression each element
-is, and which lane of it. Operations that only move elements are run on codes as they are, by torch,
-views and writes included; the others make new expressions.
-"""
+"""The choice of granularity: which elements of a tensor program share a scalar expression."""
 
 from __future__ import annotations
 
@@ -19,25 +14,22 @@ from torchjac._torch.operators import aten
 from torchjac._torch.trace.ir import Instruction
 from torchjac._torch.trace.recording import Recording, values_in
 from torchjac.compiler.codegen.expressions import Expressions
-from torchjac.compiler.codegen.lower import EXPRESSIONS, Expansion, Form
+from torchjac.compiler.codegen.lower import EXPRESSIONS, Lowering
 from torchjac.compiler.codegen.ops_factorize import FACTORS
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
 from torchjac.compiler.codegen.ops_reduce import CONTRACTIONS
-from torchjac.compiler.codegen.scalar_ir import ArrayRef, Places
+from torchjac.compiler.codegen.scalar_ir import ArrayRef, Deployment, Granularity, Indices
 from torchjac.errors import PlanRefused
 from torchjac.ops import IN_PLACE, Fact, having
 
-# Elements of operations up to which every element is an expression of its own; up to which that may
-# be; expressions and results up to which it is preferred, and how much shorter one with lanes is
-# otherwise.
-_SMALL, _UNROLLED, _BRIEF, _SHORTER = 500, 60_000, 1500, 6
-# Products of a sample with matrices that all share, from which on these are kept whole.
-_SHARED = 1500
+_ALWAYS_UNROLL = 500  # scalar operations: unroll fully
+_MAX_UNROLL = 60_000  # scalar operations (of a sample): more are never unrolled
+_PREFER_UNROLLED = 1500  # expressions and stores: no loops for unrolled programs up to this size
+_ROLLED_GAIN = 6  # ratio: loops replace a longer unrolled program if they are this much shorter
+_WHOLE_WORK = 1500  # scalar products (of a sample): from here on matrix products stay whole
 _PRODUCTS = having(Fact.LOOPED_PRODUCT)
-# How many numbers products multiply and add for each of theirs to be kept whole.
-_INNER = 8
-# Elements of all operations together.
-_ELEMENTS = 200_000_000
+_WHOLE_INNER = 8  # terms of inner products: shorter ones do not count as matrix products
+_MAX_OPERATIONS = 200_000_000  # scalar operations: more are refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,93 +37,92 @@ class ScalarProgram:
     """A program as scalar expressions.
 
     Attributes:
-        expressions: All of them.
-        outputs: For each output the expression, and the lane, of every element.
-        tables: Constants that are read, by their array.
-        live: Tensors from elsewhere whose numbers may change (parameters), in the same way.
-        sampled: Inputs that hold samples.
+        expressions: All expressions.
+        outputs: The expression and the point of each element of each output.
+        tables: The constant tables.
+        live: The parameters whose numbers may change between calls.
+        batched_inputs: The inputs that hold samples.
     """
 
     expressions: Expressions
-    outputs: tuple[tuple[Places, Places], ...]
+    outputs: tuple[tuple[Indices, Indices], ...]
     tables: dict[ArrayRef, Tensor]
     live: dict[ArrayRef, Tensor]
-    sampled: frozenset[ArrayRef]
+    batched_inputs: frozenset[ArrayRef]
 
 
-def expand(
-    recordings: Sequence[tuple[Recording, int]], samples: int | None, frozen: bool = False
+def lower_program(
+    recordings: Sequence[tuple[Recording, int]], samples: int | None, deployment: Deployment
 ) -> ScalarProgram:
-    """Expands the operations that the first outputs of recordings need.
+    """Lowers the operations that the first outputs of recordings need.
 
     Args:
-        recordings: Operations on the same inputs, what does not vary being among their constants;
-            and how many of their outputs are wanted.
-        samples: The leading size of tensors that hold independent samples, if there are such.
-        frozen: Whether parameters stay as they are now.
+        recordings: Operations on the same inputs, with the number of outputs that are wanted.
+        samples: The leading size of tensors that hold independent samples; None without samples.
+        deployment: The place where the program runs.
 
     Raises:
-        PlanRefused: It runs an operation that is not known, or there are too many expressions.
+        PlanRefused: An operation is unknown, or there are too many expressions.
     """
     parts = _parts(recordings)
     elements = _counted(parts)
 
-    def expanded(how: Form, most: int = EXPRESSIONS) -> ScalarProgram:
-        return _expanded(how, parts, samples or 0, frozen, most)
+    def lowered(granularity: Granularity, most: int = EXPRESSIONS) -> ScalarProgram:
+        return _lowered(granularity, parts, samples or 0, deployment, most)
 
-    if elements <= _SMALL:
-        return expanded("single")
+    if elements <= _ALWAYS_UNROLL:
+        return lowered(Granularity.ELEMENTS)
     if samples is not None and samples > 1:
-        if elements // samples <= _UNROLLED:
+        if elements // samples <= _MAX_UNROLL:
             with suppress(PlanRefused):
-                return expanded("samples")
-    elif elements <= _UNROLLED:
+                return lowered(Granularity.SAMPLES)
+    elif elements <= _MAX_UNROLL:
         with suppress(PlanRefused):
-            single = expanded("single")
-            # Lanes make programs short; single elements let more of them be known.
+            single = lowered(Granularity.ELEMENTS)
+            # Loops make programs short; unrolled elements let more constants fold.
             size = len(single.expressions.all) + _stored(single)
-            if size <= _BRIEF:
+            if size <= _PREFER_UNROLLED:
                 return single
-            with suppress(PlanRefused):  # given up as soon as it is too long
-                return expanded("rolled", (size - 1) // _SHORTER)
+            with suppress(PlanRefused):  # stops at the limit
+                return lowered(Granularity.DOMAINS, (size - 1) // _ROLLED_GAIN)
             return single
-    return expanded("rolled")
+    return lowered(Granularity.DOMAINS)
 
 
-def expand_samples(
-    recordings: Sequence[tuple[Recording, int]], samples: int, frozen: bool = False
+def lower_per_sample(
+    recordings: Sequence[tuple[Recording, int]], samples: int, deployment: Deployment
 ) -> ScalarProgram:
-    """The same, every element of a sample an expression of its own, whose lanes are the samples.
+    """Lowers each element of a sample to an expression, whose points are the samples.
 
     Raises:
-        PlanRefused: As `expand`.
+        PlanRefused: As for `lower_program`.
     """
     parts = _parts(recordings)
     elements = _counted(parts) // samples
-    if elements > _UNROLLED:
+    if elements > _MAX_UNROLL:
         raise PlanRefused(f"{elements} scalar operations for each sample")
-    return _expanded("samples", parts, samples, frozen, EXPRESSIONS)
+    return _lowered(Granularity.SAMPLES, parts, samples, deployment, EXPRESSIONS)
 
 
-def expand_strips(
-    recordings: Sequence[tuple[Recording, int]], samples: int, frozen: bool = False
+def lower_tensors(
+    recordings: Sequence[tuple[Recording, int]], samples: int, deployment: Deployment
 ) -> ScalarProgram:
-    """The same, elements that are made alike being lanes, and products of matrices kept whole.
+    """Lowers elements that are computed alike to one expression, and keeps matrix products whole.
 
     Raises:
-        PlanRefused: As `expand`.
+        PlanRefused: As for `lower_program`.
     """
     parts = _parts(recordings)
     _counted(parts)
-    return _expanded("strips", parts, samples, frozen, EXPRESSIONS)
+    return _lowered(Granularity.MATRICES, parts, samples, deployment, EXPRESSIONS)
 
 
-def shares_matrices(recordings: Sequence[tuple[Recording, int]], samples: int) -> bool:
-    """Whether most of it are products with matrices that all samples share: wide layers.
+def is_mostly_shared_matmuls(recordings: Sequence[tuple[Recording, int]], samples: int) -> bool:
+    """Whether products with matrices that all samples share (wide layers) are most of the work.
 
     Args:
-        recordings: As for `expand`.
-        samples: How many samples they hold.
+        recordings: As for `lower_program`.
+        samples: The number of samples.
     """
     shared, work = 0.0, 0
     for recording, calls, _ in _parts(recordings):
@@ -143,16 +134,16 @@ def shares_matrices(recordings: Sequence[tuple[Recording, int]], samples: int) -
             assert result is not None
             products = result.shape.numel() * matrices[0].shape[-1]
             work += products if call.operation is aten.addmm.default else 0
-            for matrix in matrices:  # what is zero is not multiplied, element by element
+            for matrix in matrices:  # zeros are not multiplied in an unrolled product
                 if matrix.kind == "constant" and not matrix.base.varies:
                     numbers = recording.constants[matrix.position]
                     products *= int(numbers.count_nonzero()) / max(numbers.numel(), 1)
             shared += products
-    return shared > _SHARED * samples and 2 * shared > work
+    return shared > _WHOLE_WORK * samples and 2 * shared > work
 
 
-def multiplies(recordings: Sequence[tuple[Recording, int]]) -> bool:
-    """Whether most of it are products of matrices that are worth to be kept whole."""
+def is_mostly_matmuls(recordings: Sequence[tuple[Recording, int]]) -> bool:
+    """Whether most of the work are matrix products that are worth keeping whole."""
     products, work = 0, 0
     for _, calls, _ in _parts(recordings):
         for call in calls:
@@ -162,22 +153,22 @@ def multiplies(recordings: Sequence[tuple[Recording, int]]) -> bool:
                 assert result is not None
                 inner = call.args[-2].shape[-1]
                 size = result.shape.numel() * inner
-                products += size if inner >= _INNER else 0
+                products += size if inner >= _WHOLE_INNER else 0
             work += size
-    return products > _SHARED and 2 * products > work
+    return products > _WHOLE_WORK and 2 * products > work
 
 
 def _stored(scalars: ScalarProgram) -> int:
-    """Elements of outputs that vary: each is a statement of its own, where it has no lanes."""
+    """The number of output elements that vary: unrolled, each is a statement."""
     count = 0
     for numbers, _ in scalars.outputs:
         different, times = np.unique(numbers, return_counts=True)
         known = zip(different.tolist(), times.tolist(), strict=True)
-        count += sum(t for n, t in known if scalars.expressions.value(n) is None)
+        count += sum(t for n, t in known if scalars.expressions.constant_value(n) is None)
     return count
 
 
-# A recording, the calls that its first outputs need, and how many these are.
+# A recording, the calls that its first outputs need, and the number of these outputs.
 _Part = tuple[Recording, list[Instruction], int]
 
 
@@ -186,53 +177,57 @@ def _parts(recordings: Sequence[tuple[Recording, int]]) -> list[_Part]:
 
 
 def _counted(parts: Sequence[_Part]) -> int:
-    """Scalar operations, all together.
+    """The number of scalar operations.
 
     Raises:
         PlanRefused: There are too many.
     """
     elements = sum(_work(call) for _, calls, _ in parts for call in calls)
-    if elements > _ELEMENTS:
+    if elements > _MAX_OPERATIONS:
         raise PlanRefused(f"{elements} scalar operations")
     return elements
 
 
-def _expanded(
-    how: Form, parts: Sequence[_Part], samples: int, frozen: bool, most: int
+def _lowered(
+    granularity: Granularity,
+    parts: Sequence[_Part],
+    samples: int,
+    deployment: Deployment,
+    most: int,
 ) -> ScalarProgram:
     try:
-        expansion = Expansion(how, samples, frozen, most)
-        outputs = [x for part in parts for x in expansion.outputs(*part)]
+        lowering = Lowering(granularity, samples, deployment, most)
+        outputs = [x for part in parts for x in lowering.outputs(*part)]
         return ScalarProgram(
-            expansion.expressions,
+            lowering.expressions,
             tuple(outputs),
-            expansion.tables,
-            expansion.live,
-            frozenset(expansion.sampled),
+            lowering.tables,
+            lowering.live,
+            frozenset(lowering.batched_inputs),
         )
     except PlanRefused:
         raise
-    except RuntimeError as error:  # of torch, about codes
+    except RuntimeError as error:  # of torch, about ids
         raise PlanRefused(f"elements cannot be followed: {error}") from error
 
 
 def _needed(recording: Recording, count: int) -> list[Instruction]:
-    """The calls that some outputs need, writes to memory that they look at included."""
+    """The calls that some outputs need, including writes to memory that the outputs read."""
     outputs = [v for v in recording.outputs[:count] if v is not None]
     needed, memory = {id(v) for v in outputs}, {id(v.base) for v in outputs}
-    found = []
+    calls = []
     for call in reversed(recording.calls):
-        made = any(v is not None and id(v) in needed for v in call.results)
-        if made or any(id(base) in memory for base in call.written):
-            found.append(call)
+        is_result = any(v is not None and id(v) in needed for v in call.results)
+        if is_result or any(id(base) in memory for base in call.written):
+            calls.append(call)
             for value in values_in((*call.args, *call.kwargs.values())):
                 needed.add(id(value))
                 memory.add(id(value.base))
-    return found[::-1]
+    return calls[::-1]
 
 
 def _work(call: Instruction) -> int:
-    """Scalar operations that a call may take."""
+    """The scalar operations of a call, at most."""
     size = sum(math.prod(v.shape) for v in call.results if v is not None)
     if call.operation in (aten.mm.default, aten.bmm.default):
         return int(size * call.args[0].shape[-1])

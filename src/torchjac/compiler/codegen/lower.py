@@ -1,10 +1,10 @@
-"""Tensor operations on codes: what moves elements is run as it is, the rest makes expressions."""
+"""Lowering of tensor operations: moves run on element ids, other operations create expressions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,81 +12,90 @@ from torch import Tensor
 
 from torchjac._torch.trace.ir import Instruction, Value
 from torchjac._torch.trace.recording import Recording, decomposition_of, map_values, values_in
-from torchjac.compiler.codegen.element_ids import BITS, apart, dtype_of, groups, laid_out
+from torchjac.compiler.codegen.element_ids import (
+    BITS,
+    bits,
+    comparison_dtype,
+    dtype_of,
+    group_by_expression,
+    split_ids,
+    with_strides,
+)
 from torchjac.compiler.codegen.expressions import Expressions
 from torchjac.compiler.codegen.ops_factorize import FACTORS
 from torchjac.compiler.codegen.ops_pointwise import POINTWISE
 from torchjac.compiler.codegen.ops_reduce import CONTRACTIONS
-from torchjac.compiler.codegen.scalar_ir import ONE, ArrayRef, Lanes, Places
-from torchjac.compiler.codegen.scalar_ops import DTYPES, TRUTHS
+from torchjac.compiler.codegen.scalar_ir import (
+    SCALAR,
+    ArrayRef,
+    Deployment,
+    Domain,
+    Granularity,
+    Indices,
+)
+from torchjac.compiler.codegen.scalar_ops import PREDICATES
 from torchjac.compiler.program.optimize import fold_constants
 from torchjac.errors import PlanRefused
 from torchjac.ops import IN_PLACE, Fact, having
 
-# Expressions there may be.
-EXPRESSIONS = 40_000
-# Constants with as many elements, or as many different ones, are numbers in the code.
-_FEW, _DIFFERENT = 4096, 16
-# Every element an expression of its own; every element of a sample; as many lanes as there are; or
-# that, for a few samples of many, with products of matrices as they are.
-Form = Literal["single", "samples", "rolled", "strips"]
+EXPRESSIONS = 40_000  # scalar operations of a program: more are refused
+_LITERAL_ELEMENTS = 4096  # elements: a constant of an unrolled program becomes literals
+_LITERAL_VALUES = 16  # different numbers: a constant of any program becomes literals
 
 
-class Expansion:
-    """Runs calls on codes.
+class Lowering:
+    """Runs calls on element ids.
 
     Args:
-        form: What is an expression of its own.
+        granularity: The elements that share an expression.
         samples: The leading size of tensors that hold independent samples.
-        frozen: Whether parameters stay as they are now.
-        most: How many expressions there may be.
+        deployment: The place where the program runs.
+        most: The number of expressions that is allowed.
 
     Attributes:
-        expressions: What was made so far.
-        writes_out: Whether sums are written out, however long.
-        keeps_products: Whether products of matrices are kept whole.
-        tables: Constants that are read, by their array.
-        live: Tensors from elsewhere whose numbers may change (parameters), in the same way.
-        sampled: Inputs that hold samples.
+        expressions: All expressions so far.
+        granularity: The elements that share an expression.
+        tables: The constant tables.
+        live: The parameters whose numbers may change between calls.
+        batched_inputs: The inputs that hold samples.
     """
 
-    def __init__(self, form: Form, samples: int, frozen: bool, most: int):
-        self._frozen = frozen
+    def __init__(self, granularity: Granularity, samples: int, deployment: Deployment, most: int):
+        self._deployment = deployment
+        self.granularity = granularity
         self.live: dict[ArrayRef, Tensor] = {}
-        self.sampled: set[ArrayRef] = set()
-        self._is_single = form == "single"
-        self.writes_out = form in ("single", "samples")
-        self.keeps_products = form == "strips"
-        self._count = samples if form in ("samples", "strips") else 0
-        self._samples = Lanes(samples) if form == "samples" else None
+        self.batched_inputs: set[ArrayRef] = set()
+        of_samples = (Granularity.SAMPLES, Granularity.MATRICES)
+        self._count = samples if granularity in of_samples else 0
+        self._samples = Domain(samples) if granularity is Granularity.SAMPLES else None
         self.expressions = Expressions(most)
         self.tables: dict[ArrayRef, Tensor] = {}
         self._recording = Recording((), (), (), ())
         self._arrays: dict[ArrayRef, Tensor] = {}
-        self._codes: dict[int, Any] = {}
-        # Inputs of what an operation was decomposed to; what is given there, and by whom.
-        self._given: dict[int, tuple[Value, Recording]] = {}
-        self._kept: list[Recording] = []
+        self._ids: dict[int, Any] = {}
+        # Inputs of a decomposition: the tensor behind each, and the recording of that tensor.
+        self._outer: dict[int, tuple[Value, Recording]] = {}
+        self._recordings: list[Recording] = []
 
     def outputs(
         self, recording: Recording, calls: Sequence[Instruction], count: int
-    ) -> list[tuple[Places, Places]]:
-        """Runs calls of a recording, and gives what its first outputs are."""
+    ) -> list[tuple[Indices, Indices]]:
+        """The expression and the point of each element of the first outputs of a recording."""
         self._recording = recording
         for i, value in enumerate(recording.inputs):
             if self._count and value.shape and value.shape[0] == self._count:
-                self.sampled.add(ArrayRef("in", i))
+                self.batched_inputs.add(ArrayRef("in", i))
             if value.dtype.is_floating_point:
-                code = self._array(ArrayRef("in", i), value.shape, dtype_of(value))
-                self._codes[id(value)] = code
+                ids = self._array(ArrayRef("in", i), value.shape, dtype_of(value))
+                self._ids[id(value)] = ids
         for call in calls:
             self._run(call)
-        found = []
+        results = []
         for result in recording.outputs[:count]:
             assert result is not None
             dtype_of(result)
-            found.append(apart(self.code(result).reshape(-1).numpy()))
-        return found
+            results.append(split_ids(self.ids(result).reshape(-1).numpy()))
+        return results
 
     def _run(self, call: Instruction) -> None:
         operation = call.operation
@@ -98,9 +107,9 @@ class Expansion:
             self._set(call, self._pointwise(build, call, dtype_of(result)))
         elif operation in IN_PLACE:
             target = call.args[0]
-            made = self._pointwise(POINTWISE[IN_PLACE[operation]], call, dtype_of(target))
-            self.code(target).copy_(made)
-            self._set(call, self.code(target))
+            lowered = self._pointwise(POINTWISE[IN_PLACE[operation]], call, dtype_of(target))
+            self.ids(target).copy_(lowered)
+            self._set(call, self.ids(target))
         elif operation in CONTRACTIONS or operation in FACTORS:
             build = CONTRACTIONS.get(operation) or FACTORS[operation]
             self._set(call, build(self, *call.args, **call.kwargs))
@@ -110,119 +119,123 @@ class Expansion:
             self._decompose(call)
 
     def _decompose(self, call: Instruction) -> None:
-        """Runs what torch says that an operation does, in terms of others."""
-        made = decomposition_of(call)
-        if made is None:
+        """Runs the operations of torch's decomposition of a call."""
+        lowered = decomposition_of(call)
+        if lowered is None:
             raise PlanRefused(f"{call.operation} has no scalar form")
-        made = fold_constants(made)
-        given = values_in((*call.args, *call.kwargs.values()))
-        for inner, outer in zip(made.inputs, given, strict=True):
+        lowered = fold_constants(lowered)
+        arguments = values_in((*call.args, *call.kwargs.values()))
+        for inner, outer in zip(lowered.inputs, arguments, strict=True):
             if outer.dtype.is_floating_point or outer.kind != "constant":
-                self._codes[id(inner)] = self.code(outer)
-        within, self._recording = self._recording, made
-        self._given |= {id(i): (o, within) for i, o in zip(made.inputs, given, strict=True)}
+                self._ids[id(inner)] = self.ids(outer)
+        within, self._recording = self._recording, lowered
+        self._outer |= {id(i): (o, within) for i, o in zip(lowered.inputs, arguments, strict=True)}
         try:
-            for part in made.calls:
+            for part in lowered.calls:
                 self._run(part)
-            found = [None if v is None else self.code(v) for v in made.outputs]
+            ids = [None if v is None else self.ids(v) for v in lowered.outputs]
         finally:
             self._recording = within
-        self._kept.append(made)  # or another value may get an id of its
-        self._set(call, found[0] if call.is_single else found)
+        self._recordings.append(lowered)  # an id must not be used twice
+        self._set(call, ids[0] if call.is_single else ids)
 
-    def _set(self, call: Instruction, made: Any) -> None:
+    def _set(self, call: Instruction, lowered: Any) -> None:
         if call.is_single:
             (result,) = call.results
             assert result is not None
-            self._codes[id(result)] = laid_out(made, result)
+            self._ids[id(result)] = with_strides(lowered, result)
             return
-        for result, part in zip(call.results, made, strict=True):
+        for result, part in zip(call.results, lowered, strict=True):
             if result is not None:
-                self._codes[id(result)] = laid_out(part, result)
+                self._ids[id(result)] = with_strides(part, result)
 
     def _move(self, call: Instruction) -> None:
-        """Runs an operation that moves elements on codes."""
+        """Runs an operation that moves elements."""
         schema = call.operation._schema.arguments
         names = [a.name for a in schema]
-        given: dict[str, Any] = dict(zip(names, call.args, strict=False)) | call.kwargs
-        made = call.results[0]
-        assert made is not None
-        for name, argument in given.items():
+        arguments: dict[str, Any] = dict(zip(names, call.args, strict=False)) | call.kwargs
+        lowered = call.results[0]
+        assert lowered is not None
+        for name, argument in arguments.items():
             if name in ("index", "indices"):
-                given[name] = map_values(argument, self.known)
+                arguments[name] = map_values(argument, self.fixed_values)
             elif name in ("dtype", "pin_memory", "layout", "device", "memory_format"):
-                given[name] = None
+                arguments[name] = None
             elif name in ("value", "fill_value") and not isinstance(argument, Value):
-                given[name] = self.number(argument, dtype_of(made))
+                arguments[name] = self.constant_id(argument, dtype_of(lowered))
             else:
-                given[name] = map_values(argument, lambda v: self.cast(v, dtype_of(made)))
+                arguments[name] = map_values(argument, lambda v: self.cast(v, dtype_of(lowered)))
         if call.operation in _FILLS:
-            number = given.get("fill_value", self.number(0.0, dtype_of(made)))
-            self._set(call, torch.full(made.shape, number))
+            number = arguments.get("fill_value", self.constant_id(0.0, dtype_of(lowered)))
+            self._set(call, torch.full(lowered.shape, number))
             return
-        positional = [given.pop(a.name) for a in schema if not a.kwarg_only and a.name in given]
-        given = {k: v for k, v in given.items() if v is not None}
-        self._set(call, call.operation(*positional, **given))
+        positional = [
+            arguments.pop(a.name) for a in schema if not a.kwarg_only and a.name in arguments
+        ]
+        arguments = {k: v for k, v in arguments.items() if v is not None}
+        self._set(call, call.operation(*positional, **arguments))
 
-    def known(self, value: Value) -> Tensor:
-        """Numbers that do not vary: indices."""
+    def fixed_values(self, value: Value) -> Tensor:
+        """The numbers of a tensor that does not vary, for an index."""
         recording = self._recording
-        while id(value) in self._given:
-            value, recording = self._given[id(value)]
+        while id(value) in self._outer:
+            value, recording = self._outer[id(value)]
         if value.kind != "constant":
             raise PlanRefused("an index depends on values")
         return recording.constants[value.position]
 
-    def code(self, value: Value) -> Tensor:
-        """The codes of a tensor."""
-        found = self._codes.get(id(value))
-        if found is None:
+    def ids(self, value: Value) -> Tensor:
+        """The element ids of a tensor."""
+        ids = self._ids.get(id(value))
+        if ids is None:
             if value.kind != "constant":
                 raise PlanRefused(f"it reads a tensor of {value.dtype}")
-            found = self._codes[id(value)] = self._constant(value)
-        assert isinstance(found, Tensor)
-        return found
+            ids = self._ids[id(value)] = self._constant(value)
+        assert isinstance(ids, Tensor)
+        return ids
 
     def _array(self, array: ArrayRef, shape: torch.Size, dtype: str) -> Tensor:
-        """Codes of the elements of an array."""
+        """The element ids of an array."""
         if array not in self._arrays:
             self._arrays[array] = self._elements(array, shape, dtype)
         return self._arrays[array]
 
     def _elements(self, array: ArrayRef, shape: torch.Size, dtype: str) -> Tensor:
         size = math.prod(shape)
-        lanes = self._samples
-        each = lanes is not None and len(shape) > 0 and shape[0] == lanes.size
-        if self._is_single or (lanes is not None and not each):
-            numbers = [self.expressions.load(array, dtype, ONE, 0, k) for k in range(size)]
+        domain = self._samples
+        each = domain is not None and len(shape) > 0 and shape[0] == domain.size
+        if self.granularity is Granularity.ELEMENTS or (domain is not None and not each):
+            numbers = [self.expressions.load(array, dtype, SCALAR, 0, k) for k in range(size)]
             return (torch.tensor(numbers, dtype=torch.int64) << BITS).view(shape)
-        if lanes is not None:
-            step = size // lanes.size
-            numbers = [self.expressions.load(array, dtype, lanes, step, k) for k in range(step)]
-            codes = torch.tensor(numbers, dtype=torch.int64) << BITS
-            return (codes[None] + torch.arange(lanes.size)[:, None]).view(shape)
-        number = self.expressions.load(array, dtype, Lanes(size))
+        if domain is not None:
+            step = size // domain.size
+            numbers = [self.expressions.load(array, dtype, domain, step, k) for k in range(step)]
+            operand_ids = torch.tensor(numbers, dtype=torch.int64) << BITS
+            return (operand_ids[None] + torch.arange(domain.size)[:, None]).view(shape)
+        number = self.expressions.load(array, dtype, Domain(size))
         return ((number << BITS) + torch.arange(size)).view(shape)
 
     def _constant(self, value: Value) -> Tensor:
         tensor = self._recording.constants[value.position]
-        if value.base.varies and not self._frozen:
+        if value.base.varies and self._deployment is Deployment.PROCESS:
             array = ArrayRef("live", len(self.live))
             self.live[array] = tensor
-            return laid_out(self._array(array, tensor.shape, dtype_of(value)), value)
+            return with_strides(self._array(array, tensor.shape, dtype_of(value)), value)
         tensor = tensor.detach()
         once = tensor[tuple(slice(0, 1) if not step else slice(None) for step in tensor.stride())]
-        return laid_out(self._numbers(once, value).expand(tensor.shape), value)
+        return with_strides(self._numbers(once, value).expand(tensor.shape), value)
 
     def _numbers(self, tensor: Tensor, value: Value) -> Tensor:
-        """Codes of a tensor that does not vary."""
+        """The element ids of a tensor that does not vary."""
         dtype, size = dtype_of(value), tensor.numel()
         if (one := self._of_one_sample(tensor)) is not None:
             return self._for_all(self._numbers(one, value), tensor.shape)
-        different, where = _bits(tensor).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        few = len(different) <= _DIFFERENT or (self.writes_out and size <= _FEW)
+        different, where = bits(tensor).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        few = len(different) <= _LITERAL_VALUES or (
+            self.granularity.unrolls and size <= _LITERAL_ELEMENTS
+        )
         if few:
-            numbers = [self.number(x, dtype) for x in different.view(tensor.dtype).tolist()]
+            numbers = [self.constant_id(x, dtype) for x in different.view(tensor.dtype).tolist()]
             return torch.tensor(numbers, dtype=torch.int64)[where]
         return self._table(tensor, dtype)
 
@@ -231,160 +244,141 @@ class Expansion:
         self.tables[array] = tensor.contiguous()
         return self._array(array, tensor.shape, dtype)
 
-    def matrix(self, value: Value) -> Tensor:
-        """The codes of a tensor that is multiplied: lanes of one expression where it may be."""
-        kept = self.keeps_products and value.kind == "constant" and not value.base.varies
-        if kept and id(value) not in self._codes:
+    def matmul_ids(self, value: Value) -> Tensor:
+        """The element ids of a factor: points of one table where possible."""
+        temporaries = (
+            self.granularity is Granularity.MATRICES
+            and value.kind == "constant"
+            and not value.base.varies
+        )
+        if temporaries and id(value) not in self._ids:
             tensor = self._recording.constants[value.position].detach()
             one = self._of_one_sample(tensor)
             once = tensor if one is None else one
-            if once.numel() > _DIFFERENT:
-                code = self._table(once, dtype_of(value))
-                code = code if one is None else self._for_all(code, tensor.shape)
-                self._codes[id(value)] = laid_out(code, value)
-        return self.code(value)
+            if once.numel() > _LITERAL_VALUES:
+                ids = self._table(once, dtype_of(value))
+                ids = ids if one is None else self._for_all(ids, tensor.shape)
+                self._ids[id(value)] = with_strides(ids, value)
+        return self.ids(value)
 
     def _of_one_sample(self, tensor: Tensor) -> Tensor | None:
-        """What it holds for every sample, if that is the same."""
+        """The numbers of one sample, if all samples have the same numbers."""
         size = tensor.numel()
         if not self._count or not size or size % self._count:
             return None
         rows = tensor.reshape(self._count, -1)
-        return rows[0] if bool((_bits(rows) == _bits(rows[:1])).all()) else None
+        return rows[0] if bool((bits(rows) == bits(rows[:1])).all()) else None
 
-    def _for_all(self, code: Tensor, shape: torch.Size) -> Tensor:
-        """The same codes for every sample."""
-        return code.expand(self._count, len(code)).reshape(shape)
+    def _for_all(self, ids: Tensor, shape: torch.Size) -> Tensor:
+        """The element ids of one sample, repeated for all samples."""
+        return ids.expand(self._count, len(ids)).reshape(shape)
 
-    def number(self, number: float, dtype: str) -> int:
-        """The code of a number."""
+    def constant_id(self, number: float, dtype: str) -> int:
+        """The element id of a number."""
         if dtype == "int64" and not abs(number) <= 2**53:
             raise PlanRefused("an integer that is larger than 2**53")
         return self.expressions.constant(float(number), dtype) << BITS
 
     def cast(self, value: Value, dtype: str) -> Tensor:
-        """The same in another dtype."""
-        code = self.code(value)
+        """The element ids of a tensor in another dtype."""
+        ids = self.ids(value)
         have = dtype_of(value)
-        return code if have == dtype else self._converted(code, have, dtype)
+        return ids if have == dtype else self._converted(ids, have, dtype)
 
-    def _converted(self, code: Tensor, have: str, dtype: str) -> Tensor:
+    def _converted(self, ids: Tensor, have: str, dtype: str) -> Tensor:
         if dtype == "int64" and have != "bool":
             raise PlanRefused("floating-point numbers become integers")
-        return self.apply("truth" if dtype == "bool" else "cast", dtype, [code])
+        return self.apply("truth" if dtype == "bool" else "cast", dtype, [ids])
 
     def _pointwise(self, build: Callable[..., Any], call: Instruction, dtype: str) -> Tensor:
-        """Runs a pointwise operation; its operands meet in the type that torch computes in."""
-        inner = _met(call) if dtype == "bool" else dtype
+        """Runs a pointwise operation; operands are cast to the dtype in which torch computes."""
+        inner = comparison_dtype(call) if dtype == "bool" else dtype
         dtypes: dict[int, str] = {}
 
         def operand(x: Any, want: str) -> Tensor:
             if not isinstance(x, Tensor):
-                return torch.tensor(self.number(x, want))
+                return torch.tensor(self.constant_id(x, want))
             have = dtypes.get(id(x), want)
             return x if have == want else self._converted(x, have, want)
 
-        kept = []
+        temporaries = []
 
         def do(kind: str, *operands: Any) -> Tensor:
             of = "bool" if kind in ("and", "or", "xor", "not") else inner
             if kind == "where":
-                codes = [operand(operands[0], "bool"), *(operand(x, dtype) for x in operands[1:])]
+                operand_ids = [
+                    operand(operands[0], "bool"),
+                    *(operand(x, dtype) for x in operands[1:]),
+                ]
             elif kind == "ne" and all(dtypes.get(id(x)) == "bool" for x in operands):
-                codes = [operand(x, "bool") for x in operands]
+                operand_ids = [operand(x, "bool") for x in operands]
             else:
-                codes = [operand(x, of) for x in operands]
-            made_of = "bool" if kind in TRUTHS else (dtype if kind == "where" else inner)
-            if kind not in TRUTHS and kind not in _OF_INTEGERS.get(made_of, (kind,)):
-                raise PlanRefused(f"{kind} of {made_of}")
-            made = self.apply(kind, made_of, codes)
-            dtypes[id(made)] = made_of
-            kept.append(made)  # or another may get its id
-            return made
+                operand_ids = [operand(x, of) for x in operands]
+            result_dtype = "bool" if kind in PREDICATES else (dtype if kind == "where" else inner)
+            if kind not in PREDICATES and kind not in _OF_INTEGERS.get(result_dtype, (kind,)):
+                raise PlanRefused(f"{kind} of {result_dtype}")
+            lowered = self.apply(kind, result_dtype, operand_ids)
+            dtypes[id(lowered)] = result_dtype
+            temporaries.append(lowered)  # or another may get its id
+            return lowered
 
-        def code(v: Value) -> Tensor:
-            found = self.code(v).view(self.code(v).shape)
-            dtypes[id(found)] = dtype_of(v)
-            kept.append(found)
-            return found
+        def ids(v: Value) -> Tensor:
+            ids = self.ids(v).view(self.ids(v).shape)
+            dtypes[id(ids)] = dtype_of(v)
+            temporaries.append(ids)
+            return ids
 
-        args = [map_values(a, code) for a in call.args]
-        kwargs = {k: map_values(a, code) for k, a in call.kwargs.items()}
-        made = build(do, *args, **kwargs)
-        return operand(made, dtype)
+        args = [map_values(a, ids) for a in call.args]
+        kwargs = {k: map_values(a, ids) for k, a in call.kwargs.items()}
+        lowered = build(do, *args, **kwargs)
+        return operand(lowered, dtype)
 
     def apply(self, kind: str, dtype: str, operands: Sequence[Tensor]) -> Tensor:
-        """The codes of a scalar operation on all elements of operands, which are broadcast."""
+        """The element ids of a scalar operation on broadcast operands."""
         operands = torch.broadcast_tensors(*operands)  # type: ignore[no-untyped-call]
         shape = operands[0].shape
         flat = [o.reshape(-1).numpy() for o in operands]
         if not len(flat[0]):
             return torch.empty(shape, dtype=torch.int64)
-        if self._is_single:
-            return torch.from_numpy(self._singly(kind, dtype, flat)).view(shape)
-        split = [apart(x) for x in flat]
-        made = np.empty(len(flat[0]), dtype=np.int64)
-        for numbers, chosen in groups([n for n, _ in split]):
-            places = [p if chosen is None else p[chosen] for _, p in split]
-            number, lanes = self._many(kind, dtype, numbers, places)
-            made[slice(None) if chosen is None else chosen] = (number << BITS) + lanes
-        return torch.from_numpy(made).view(shape)
+        if self.granularity is Granularity.ELEMENTS:
+            return torch.from_numpy(self._scalar(kind, dtype, flat)).view(shape)
+        split = [split_ids(x) for x in flat]
+        lowered = np.empty(len(flat[0]), dtype=np.int64)
+        for numbers, chosen in group_by_expression([n for n, _ in split]):
+            indices = [p if chosen is None else p[chosen] for _, p in split]
+            number, points = self._many(kind, dtype, numbers, indices)
+            lowered[slice(None) if chosen is None else chosen] = (number << BITS) + points
+        return torch.from_numpy(lowered).view(shape)
 
     def _many(
-        self, kind: str, dtype: str, numbers: Sequence[int], places: Sequence[Places]
-    ) -> tuple[int, Places]:
-        """A scalar operation on lanes; what a sample has twice is computed once."""
+        self, kind: str, dtype: str, numbers: Sequence[int], indices: Sequence[Indices]
+    ) -> tuple[int, Indices]:
+        """A scalar operation on points; equal columns of points of a sample are computed once."""
         again = None
-        if self._samples is not None and len(places[0]) > self._samples.size:
-            columns, again = np.unique(np.stack(places), axis=1, return_inverse=True)
-            places = list(columns)
-        number, lanes = self.expressions.many(kind, dtype, list(zip(numbers, places, strict=True)))
-        return number, lanes if again is None else lanes[again.reshape(-1)]
+        if self._samples is not None and len(indices[0]) > self._samples.size:
+            columns, again = np.unique(np.stack(indices), axis=1, return_inverse=True)
+            indices = list(columns)
+        number, points = self.expressions.pointwise(
+            kind, dtype, list(zip(numbers, indices, strict=True))
+        )
+        return number, points if again is None else points[again.reshape(-1)]
 
-    def _singly(self, kind: str, dtype: str, flat: Sequence[Places]) -> Places:
-        single, seen = self.expressions.single, {}
-        made = []
-        for codes in zip(*[x.tolist() for x in flat], strict=True):
-            if codes not in seen:
-                seen[codes] = single(kind, dtype, [c >> BITS for c in codes]) << BITS
-            made.append(seen[codes])
-        return np.array(made, dtype=np.int64)
+    def _scalar(self, kind: str, dtype: str, flat: Sequence[Indices]) -> Indices:
+        single, seen = self.expressions.scalar, {}
+        lowered = []
+        for operand_ids in zip(*[x.tolist() for x in flat], strict=True):
+            if operand_ids not in seen:
+                seen[operand_ids] = single(kind, dtype, [c >> BITS for c in operand_ids]) << BITS
+            lowered.append(seen[operand_ids])
+        return np.array(lowered, dtype=np.int64)
 
 
 _FILLS = having(Fact.FILL)
 _MOVES = having(Fact.MOVE)
 
 
-def _met(call: Instruction) -> str:
-    """The dtype in which the operands of a comparison meet.
-
-    Raises:
-        PlanRefused: Their bits are compared, or no expression has that dtype.
-    """
-    given: list[Any] = [
-        torch.zeros((1,) * min(len(a.shape), 1), dtype=a.dtype) if isinstance(a, Value) else a
-        for a in call.args
-        if isinstance(a, (Value, int, float))
-    ]
-    met = torch.result_type(*given) if len(given) == 2 else given[0].dtype
-    name = str(met).removeprefix("torch.")
-    if "bitwise" in str(call.operation) and name != "bool":
-        raise PlanRefused("bits of integers")
-    if name == "bool":
-        return "int64"  # true is more than false
-    if name not in DTYPES:
-        raise PlanRefused(f"it compares {name}")
-    return name
-
-
-# What there is of these dtypes; floating-point numbers have everything.
+# Scalar operations of these dtypes; floating-point dtypes have all operations.
 _OF_INTEGERS = {
     "int64": ("add", "sub", "mul", "neg", "where", "maximum", "minimum"),
     "bool": ("where",),
 }
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Whole numbers that are the same for the same numbers only: 0 and -0 are two."""
-    of = {torch.float64: torch.int64, torch.float32: torch.int32}.get(tensor.dtype)
-    return tensor if of is None else tensor.view(of)

@@ -1,13 +1,14 @@
-"""Factorizations of small matrices on codes, written out: what torch leaves to LAPACK.
+"""Factorizations of small matrices as scalar statements, where torch calls LAPACK.
 
-Rows are exchanged for the largest pivot, as LAPACK does (Golub and Van Loan, Matrix Computations,
-4th edition, algorithm 3.4.1); which ones is a number of the program, and rows are chosen by it.
-Matrices that are singular, or not positive definite, give what is not finite.
+Rows are exchanged for the largest pivot, as in LAPACK (Golub and Van Loan, Matrix Computations,
+4th edition, algorithm 3.4.1). The index of a pivot is a value of the program, by which rows are
+selected. A matrix that is singular, or not positive definite, gives values that are not finite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -15,19 +16,32 @@ from torch import Tensor
 
 from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.ir import Value
-from torchjac.compiler.codegen.element_ids import Expanding, dtype_of
+from torchjac.compiler.codegen.element_ids import LoweringContext, dtype_of
 from torchjac.errors import PlanRefused
 
-# Matrices up to this size are written out.
-_LARGEST = 8
-# Rows of a matrix; an element is the codes of all matrices of a batch.
+_LARGEST = 8  # rows or columns of a matrix: larger ones are refused
+# Rows of a matrix; each element holds the ids of a batch of matrices.
 _Rows = list[list[Tensor]]
 
 
-class _Scalars:
-    """Arithmetic on codes of one dtype."""
+class _Triangle(Enum):
+    """The triangle of a matrix that substitution reads."""
 
-    def __init__(self, do: Expanding, dtype: str):
+    LOWER = "lower"
+    UPPER = "upper"
+
+
+class _Diagonal(Enum):
+    """The diagonal of a triangle: stored elements, or ones."""
+
+    STORED = "stored"
+    ONES = "ones"
+
+
+class _Scalars:
+    """Arithmetic on element ids of one dtype."""
+
+    def __init__(self, do: LoweringContext, dtype: str):
         self._do = do
         self.dtype = dtype
 
@@ -35,10 +49,10 @@ class _Scalars:
         return self._do.apply(kind, self.dtype, operands)
 
     def number(self, value: float) -> Tensor:
-        return torch.tensor(self._do.number(value, self.dtype))
+        return torch.tensor(self._do.constant_id(value, self.dtype))
 
     def place(self, value: int) -> Tensor:
-        return torch.tensor(self._do.number(value, "int64"))
+        return torch.tensor(self._do.constant_id(value, "int64"))
 
     def test(self, kind: str, *operands: Tensor) -> Tensor:
         return self._do.apply(kind, "bool", operands)
@@ -47,28 +61,28 @@ class _Scalars:
         return self._do.apply("where", "int64", [condition, one, other])
 
     def less(self, x: Tensor, *factors: Tensor) -> Tensor:
-        """X minus a product."""
+        """The first operand minus a product."""
         return self("sub", x, self("mul", *factors))
 
 
-def _rows(code: Tensor) -> _Rows:
+def _rows(ids: Tensor) -> _Rows:
     """The elements of matrices.
 
     Raises:
-        PlanRefused: They are large.
+        PlanRefused: The matrices are large.
     """
-    if max(code.shape[-2:]) > _LARGEST:
+    if max(ids.shape[-2:]) > _LARGEST:
         raise PlanRefused(f"factors of a matrix larger than {_LARGEST} x {_LARGEST}")
-    return [list(row.unbind(-1)) for row in code.unbind(-2)]
+    return [list(row.unbind(-1)) for row in ids.unbind(-2)]
 
 
 def _matrix(rows: _Rows) -> Tensor:
-    made = [torch.stack(torch.broadcast_tensors(*row), -1) for row in rows]  # type: ignore[no-untyped-call]
-    return torch.stack(torch.broadcast_tensors(*made), -2)  # type: ignore[no-untyped-call]
+    stacked = [torch.stack(torch.broadcast_tensors(*row), -1) for row in rows]  # type: ignore[no-untyped-call]
+    return torch.stack(torch.broadcast_tensors(*stacked), -2)  # type: ignore[no-untyped-call]
 
 
 def _exchange(s: _Scalars, rows: _Rows, k: int, place: Tensor) -> None:
-    """Exchanges row k with a row after it that a number of the program names."""
+    """Exchanges row k with the later row whose index a value of the program gives."""
     first = list(rows[k])
     for i in range(k + 1, len(rows)):
         this = s.test("eq", place, s.place(i))
@@ -77,10 +91,10 @@ def _exchange(s: _Scalars, rows: _Rows, k: int, place: Tensor) -> None:
             rows[k][j] = s("where", this, other, rows[k][j])
 
 
-def _lu(s: _Scalars, code: Tensor) -> tuple[_Rows, list[Tensor]]:
-    """L and U in one matrix, and which row was exchanged with each."""
-    rows = _rows(code)
-    size, places = len(rows), []
+def _lu(s: _Scalars, ids: Tensor) -> tuple[_Rows, list[Tensor]]:
+    """L and U in one matrix, and the pivot of each row."""
+    rows = _rows(ids)
+    size, pivots = len(rows), []
     for k in range(size):
         best, place = s("abs", rows[k][k]), s.place(k).expand(rows[k][k].shape)
         for i in range(k + 1, size):
@@ -88,112 +102,111 @@ def _lu(s: _Scalars, code: Tensor) -> tuple[_Rows, list[Tensor]]:
             more = s.test("gt", other, best)
             best = s("where", more, other, best)
             place = s.place_where(more, s.place(i), place)
-        places.append(place)
+        pivots.append(place)
         _exchange(s, rows, k, place)
         for i in range(k + 1, size):
             rows[i][k] = s("div", rows[i][k], rows[k][k])
             for j in range(k + 1, size):
                 rows[i][j] = s.less(rows[i][j], rows[i][k], rows[k][j])
-    return rows, places
+    return rows, pivots
 
 
-def _substituted(
-    s: _Scalars, rows: _Rows, right: list[Tensor], lower: bool, unit: bool
+def _substitute(
+    s: _Scalars, rows: _Rows, right: list[Tensor], triangle: _Triangle, diagonal: _Diagonal
 ) -> list[Tensor]:
-    """Solves with a triangle of a matrix; right sides are rows, whose last axis goes across."""
+    """Solves with one triangle of a matrix, from the left; the right sides are rows."""
     order = list(range(len(rows)))
-    order = order if lower else order[::-1]
-    found = list(right)
+    order = order if triangle is _Triangle.LOWER else order[::-1]
+    solution = list(right)
     for n, i in enumerate(order):
         for j in order[:n]:
-            found[i] = s.less(found[i], rows[i][j][..., None], found[j])
-        if not unit:
-            found[i] = s("div", found[i], rows[i][i][..., None])
-    return found
+            solution[i] = s.less(solution[i], rows[i][j][..., None], solution[j])
+        if diagonal is _Diagonal.STORED:
+            solution[i] = s("div", solution[i], rows[i][i][..., None])
+    return solution
 
 
 def _transposed(rows: _Rows) -> _Rows:
     return [list(row) for row in zip(*rows, strict=True)]
 
 
-def _solved(
-    s: _Scalars, rows: _Rows, places: Sequence[Tensor], right: Tensor, adjoint: bool
-) -> Tensor:
-    """Solves with L and U, from the left."""
-    sides = list(right.unbind(-2))
-    if not adjoint:
-        wide = [[x] for x in sides]
-        for k, place in enumerate(places):
-            _exchange(s, wide, k, place[..., None])
-        sides = _substituted(s, rows, [x for (x,) in wide], lower=True, unit=True)
-        sides = _substituted(s, rows, sides, lower=False, unit=False)
-    else:
-        across = _transposed(rows)
-        sides = _substituted(s, across, sides, lower=True, unit=False)
-        sides = _substituted(s, across, sides, lower=False, unit=True)
-        wide = [[x] for x in sides]
-        for k, place in reversed(list(enumerate(places))):
-            _exchange(s, wide, k, place[..., None])
-        sides = [x for (x,) in wide]
-    return torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
+def _solve(s: _Scalars, rows: _Rows, pivots: Sequence[Tensor], right: Tensor) -> Tensor:
+    """Solves A X = B with the factors of A."""
+    sides = [[x] for x in right.unbind(-2)]
+    for k, pivot in enumerate(pivots):
+        _exchange(s, sides, k, pivot[..., None])
+    solution = _substitute(s, rows, [x for (x,) in sides], _Triangle.LOWER, _Diagonal.ONES)
+    solution = _substitute(s, rows, solution, _Triangle.UPPER, _Diagonal.STORED)
+    return torch.stack(torch.broadcast_tensors(*solution), -2)  # type: ignore[no-untyped-call]
 
 
-def _from(s: _Scalars, rows: _Rows, places: Sequence[Tensor], b: Tensor, left: bool) -> Tensor:
-    """A^-1 B, or B A^-1."""
-    if left:
-        return _solved(s, rows, places, b, False)
-    return _solved(s, rows, places, b.transpose(-1, -2), True).transpose(-1, -2)
+def _solve_transposed(s: _Scalars, rows: _Rows, pivots: Sequence[Tensor], right: Tensor) -> Tensor:
+    """Solves transpose(A) X = B with the factors of A."""
+    across = _transposed(rows)
+    solution = _substitute(s, across, list(right.unbind(-2)), _Triangle.LOWER, _Diagonal.STORED)
+    solution = _substitute(s, across, solution, _Triangle.UPPER, _Diagonal.ONES)
+    sides = [[x] for x in solution]
+    for k, pivot in reversed(list(enumerate(pivots))):
+        _exchange(s, sides, k, pivot[..., None])
+    solution = [x for (x,) in sides]
+    return torch.stack(torch.broadcast_tensors(*solution), -2)  # type: ignore[no-untyped-call]
 
 
-def _all(places: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(places), -1)
+def _solve_right(s: _Scalars, rows: _Rows, pivots: Sequence[Tensor], right: Tensor) -> Tensor:
+    """Solves X A = B with the factors of A."""
+    return _solve_transposed(s, rows, pivots, right.transpose(-1, -2)).transpose(-1, -2)
 
 
-def _fine(s: _Scalars, code: Tensor) -> Tensor:
-    """What says that no error was met: those that are show in the numbers."""
-    return s.place(0).expand(code.shape[:-2])
+def _all(pivots: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(pivots), -1)
+
+
+def _fine(s: _Scalars, ids: Tensor) -> Tensor:
+    """The status of LAPACK, always zero: errors show as values that are not finite."""
+    return s.place(0).expand(ids.shape[:-2])
 
 
 def _solve_ex(
-    do: Expanding, a: Value, b: Value, *, left: bool = True, check_errors: bool = False
+    do: LoweringContext, a: Value, b: Value, *, left: bool = True, check_errors: bool = False
 ) -> tuple[Tensor, ...]:
-    s, matrix, right = _Scalars(do, dtype_of(a)), do.code(a), do.code(b)
-    rows, places = _lu(s, matrix)
+    s, matrix, right = _Scalars(do, dtype_of(a)), do.ids(a), do.ids(b)
+    rows, pivots = _lu(s, matrix)
     vector = right.dim() == 1 or right.shape == matrix.shape[:-1]
-    found = _from(s, rows, places, right[..., None] if vector else right, left or vector)
-    found = found[..., 0] if vector else found
-    return found, _matrix(rows), _all(places), _fine(s, matrix)
+    solve = _solve if left or vector else _solve_right
+    solution = solve(s, rows, pivots, right[..., None] if vector else right)
+    solution = solution[..., 0] if vector else solution
+    return solution, _matrix(rows), _all(pivots), _fine(s, matrix)
 
 
 def _lu_factor_ex(
-    do: Expanding, a: Value, *, pivot: bool = True, check_errors: bool = False
+    do: LoweringContext, a: Value, *, pivot: bool = True, check_errors: bool = False
 ) -> tuple[Tensor, ...]:
     if not pivot or a.shape[-1] != a.shape[-2]:
         raise PlanRefused("factors without pivots, or of a matrix that is not square")
-    s, matrix = _Scalars(do, dtype_of(a)), do.code(a)
-    rows, places = _lu(s, matrix)
-    return _matrix(rows), _all(places), _fine(s, matrix)
+    s, matrix = _Scalars(do, dtype_of(a)), do.ids(a)
+    rows, pivots = _lu(s, matrix)
+    return _matrix(rows), _all(pivots), _fine(s, matrix)
 
 
 def _lu_unpack(
-    do: Expanding,
+    do: LoweringContext,
     lu: Value,
     pivots: Value,
     unpack_data: bool = True,
     unpack_pivots: bool = True,
 ) -> tuple[Tensor, ...]:
-    s, code = _Scalars(do, dtype_of(lu)), do.code(lu)
-    size = len(_rows(code))
-    if code.shape[-1] != size:
+    s, ids = _Scalars(do, dtype_of(lu)), do.ids(lu)
+    size = len(_rows(ids))
+    if ids.shape[-1] != size:
         raise PlanRefused("factors of a matrix that is not square")
     one, zero = s.number(1.0), s.number(0.0)
-    unit = torch.where(torch.eye(size, dtype=torch.bool), one, zero).expand(code.shape)
+    unit = torch.where(torch.eye(size, dtype=torch.bool), one, zero).expand(ids.shape)
     below = torch.ones(size, size, dtype=torch.bool).tril(-1)
-    lower = torch.where(below, code, unit)
-    upper = torch.where(below, zero, code)
+    lower = torch.where(below, ids, unit)
+    upper = torch.where(below, zero, ids)
     rows = _rows(unit)
-    places = list(do.code(pivots).unbind(-1))
-    for k, place in reversed(list(enumerate(places))):
+    exchanges = list(do.ids(pivots).unbind(-1))
+    for k, place in reversed(list(enumerate(exchanges))):
         _exchange(s, rows, k, place)
     nothing = torch.empty(0, dtype=torch.int64)
     data = (lower, upper) if unpack_data else (nothing, nothing)
@@ -201,72 +214,80 @@ def _lu_unpack(
 
 
 def _lu_solve(
-    do: Expanding, lu: Value, pivots: Value, b: Value, *, left: bool = True, adjoint: bool = False
+    do: LoweringContext,
+    lu: Value,
+    pivots: Value,
+    b: Value,
+    *,
+    left: bool = True,
+    adjoint: bool = False,
 ) -> Tensor:
-    s, rows = _Scalars(do, dtype_of(lu)), _rows(do.code(lu))
-    places, right = list(do.code(pivots).unbind(-1)), do.code(b)
-    if left:
-        return _solved(s, rows, places, right, adjoint)
-    return _solved(s, rows, places, right.transpose(-1, -2), not adjoint).transpose(-1, -2)
+    s, rows = _Scalars(do, dtype_of(lu)), _rows(do.ids(lu))
+    exchanges, right = list(do.ids(pivots).unbind(-1)), do.ids(b)
+    if not left:
+        right = right.transpose(-1, -2)
+    solve = _solve if left is not adjoint else _solve_transposed
+    solution = solve(s, rows, exchanges, right)
+    return solution if left else solution.transpose(-1, -2)
 
 
-def _inv_ex(do: Expanding, a: Value, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
-    s, matrix = _Scalars(do, dtype_of(a)), do.code(a)
-    rows, places = _lu(s, matrix)
+def _inv_ex(do: LoweringContext, a: Value, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
+    s, matrix = _Scalars(do, dtype_of(a)), do.ids(a)
+    rows, pivots = _lu(s, matrix)
     size = len(rows)
     one = torch.where(torch.eye(size, dtype=torch.bool), s.number(1.0), s.number(0.0))
     right = one.expand(*matrix.shape[:-2], size, size)
-    return _solved(s, rows, places, right, False), _fine(s, matrix)
+    return _solve(s, rows, pivots, right), _fine(s, matrix)
 
 
-def _sign(s: _Scalars, places: Sequence[Tensor]) -> Tensor:
-    """Of the exchanges of rows."""
+def _sign(s: _Scalars, pivots: Sequence[Tensor]) -> Tensor:
+    """The sign of the row exchanges."""
     sign = s.number(1.0)
-    for k, place in enumerate(places):
+    for k, place in enumerate(pivots):
         sign = s("where", s.test("eq", place, s.place(k)), sign, s("neg", sign))
     return sign
 
 
-def _across(do: Expanding, a: Value) -> Tensor:
-    """Of a determinant torch factors the transposed matrix where that saves a copy."""
+def _across(do: LoweringContext, a: Value) -> Tensor:
+    """The matrix that torch factors for a determinant: transposed where that saves a copy."""
     dense = torch.empty_strided(a.shape, a.stride, device="meta").is_contiguous()
-    return do.code(a).transpose(-1, -2) if dense else do.code(a)
+    return do.ids(a).transpose(-1, -2) if dense else do.ids(a)
 
 
-def _det(do: Expanding, a: Value) -> tuple[Tensor, ...]:
+def _det(do: LoweringContext, a: Value) -> tuple[Tensor, ...]:
     s, matrix = _Scalars(do, dtype_of(a)), _across(do, a)
-    rows, places = _lu(s, matrix)
-    found = _sign(s, places)
+    rows, pivots = _lu(s, matrix)
+    solution = _sign(s, pivots)
     for k, row in enumerate(rows):
-        found = s("mul", found, row[k])
-    return found, _matrix(rows), _all(places)
+        solution = s("mul", solution, row[k])
+    return solution, _matrix(rows), _all(pivots)
 
 
-def _slogdet(do: Expanding, a: Value) -> tuple[Tensor, ...]:
+def _slogdet(do: LoweringContext, a: Value) -> tuple[Tensor, ...]:
     s, matrix = _Scalars(do, dtype_of(a)), _across(do, a)
-    rows, places = _lu(s, matrix)
-    sign, size = _sign(s, places), s.number(0.0)
+    rows, pivots = _lu(s, matrix)
+    sign, size = _sign(s, pivots), s.number(0.0)
     for k, row in enumerate(rows):
         sign = s("mul", sign, s("sign", row[k]))
         size = s("add", size, s("log", s("abs", row[k])))
-    return sign, size.expand(sign.shape), _matrix(rows), _all(places)
+    return sign, size.expand(sign.shape), _matrix(rows), _all(pivots)
 
 
 def _cholesky_ex(
-    do: Expanding, a: Value, *, upper: bool = False, check_errors: bool = False
+    do: LoweringContext, a: Value, *, upper: bool = False, check_errors: bool = False
 ) -> tuple[Tensor, Tensor]:
-    s, matrix = _Scalars(do, dtype_of(a)), do.code(a)
-    given = _rows(matrix.transpose(-1, -2) if upper else matrix)
-    size = len(given)
+    s, matrix = _Scalars(do, dtype_of(a)), do.ids(a)
+    elements = _rows(matrix.transpose(-1, -2) if upper else matrix)
+    size = len(elements)
     nothing = s.number(0.0).expand(matrix.shape[:-2])
     rows = [[nothing] * size for _ in range(size)]
     for j in range(size):
         for i in range(j, size):
-            value = given[i][j]
+            value = elements[i][j]
             for k in range(j):
                 value = s.less(value, rows[i][k], rows[j][k])
             rows[i][j] = s("sqrt", value) if i == j else s("div", value, rows[j][j])
-    # Where there is no factor its last element is not a number; then no element is one.
+    # Without a factor the last element is NaN; then all elements become NaN.
     nothing = s("sub", rows[-1][-1], rows[-1][-1])
     for i in range(size):
         for j in range(i + 1):
@@ -274,12 +295,12 @@ def _cholesky_ex(
     return _matrix(_transposed(rows) if upper else rows), _fine(s, matrix)
 
 
-def _cholesky(do: Expanding, a: Value, upper: bool = False) -> Tensor:
+def _cholesky(do: LoweringContext, a: Value, upper: bool = False) -> Tensor:
     return _cholesky_ex(do, a, upper=upper)[0]
 
 
 def _triangular(
-    do: Expanding,
+    do: LoweringContext,
     a: Value,
     b: Value,
     *,
@@ -287,19 +308,22 @@ def _triangular(
     left: bool = True,
     unitriangular: bool = False,
 ) -> Tensor:
-    s, rows, right = _Scalars(do, dtype_of(a)), _rows(do.code(a)), do.code(b)
+    s, rows, right = _Scalars(do, dtype_of(a)), _rows(do.ids(a)), do.ids(b)
     if not left:
         rows, right, upper = _transposed(rows), right.transpose(-1, -2), not upper
-    sides = _substituted(s, rows, list(right.unbind(-2)), not upper, unitriangular)
-    made = torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
-    return made if left else made.transpose(-1, -2)
+    triangle = _Triangle.UPPER if upper else _Triangle.LOWER
+    diagonal = _Diagonal.ONES if unitriangular else _Diagonal.STORED
+    sides = _substitute(s, rows, list(right.unbind(-2)), triangle, diagonal)
+    stacked = torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
+    return stacked if left else stacked.transpose(-1, -2)
 
 
-def _cholesky_solve(do: Expanding, b: Value, factor: Value, upper: bool = False) -> Tensor:
-    s, rows = _Scalars(do, dtype_of(b)), _rows(do.code(factor))
+def _cholesky_solve(do: LoweringContext, b: Value, factor: Value, upper: bool = False) -> Tensor:
+    s, rows = _Scalars(do, dtype_of(b)), _rows(do.ids(factor))
     rows = _transposed(rows) if upper else rows
-    sides = _substituted(s, rows, list(do.code(b).unbind(-2)), True, False)
-    sides = _substituted(s, _transposed(rows), sides, False, False)
+    sides = list(do.ids(b).unbind(-2))
+    sides = _substitute(s, rows, sides, _Triangle.LOWER, _Diagonal.STORED)
+    sides = _substitute(s, _transposed(rows), sides, _Triangle.UPPER, _Diagonal.STORED)
     return torch.stack(torch.broadcast_tensors(*sides), -2)  # type: ignore[no-untyped-call]
 
 

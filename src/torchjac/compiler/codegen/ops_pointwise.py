@@ -1,4 +1,4 @@
-"""Pointwise operations of torch in terms of scalar ones."""
+"""Pointwise operations of torch in terms of scalar operations."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Protocol
 from torchjac._torch.operators import aten, known, prims
 from torchjac.errors import PlanRefused
 
-# Operands are codes of elements (`expand`) or numbers of Python.
+# An operand: element ids or a Python number.
 Operand = Any
 
 
 class Builder(Protocol):
-    """Applies a scalar operation to operands, which are broadcast; it knows their dtypes."""
+    """Applies a scalar operation to operands of known dtypes, with broadcasting."""
 
     def __call__(self, kind: str, *operands: Operand) -> Operand:
         """The result."""
@@ -39,7 +39,7 @@ def _rsub(do: Builder, x: Operand, y: Operand, alpha: float = 1) -> Operand:
 
 
 def _pow(do: Builder, x: Operand, exponent: Operand) -> Operand:
-    """As torch does it: some exponents are not left to the math library."""
+    """As in torch: some exponents do not use the math library."""
     if not isinstance(exponent, (int, float)):
         return do("pow", x, exponent)
     if exponent in _POWERS:
@@ -66,17 +66,17 @@ def _clamp(do: Builder, x: Operand, low: Operand = None, high: Operand = None) -
 
 
 def _divided(do: Builder, x: Operand, y: Operand, rounding_mode: str | None = None) -> Operand:
-    found = do("div", x, y)
+    result = do("div", x, y)
     if rounding_mode == "trunc":
-        return do("trunc", found)
+        return do("trunc", result)
     if rounding_mode == "floor":
         # floor(x / y) may be off by one where the quotient was rounded.
         rest = do("fmod", x, y)
-        found = do("div", do("sub", x, rest), y)
+        result = do("div", do("sub", x, rest), y)
         other = do("and", do("ne", rest, 0.0), do("ne", do("lt", y, 0.0), do("lt", rest, 0.0)))
-        found = do("where", other, do("sub", found, 1.0), found)
-        return do("where", do("eq", y, 0.0), do("div", x, y), do("round", found))
-    return found
+        result = do("where", other, do("sub", result, 1.0), result)
+        return do("where", do("eq", y, 0.0), do("div", x, y), do("round", result))
+    return result
 
 
 def _remainder(do: Builder, x: Operand, y: Operand) -> Operand:
@@ -90,7 +90,7 @@ def _threshold(do: Builder, g: Operand, x: Operand, threshold: float) -> Operand
 
 
 def _shrunk(do: Builder, g: Operand, x: Operand, around: float) -> Operand:
-    """The derivative of what is nothing around zero."""
+    """The derivative of a function that is zero around zero."""
     inside = do("and", do("ge", x, -around), do("le", x, around))
     return do("where", inside, 0.0, g)
 
@@ -104,22 +104,22 @@ def _sigmoid_backward(do: Builder, g: Operand, y: Operand) -> Operand:
 
 
 def _xlogy(do: Builder, x: Operand, y: Operand) -> Operand:
-    found = do("where", do("eq", x, 0.0), 0.0, do("mul", x, do("log", y)))
-    return do("where", do("isnan", y), y, found)
+    result = do("where", do("eq", x, 0.0), 0.0, do("mul", x, do("log", y)))
+    return do("where", do("isnan", y), y, result)
 
 
 def _logaddexp(do: Builder, x: Operand, y: Operand) -> Operand:
     most = do("maximum", x, y)
-    apart = do("neg", do("abs", do("sub", x, y)))
-    found = do("add", most, do("log1p", do("exp", apart)))
+    split_ids = do("neg", do("abs", do("sub", x, y)))
+    result = do("add", most, do("log1p", do("exp", split_ids)))
     same = do("and", do("isinf", x), do("eq", x, y))
-    return do("where", same, x, found)
+    return do("where", same, x, result)
 
 
 def _lerp(do: Builder, x: Operand, y: Operand, weight: Operand) -> Operand:
-    apart = do("sub", y, x)
-    near = do("add", x, do("mul", weight, apart))
-    far = do("sub", y, do("mul", apart, do("sub", 1.0, weight)))
+    split_ids = do("sub", y, x)
+    near = do("add", x, do("mul", weight, split_ids))
+    far = do("sub", y, do("mul", split_ids, do("sub", 1.0, weight)))
     return do("where", do("lt", do("abs", weight), 0.5), near, far)
 
 
@@ -150,12 +150,12 @@ def _polygamma(do: Builder, order: int, x: Operand) -> Operand:
 
 
 def _both(name: str) -> list[Any]:
-    """The overloads of a binary operation that take a tensor and a number, or two tensors."""
-    found = []
+    """The overloads of a binary operation with a tensor and a number, or with two tensors."""
+    result = []
     for packet in (getattr(aten, name), getattr(prims, name)):
         overloads = [o for o in packet.overloads() if o in ("default", "Tensor", "Scalar")]
-        found += [getattr(packet, o) for o in overloads]
-    return found
+        result += [getattr(packet, o) for o in overloads]
+    return result
 
 
 _NAMES = (
@@ -164,7 +164,7 @@ _NAMES = (
     " mul atan2 hypot copysign fmod fmax fmin maximum minimum lt le gt ge eq ne isnan isinf"
 )
 _SAME = _NAMES.split()
-_OTHERS = {
+_RENAMED = {
     "sgn": "sign",
     "logical_and": "and",
     "logical_or": "or",
@@ -178,7 +178,7 @@ _OTHERS = {
 }
 POINTWISE: Mapping[Any, Callable[..., Operand]] = known(
     {o: _plain(name) for name in _SAME for o in _both(name)}
-    | {o: _plain(kind) for name, kind in _OTHERS.items() for o in _both(name)}
+    | {o: _plain(kind) for name, kind in _RENAMED.items() for o in _both(name)}
     | dict.fromkeys(_both("add"), _add)
     | dict.fromkeys(_both("sub"), _sub)
     | dict.fromkeys(_both("rsub"), _rsub)

@@ -1,4 +1,4 @@
-"""Sums and products of tensors on codes."""
+"""Reductions, matrix products and index additions on element ids."""
 
 from __future__ import annotations
 
@@ -12,42 +12,48 @@ from torch import Tensor
 
 from torchjac._torch.operators import aten, known, prims
 from torchjac._torch.trace.ir import Value
-from torchjac.compiler.codegen.element_ids import BITS, Expanding, apart, dtype_of, groups
-from torchjac.compiler.codegen.scalar_ir import ONE, Places, Sizes
+from torchjac.compiler.codegen.element_ids import (
+    BITS,
+    LoweringContext,
+    dtype_of,
+    group_by_expression,
+    split_ids,
+)
+from torchjac.compiler.codegen.scalar_ir import SCALAR, Granularity, Indices, MatmulSizes
 from torchjac.errors import PlanRefused
 
-# Sums, and products of matrices, up to this length are written out.
-_LONG, _INNER = 9, 64
+_UNROLLED_TERMS = 9  # terms of a reduction: up to as many become scalar statements
+_UNROLLED_INNER = 64  # terms of an inner product: up to as many become scalar statements
 
 
-def _copy(do: Expanding, target: Value, source: Value, non_blocking: bool = False) -> Tensor:
-    code = do.code(target)
-    return code.copy_(do.cast(source, dtype_of(target)))
+def _copy(do: LoweringContext, target: Value, source: Value, non_blocking: bool = False) -> Tensor:
+    ids = do.ids(target)
+    return ids.copy_(do.cast(source, dtype_of(target)))
 
 
 def _sum(
-    do: Expanding, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None
+    do: LoweringContext, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Tensor:
     return _reduced(do, "add", 0.0, x, dim, keepdim, dtype)
 
 
 def _prod(
-    do: Expanding, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None
+    do: LoweringContext, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Tensor:
     axes = [dim] if isinstance(dim, int) else dim
     return _reduced(do, "mul", 1.0, x, axes, keepdim, dtype)
 
 
-def _amax(do: Expanding, x: Value, dim: Any = None, keepdim: bool = False) -> Tensor:
+def _amax(do: LoweringContext, x: Value, dim: Any = None, keepdim: bool = False) -> Tensor:
     return _reduced(do, "maximum", None, x, dim, keepdim)
 
 
-def _amin(do: Expanding, x: Value, dim: Any = None, keepdim: bool = False) -> Tensor:
+def _amin(do: LoweringContext, x: Value, dim: Any = None, keepdim: bool = False) -> Tensor:
     return _reduced(do, "minimum", None, x, dim, keepdim)
 
 
 def _reduced(
-    do: Expanding,
+    do: LoweringContext,
     kind: str,
     empty: float | None,
     x: Value,
@@ -55,39 +61,39 @@ def _reduced(
     keepdim: bool,
     dtype: Any = None,
 ) -> Tensor:
-    """One operation along axes; `empty` is what it gives of nothing."""
+    """One operation along axes; `empty` is the result of no elements."""
     of = dtype_of(x)
     if dtype is not None and dtype != x.dtype:
         raise PlanRefused("a sum in another dtype")
     if of == "bool" and kind in ("add", "mul"):
         of = "int64"
-    code = do.cast(x, of)
-    axes = range(code.dim()) if dim is None or dim == [] else dim
-    axes = sorted({a % max(code.dim(), 1) for a in axes}) if code.dim() else []
-    rest = [a for a in range(code.dim()) if a not in axes]
-    shape = [code.shape[a] for a in rest]
-    count = math.prod(code.shape[a] for a in axes)
+    ids = do.cast(x, of)
+    axes = range(ids.dim()) if dim is None or dim == [] else dim
+    axes = sorted({a % max(ids.dim(), 1) for a in axes}) if ids.dim() else []
+    rest = [a for a in range(ids.dim()) if a not in axes]
+    shape = [ids.shape[a] for a in rest]
+    count = math.prod(ids.shape[a] for a in axes)
     if not count:
         if empty is None:
             raise PlanRefused("the largest of no elements")
-        made = torch.full(shape, do.number(empty, of))
+        result = torch.full(shape, do.constant_id(empty, of))
     else:
-        made = _rows(do, kind, code.permute((*rest, *axes)).reshape(-1, count), of).view(shape)
+        result = _rows(do, kind, ids.permute((*rest, *axes)).reshape(-1, count), of).view(shape)
     for axis in axes if keepdim else ():
-        made = made.unsqueeze(axis)
-    return made
+        result = result.unsqueeze(axis)
+    return result
 
 
 def _mean(
-    do: Expanding, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None
+    do: LoweringContext, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Tensor:
-    made = _sum(do, x, dim, keepdim, dtype)
-    count = math.prod(x.shape) // max(made.numel(), 1)
-    return do.apply("div", dtype_of(x), [made, torch.tensor(do.number(count, dtype_of(x)))])
+    result = _sum(do, x, dim, keepdim, dtype)
+    count = math.prod(x.shape) // max(result.numel(), 1)
+    return do.apply("div", dtype_of(x), [result, torch.tensor(do.constant_id(count, dtype_of(x)))])
 
 
 def _prims(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def reduced(do: Expanding, x: Value, dims: Any, *, output_dtype: Any = None) -> Tensor:
+    def reduced(do: LoweringContext, x: Value, dims: Any, *, output_dtype: Any = None) -> Tensor:
         if output_dtype is not None and output_dtype != x.dtype:
             raise PlanRefused("a sum in another dtype")
         return reduce(do, x, dims)
@@ -96,56 +102,58 @@ def _prims(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _var(
-    do: Expanding, x: Value, dims: Any, correction: float = 1, *, output_dtype: Any = None
+    do: LoweringContext, x: Value, dims: Any, correction: float = 1, *, output_dtype: Any = None
 ) -> Tensor:
-    of, code = dtype_of(x), do.code(x)
-    axes = sorted({a % code.dim() for a in (range(code.dim()) if dims is None else dims)})
-    rest = [a for a in range(code.dim()) if a not in axes]
-    rows = code.permute((*rest, *axes)).reshape(math.prod(code.shape[a] for a in rest), -1)
+    of, ids = dtype_of(x), do.ids(x)
+    axes = sorted({a % ids.dim() for a in (range(ids.dim()) if dims is None else dims)})
+    rest = [a for a in range(ids.dim()) if a not in axes]
+    rows = ids.permute((*rest, *axes)).reshape(math.prod(ids.shape[a] for a in rest), -1)
 
     def over(sums: Tensor, count: float) -> Tensor:
-        return do.apply("div", of, [sums, torch.tensor(do.number(count, of))])
+        return do.apply("div", of, [sums, torch.tensor(do.constant_id(count, of))])
 
     mean = over(_rows(do, "add", rows, of), rows.shape[1])
-    apart = do.apply("sub", of, [rows, mean[:, None]])
-    squares = _rows(do, "add", do.apply("mul", of, [apart, apart]), of)
-    found = over(squares, rows.shape[1] - correction)
-    return found.view([code.shape[a] for a in rest])
+    split_ids = do.apply("sub", of, [rows, mean[:, None]])
+    squares = _rows(do, "add", do.apply("mul", of, [split_ids, split_ids]), of)
+    total = over(squares, rows.shape[1] - correction)
+    return total.view([ids.shape[a] for a in rest])
 
 
 def _extreme(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The largest or smallest element along an axis, and where the first one is."""
+    """The largest or smallest element along an axis, and the index of the first one."""
 
-    def found(do: Expanding, x: Value, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-        of, code = dtype_of(x), do.code(x)
-        if not code.dim() or (code.shape[dim] > _LONG and not do.writes_out):
+    def total(
+        do: LoweringContext, x: Value, dim: int, keepdim: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        of, ids = dtype_of(x), do.ids(x)
+        if not ids.dim() or (ids.shape[dim] > _UNROLLED_TERMS and not do.granularity.unrolls):
             raise PlanRefused("the largest of many elements")
-        columns = code.unbind(dim)
-        best, place = columns[0], torch.full(columns[0].shape, do.number(0, "int64"))
+        columns = ids.unbind(dim)
+        best, place = columns[0], torch.full(columns[0].shape, do.constant_id(0, "int64"))
         for k, column in enumerate(columns[1:], 1):
             more = do.apply(kind, "bool", [column, best])
             best = do.apply("where", of, [more, column, best])
-            here = torch.tensor(do.number(k, "int64"))
+            here = torch.tensor(do.constant_id(k, "int64"))
             place = do.apply("where", "int64", [more, here, place])
         return (best.unsqueeze(dim), place.unsqueeze(dim)) if keepdim else (best, place)
 
-    return found
+    return total
 
 
-def _broadcast(do: Expanding, x: Value, shape: Sequence[int], axes: Sequence[int]) -> Tensor:
-    code = do.code(x)
+def _broadcast(do: LoweringContext, x: Value, shape: Sequence[int], axes: Sequence[int]) -> Tensor:
+    ids = do.ids(x)
     sizes = [1] * len(shape)
-    for axis, size in zip(axes, code.shape, strict=True):
+    for axis, size in zip(axes, ids.shape, strict=True):
         sizes[axis] = size
-    return code.reshape(sizes).expand(list(shape))
+    return ids.reshape(sizes).expand(list(shape))
 
 
-def _converted(do: Expanding, x: Value, dtype: torch.dtype) -> Tensor:
+def _converted(do: LoweringContext, x: Value, dtype: torch.dtype) -> Tensor:
     return do.cast(x, str(dtype).removeprefix("torch."))
 
 
 def _convolution(
-    do: Expanding,
+    do: LoweringContext,
     x: Value,
     weight: Value,
     bias: Value | None,
@@ -158,129 +166,138 @@ def _convolution(
 ) -> Tensor:
     if transposed or len(weight.shape) < 3:
         raise PlanRefused("a transposed convolution")
-    of, code, kernel = dtype_of(x), do.code(x), do.code(weight)
+    of, ids, kernel = dtype_of(x), do.ids(x), do.ids(weight)
     spatial = kernel.shape[2:]
-    sizes = [n + 2 * p for n, p in zip(code.shape[2:], padding, strict=True)]
-    padded = torch.full((*code.shape[:2], *sizes), do.number(0.0, of))
-    inner = [slice(p, p + n) for n, p in zip(code.shape[2:], padding, strict=True)]
-    padded[(slice(None), slice(None), *inner)] = code
+    sizes = [n + 2 * p for n, p in zip(ids.shape[2:], padding, strict=True)]
+    padded = torch.full((*ids.shape[:2], *sizes), do.constant_id(0.0, of))
+    inner = [slice(p, p + n) for n, p in zip(ids.shape[2:], padding, strict=True)]
+    padded[(slice(None), slice(None), *inner)] = ids
     for axis, (size, step, gap) in enumerate(zip(spatial, stride, dilation, strict=True)):
         windows = padded.unfold(2 + axis, (size - 1) * gap + 1, step)
         padded = windows[..., ::gap]
     outer = padded.shape[2 : 2 + len(spatial)]
-    # Samples and places are columns, channels and places of the kernel are contracted.
-    batch = len(code)
+    # Samples and output pixels are columns, channels and kernel pixels are contracted.
+    batch = len(ids)
     axes = [1, *range(2 + len(spatial), padded.dim()), 0, *range(2, 2 + len(spatial))]
     right = padded.permute(axes).reshape(groups, -1, batch * math.prod(outer))
     left = kernel.reshape(groups, kernel.shape[0] // groups, -1)
-    made = _product(do, left, right, of).reshape(kernel.shape[0], batch, *outer).transpose(0, 1)
+    result = _product(do, left, right, of).reshape(kernel.shape[0], batch, *outer).transpose(0, 1)
     if bias is None:
-        return made
-    places = (1, -1, *[1] * len(outer))
-    return do.apply("add", of, [made, do.code(bias).view(places)])
+        return result
+    indices = (1, -1, *[1] * len(outer))
+    return do.apply("add", of, [result, do.ids(bias).view(indices)])
 
 
-def _rows(do: Expanding, kind: str, rows: Tensor, dtype: str) -> Tensor:
-    """One operation along each row of a matrix."""
-    longest = _INNER if do.keeps_products and kind != "add" else _LONG
-    if do.writes_out or rows.shape[1] <= longest:
-        found = rows[:, 0]
+def _rows(do: LoweringContext, kind: str, rows: Tensor, dtype: str) -> Tensor:
+    """One operation along each row."""
+    longest = (
+        _UNROLLED_INNER
+        if do.granularity is Granularity.MATRICES and kind != "add"
+        else _UNROLLED_TERMS
+    )
+    if do.granularity.unrolls or rows.shape[1] <= longest:
+        total = rows[:, 0]
         for column in rows.unbind(1)[1:]:
-            found = do.apply(kind, dtype, [found, column])
-        return found
+            total = do.apply(kind, dtype, [total, column])
+        return total
     if kind != "add":
         raise PlanRefused("a long product, or the largest of many elements")
     starts = np.arange(len(rows) + 1) * rows.shape[1]
     return _ragged(do, rows.reshape(-1), starts, dtype)
 
 
-def _ragged(do: Expanding, codes: Tensor, starts: Places, dtype: str) -> Tensor:
-    """Sums of consecutive elements, which are many."""
-    numbers, places = apart(codes.numpy())
+def _ragged(do: LoweringContext, ids: Tensor, starts: Indices, dtype: str) -> Tensor:
+    """Sums of consecutive elements, as segment sums."""
+    numbers, indices = split_ids(ids.numpy())
     owner = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    made: Tensor | None = None
-    for (number,), chosen in groups([numbers]):
+    result: Tensor | None = None
+    for (number,), chosen in group_by_expression([numbers]):
         of = owner if chosen is None else owner[chosen]
         ends = np.searchsorted(of, np.arange(len(starts)))
-        if do.expressions.value(number) == 0:
+        if do.expressions.constant_value(number) == 0:
             continue
-        if do.expressions.all[number].lanes is ONE:  # the same number, so many times
-            times = torch.tensor([do.number(count, dtype) for count in np.diff(ends).tolist()])
+        if do.expressions.all[number].domain is SCALAR:  # one number, repeated
+            times = torch.tensor([do.constant_id(count, dtype) for count in np.diff(ends).tolist()])
             part = do.apply("mul", dtype, [torch.full_like(times, number << BITS), times])
         else:
-            lanes = places if chosen is None else places[chosen]
-            found = do.expressions.segments(number, lanes, ends)
-            part = (found << BITS) + torch.arange(len(starts) - 1)
-        made = part if made is None else do.apply("add", dtype, [made, part])
-    if made is None:
-        return torch.full((len(starts) - 1,), do.number(0.0, dtype))
-    return made
+            points = indices if chosen is None else indices[chosen]
+            total = do.expressions.segment_sum(number, points, ends)
+            part = (total << BITS) + torch.arange(len(starts) - 1)
+        result = part if result is None else do.apply("add", dtype, [result, part])
+    if result is None:
+        return torch.full((len(starts) - 1,), do.constant_id(0.0, dtype))
+    return result
 
 
-def _mm(do: Expanding, a: Value, b: Value) -> Tensor:
-    return _product(do, do.matrix(a)[None], do.matrix(b)[None], dtype_of(a))[0]
+def _mm(do: LoweringContext, a: Value, b: Value) -> Tensor:
+    return _product(do, do.matmul_ids(a)[None], do.matmul_ids(b)[None], dtype_of(a))[0]
 
 
-def _bmm(do: Expanding, a: Value, b: Value) -> Tensor:
-    return _product(do, do.matrix(a), do.matrix(b), dtype_of(a))
+def _bmm(do: LoweringContext, a: Value, b: Value) -> Tensor:
+    return _product(do, do.matmul_ids(a), do.matmul_ids(b), dtype_of(a))
 
 
-def _mv(do: Expanding, a: Value, b: Value) -> Tensor:
-    return _product(do, do.matrix(a)[None], do.code(b)[None, :, None], dtype_of(a))[0, :, 0]
+def _mv(do: LoweringContext, a: Value, b: Value) -> Tensor:
+    return _product(do, do.matmul_ids(a)[None], do.ids(b)[None, :, None], dtype_of(a))[0, :, 0]
 
 
-def _product(do: Expanding, a: Tensor, b: Tensor, dtype: str) -> Tensor:
+def _product(do: LoweringContext, a: Tensor, b: Tensor, dtype: str) -> Tensor:
     inner = a.shape[2]
     if not inner:
-        return torch.full((a.shape[0], a.shape[1], b.shape[2]), do.number(0.0, dtype))
-    if do.keeps_products and (kept := _whole(do, a, b, dtype)) is not None:
-        return kept
-    if inner > (_LONG if do.keeps_products else _INNER) and not do.writes_out:
+        return torch.full((a.shape[0], a.shape[1], b.shape[2]), do.constant_id(0.0, dtype))
+    if do.granularity is Granularity.MATRICES and (whole := _whole(do, a, b, dtype)) is not None:
+        return whole
+    if (
+        inner > (_UNROLLED_TERMS if do.granularity is Granularity.MATRICES else _UNROLLED_INNER)
+        and not do.granularity.unrolls
+    ):
         raise PlanRefused("large matrix products are for BLAS")
-    found: Tensor | None = None
+    total: Tensor | None = None
     for k in range(inner):
         part = do.apply("mul", dtype, [a[:, :, k, None], b[:, None, k, :]])
-        found = part if found is None else do.apply("add", dtype, [found, part])
-    assert found is not None
-    return found
+        total = part if total is None else do.apply("add", dtype, [total, part])
+    assert total is not None
+    return total
 
 
-def _whole(do: Expanding, a: Tensor, b: Tensor, dtype: str) -> Tensor | None:
-    """A product of matrices as one expression; None if they are not elements of one each."""
+def _whole(do: LoweringContext, a: Tensor, b: Tensor, dtype: str) -> Tensor | None:
+    """A matrix product as one expression; None if a factor has several expressions."""
     sides = []
     for matrix in (a, b):
-        numbers, places = apart(matrix.reshape(-1).numpy())
-        if (numbers != numbers[0]).any() or do.expressions.all[numbers[0]].lanes is ONE:
+        numbers, indices = split_ids(matrix.reshape(-1).numpy())
+        if (numbers != numbers[0]).any() or do.expressions.all[numbers[0]].domain is SCALAR:
             return None
-        sides.append((int(numbers[0]), places))
-    sizes = Sizes(a.shape[0], a.shape[1], a.shape[2], b.shape[2])
-    number = do.expressions.product(dtype, sides[0], sides[1], sizes)
+        sides.append((int(numbers[0]), indices))
+    sizes = MatmulSizes(a.shape[0], a.shape[1], a.shape[2], b.shape[2])
+    number = do.expressions.matmul(dtype, sides[0], sides[1], sizes)
     count = sizes[0] * sizes[1] * sizes[3]
     return ((number << BITS) + torch.arange(count)).view(sizes[0], sizes[1], sizes[3])
 
 
 def _index_add(
-    do: Expanding, x: Value, dim: int, index: Value, source: Value, alpha: float = 1
+    do: LoweringContext, x: Value, dim: int, index: Value, source: Value, alpha: float = 1
 ) -> Tensor:
     if alpha != 1:
         raise PlanRefused("index_add with a factor")
-    made = do.code(x).clone()
-    _add_at(do, made, dim, do.known(index), do.cast(source, dtype_of(x)), dtype_of(x))
-    return made
+    result = do.ids(x).clone()
+    _add_at(do, result, dim, do.fixed_values(index), do.cast(source, dtype_of(x)), dtype_of(x))
+    return result
 
 
 def _index_add_(
-    do: Expanding, x: Value, dim: int, index: Value, source: Value, alpha: float = 1
+    do: LoweringContext, x: Value, dim: int, index: Value, source: Value, alpha: float = 1
 ) -> Tensor:
     if alpha != 1:
         raise PlanRefused("index_add with a factor")
-    code = do.code(x)
-    _add_at(do, code, dim, do.known(index), do.cast(source, dtype_of(x)), dtype_of(x))
-    return code
+    ids = do.ids(x)
+    _add_at(do, ids, dim, do.fixed_values(index), do.cast(source, dtype_of(x)), dtype_of(x))
+    return ids
 
 
-def _add_at(do: Expanding, to: Tensor, dim: int, index: Tensor, source: Tensor, dtype: str) -> None:
-    """Adds slices of a tensor to slices of another: in order, or as sums of many."""
+def _add_at(
+    do: LoweringContext, to: Tensor, dim: int, index: Tensor, source: Tensor, dtype: str
+) -> None:
+    """Adds slices of a tensor to slices of another tensor: in order, or as segment sums."""
     if to.dim() == 0:
         raise PlanRefused("index_add of a number")
     to, source = to.movedim(dim, 0), source.movedim(dim, 0)
@@ -289,13 +306,13 @@ def _add_at(do: Expanding, to: Tensor, dim: int, index: Tensor, source: Tensor, 
     if not len(where):
         return
     first = torch.cumsum(counts, 0) - counts
-    alike = int(counts.min()) == int(counts.max()) <= _LONG
-    if do.writes_out or alike:
-        for turn in range(int(counts.max())):
-            now = counts > turn
+    alike = int(counts.min()) == int(counts.max()) <= _UNROLLED_TERMS
+    if do.granularity.unrolls or alike:
+        for k in range(int(counts.max())):
+            now = counts > k
             rows = where[now]
-            taken = source[order[first[now] + turn]]
-            to[rows] = do.apply("add", dtype, [to[rows], taken])
+            terms = source[order[first[now] + k]]
+            to[rows] = do.apply("add", dtype, [to[rows], terms])
         return
     width = source[0].numel()
     flat = source[order].reshape(len(order), width).t().reshape(-1)

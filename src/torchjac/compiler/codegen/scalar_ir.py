@@ -1,49 +1,83 @@
-"""Scalar expressions over lanes: what is computed alike for many elements is one expression.
+"""Scalar expressions over domains: elements that are computed alike share one expression.
 
-An *expression* is an operation on other expressions, a number, or an element of an array. It has
-*lanes*: how often it is computed, each time from other elements. Which lane of an argument belongs
-to which lane of the expression is a *map*. No axis is looked at: elements of tensors that are made
-by the same operations are lanes of one expression, wherever they lie.
+An *expression* is an operation on other expressions, a constant, or an element of an array. The
+*domain* of an expression is the set of its points: each point is one element of some tensor. An
+*index map* gives, for each point of an expression, the point of its argument. No tensor axis
+matters here: elements that the same operations compute share an expression, wherever they lie.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchjac.compiler.codegen.scalar_ops import COSTLY
+from torchjac.compiler.codegen.scalar_ops import COSTS
 
-Places = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
-class Lanes:
-    """How often expressions are computed; two of the same object go together lane by lane."""
+class Deployment(Enum):
+    """The place where a program runs.
+
+    Attributes:
+        PROCESS: This process: each call reads the parameters anew, and threads may share loops.
+        STANDALONE: A program without torch: parameters are constants, and one thread runs it.
+    """
+
+    PROCESS = "process"
+    STANDALONE = "standalone"
+
+
+class Granularity(Enum):
+    """The elements that share an expression.
+
+    Attributes:
+        ELEMENTS: Each element is an expression of its own.
+        SAMPLES: An element is shared by all samples; one sample is unrolled.
+        DOMAINS: All elements that are computed alike share an expression.
+        MATRICES: As DOMAINS, and matrix products stay whole.
+    """
+
+    ELEMENTS = "elements"
+    SAMPLES = "samples"
+    DOMAINS = "domains"
+    MATRICES = "matrices"
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether reductions of any length become scalar statements."""
+        return self in (Granularity.ELEMENTS, Granularity.SAMPLES)
+
+
+class Domain:
+    """The points of expressions; expressions of one domain object go together point by point."""
 
     __slots__ = ("children", "size")
 
     def __init__(self, size: int):
-        """Lanes without others that are taken from them."""
+        """Begins without derived domains."""
         self.size = size
-        self.children: dict[int, list[tuple[Map, Lanes]]] = {}
+        self.children: dict[int, list[tuple[IndexMap, Domain]]] = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Map:
-    """For every lane of an expression the lane of its argument; compared as an object.
+class IndexMap:
+    """For each point of an expression the point of its argument; compared by identity.
 
     Attributes:
-        places: The lanes.
+        indices: The points of the argument.
     """
 
-    places: Places
+    indices: Indices
 
 
-# What an array is for: inputs, parameters that may change, constants, results, values on the way,
-# results where they do not vary, places of elements.
-ArrayKind = Literal["in", "live", "table", "out", "kept", "fixed", "p"]
+# The role of an array: input, live parameter, constant table, output, buffer between loops,
+# constant part of an output, table of indices.
+ArrayKind = Literal["in", "live", "table", "out", "buffer", "fixed", "p"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +85,29 @@ class ArrayRef:
     """An array that a program reads or writes; its text is its name.
 
     Attributes:
-        kind: What it is for.
-        number: Which one of these.
+        kind: The role of the array.
+        number: The position among arrays of this role.
     """
 
     kind: ArrayKind
     number: int
 
     def __str__(self) -> str:
-        """The name."""
+        """The name of the array."""
         return f"{self.kind}{self.number}"
 
 
-# Kinds of expressions that are no scalar operation.
+# Kinds of expressions that are not scalar operations.
 STRUCTURAL = frozenset(("constant", "load", "segments", "product"))
 
 
 class Load(NamedTuple):
-    """Which elements of an array the lanes of an expression are.
+    """The elements of an array that an expression reads.
 
     Attributes:
         array: The array.
-        step: From lane to lane.
-        start: Where the first one is.
+        step: The distance between elements of consecutive points.
+        start: The element of the first point.
     """
 
     array: ArrayRef
@@ -81,14 +115,14 @@ class Load(NamedTuple):
     start: int
 
 
-class Sizes(NamedTuple):
-    """Sizes of products of matrices.
+class MatmulSizes(NamedTuple):
+    """The sizes of a batch of matrix products.
 
     Attributes:
-        matrices: How many products.
-        rows: Of each left operand.
-        inner: Numbers that are multiplied and added for each element.
-        columns: Of each right operand.
+        matrices: The number of products.
+        rows: The rows of each left factor.
+        inner: The length of the contracted axis.
+        columns: The columns of each right factor.
     """
 
     matrices: int
@@ -97,11 +131,11 @@ class Sizes(NamedTuple):
     columns: int
 
 
-# What is known of an expression beside its arguments: of a constant its value, of sums of segments
-# where they begin.
-About = float | Load | Sizes | Places | None
-# An argument: an expression, and the map; None where lanes go together.
-Argument = tuple[int, Map | None]
+# The attribute of an expression: the value of a constant, the elements of a load, the sizes of a
+# matrix product, or the starts of segments.
+Attribute = float | Load | MatmulSizes | Indices | None
+# An argument: an expression and an index map; None is the identity.
+Argument = tuple[int, IndexMap | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,51 +143,50 @@ class Expression:
     """One operation.
 
     Attributes:
-        kind: A pointwise operation, or `constant`, `load`, `segments`, `product`.
-        dtype: Of its result.
-        arguments: What it takes.
-        lanes: How often.
-        about: What else is known of it; `constant_of`, `loaded`, `summed` and `multiplied` read it.
-        cost: Of this one operation, in products.
+        kind: A scalar operation, or `constant`, `load`, `segments`, `product`.
+        dtype: The dtype of the result.
+        arguments: The arguments.
+        domain: The points.
+        attribute: Data of a constant, load, segment sum or matrix product.
+        cost: The cost of one point, in scalar products.
     """
 
     kind: str
     dtype: str
     arguments: tuple[Argument, ...]
-    lanes: Lanes
-    about: About = None
+    domain: Domain
+    attribute: Attribute = None
 
     @property
     def cost(self) -> int:
-        """What the operation costs, in products."""
-        return 0 if self.kind in ("constant", "load") else COSTLY.get(self.kind, 1)
+        """The cost of one point, in scalar products."""
+        return 0 if self.kind in ("constant", "load") else COSTS.get(self.kind, 1)
 
 
-ONE = Lanes(1)
-HERE = np.zeros(1, dtype=np.int64)
+SCALAR = Domain(1)
 
 
-def summed(expression: Expression) -> tuple[int, Places, Places]:
-    """What a sum of segments adds up, which lanes of it, and where each segment begins."""
-    ((argument, by),), starts = expression.arguments, expression.about
+def segments_of(expression: Expression) -> tuple[int, Indices, Indices]:
+    """The argument of a segment sum, the points that are added, and the start of each segment."""
+    ((argument, by),), starts = expression.arguments, expression.attribute
     assert by is not None
     assert isinstance(starts, np.ndarray)
-    return argument, by.places, starts
+    return argument, by.indices, starts
 
 
 def constant_of(expression: Expression) -> float:
     """The value of a constant."""
-    assert isinstance(expression.about, float)
-    return expression.about
+    assert isinstance(expression.attribute, float)
+    return expression.attribute
 
 
-def loaded(expression: Expression) -> Load:
-    """What a load reads."""
-    assert isinstance(expression.about, Load)
-    return expression.about
+def load_of(expression: Expression) -> Load:
+    """The elements that a load reads."""
+    assert isinstance(expression.attribute, Load)
+    return expression.attribute
 
 
-def multiplied(expression: Expression) -> Sizes:
-    """The sizes of a product."""
-    assert isinstance(expression.about, Sizes)
-    return expression.about
+def matmul_sizes_of(expression: Expression) -> MatmulSizes:
+    """The sizes of a matrix product."""
+    assert isinstance(expression.attribute, MatmulSizes)
+    return expression.attribute

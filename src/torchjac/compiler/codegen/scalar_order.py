@@ -1,20 +1,19 @@
-"""In which order expressions of one lane are written down."""
+"""The order of scalar statements."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from torchjac.compiler.codegen.scalar_ir import ONE, Expression
+from torchjac.compiler.codegen.scalar_ir import SCALAR, Expression
 
-# Calls of a function of the math library that are worth one call for all.
-_GROUP = 3
-# A group: the same function of several numbers.
-Group = tuple[int, ...]
+_GROUP = 3  # calls of one math function: fewer are not worth a SIMD call
+# A call group: calls of one math function on several numbers.
+CallGroup = tuple[int, ...]
 
 
-def needed(every: Sequence[Expression], wanted: Iterable[int]) -> list[int]:
-    """The expressions that some need, these included, in the order in which they were made."""
+def reachable(every: Sequence[Expression], wanted: Iterable[int]) -> list[int]:
+    """The expressions that some expressions need, themselves included, in order of creation."""
     stack, seen = list(wanted), set()
     while stack:
         number = stack.pop()
@@ -24,35 +23,35 @@ def needed(every: Sequence[Expression], wanted: Iterable[int]) -> list[int]:
     return sorted(seen)
 
 
-def grouped(
+def call_groups(
     every: Sequence[Expression], numbers: Sequence[int], vectorized: frozenset[str]
-) -> Iterator[Group]:
-    """Expressions of one lane, functions of the math library together where they can be.
+) -> Iterator[CallGroup]:
+    """Scalar expressions in order, with calls of one math function grouped where possible.
 
-    Otherwise in the order in which they were made: compilers keep to the order of the text where
-    there are few registers, and it has what belongs together closer than a search from each result.
+    Other expressions keep the order of creation: compilers follow the order of the text where
+    registers are few, and creation order keeps related statements closer than depth-first order.
 
     Args:
         every: All expressions.
-        numbers: Which ones are needed, in the order in which they were made.
-        vectorized: Functions of which the target computes several at once.
+        numbers: The expressions that are needed, in order of creation.
+        vectorized: The functions that the target calls on several numbers at once.
     """
-    numbers = [n for n in numbers if every[n].lanes is ONE]
+    numbers = [n for n in numbers if every[n].domain is SCALAR]
     level: dict[int, int] = {}
     functions: defaultdict[tuple[int, str, str], list[int]] = defaultdict(list)
     for number in numbers:
-        found = every[number]
+        expression = every[number]
         level[number] = max(
-            [level[a] + (every[a].kind in vectorized) for a, _ in found.arguments], default=0
+            [level[a] + (every[a].kind in vectorized) for a, _ in expression.arguments], default=0
         )
-        if found.kind in vectorized:
-            functions[level[number], found.kind, found.dtype].append(number)
+        if expression.kind in vectorized:
+            functions[level[number], expression.kind, expression.dtype].append(number)
     groups = {min(group): tuple(group) for group in functions.values() if len(group) >= _GROUP}
     if not groups:
         yield from [(number,) for number in numbers]
         return
     within = {number for group in groups.values() for number in group}
-    # What a level's functions are of comes first, then these, then what takes them.
+    # At each level come the arguments of its functions, then these, then their users.
     order = sorted(numbers, key=lambda n: (level[n], every[n].kind in vectorized, n))
     for number in order:
         if number in groups:

@@ -1,7 +1,7 @@
-"""What a backend provides: it renders loop programs, and compiles, loads and launches them.
+"""The interface of a backend: it renders loop programs, and compiles, loads and launches them.
 
-Everything before this border is the same for every target: scalar expressions and loops over them,
-which name arrays, lanes and operations, and no text. Everything behind it belongs to one target.
+Stages before this border are the same for every target: scalar expressions and loops, which name
+arrays, domains and operations, and no text. Code behind the border belongs to one target.
 """
 
 from __future__ import annotations
@@ -19,25 +19,23 @@ from torchjac.compiler.codegen.scalar_ir import ArrayRef
 from torchjac.compiler.codegen.schedule import LoopProgram, ScheduleKind
 from torchjac.host.costs import ScalarWork
 
-# Seconds that compiling may take.
-LIMIT = 60.0
-# Bytes of a line of a cache: memory to work in begins at one.
-_LINE = 64
-# Schedules of which several threads can run a part each.
+COMPILE_SECONDS = 60.0  # seconds that compiling may take
+_LINE = 64  # bytes of a cache line: scratch memory is aligned to it
+# Schedules whose loops threads can share.
 _SHARED = frozenset((ScheduleKind.PARALLEL, ScheduleKind.BATCH, ScheduleKind.BATCH_TENSORS))
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a target can do. A program beyond it is refused, with the reason.
+    """The capabilities of a target. A program beyond them is refused, with the reason.
 
     Attributes:
-        name: What it is called in refusals.
-        device: Where tensors must lie: the type of a `torch.device`.
-        dtypes: Dtypes that it computes in.
-        operations: Scalar operations that it has.
-        schedules: Kinds of loop programs that it renders.
-        statements: Scalar operations in a source, at most.
+        name: The name of the target, in refusals.
+        device: The device of all tensors: the type of a `torch.device`.
+        dtypes: The dtypes of arithmetic.
+        operations: The scalar operations.
+        schedules: The kinds of loop programs.
+        statements: The scalar statements of a source, at most.
     """
 
     name: str
@@ -50,12 +48,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What the function of a program takes.
+    """The arguments of the function of a program.
 
     Attributes:
-        name: Of the function.
-        inputs: Position, array and dtype of every input that is read.
-        outputs: dtype and size of every output.
+        name: The name of the function.
+        inputs: Position, array and dtype of each input that is read.
+        outputs: dtype and size of each output.
     """
 
     name: str
@@ -65,13 +63,13 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A rendered program; each target adds what it compiles.
+    """A rendered program; each target adds its text or code.
 
     Attributes:
-        tables: Arrays that it reads beside the inputs, in order.
-        scratch: Bytes of memory that it needs to work in.
-        statements: Scalar operations in it.
-        work: Its work, in counts.
+        tables: The constant arrays, in order.
+        scratch: The size of scratch memory, in bytes.
+        statements: The number of scalar statements.
+        work: The work of a call, in counts.
     """
 
     tables: tuple[np.ndarray, ...]
@@ -80,24 +78,24 @@ class Source:
     work: ScalarWork
 
     @property
-    def scratch_of_thread(self) -> int:
-        """Bytes of memory to work in for each thread, as whole lines of a cache."""
+    def thread_scratch(self) -> int:
+        """Bytes of scratch memory for each thread, as whole cache lines."""
         return -(-self.scratch // _LINE) * _LINE
 
 
 @dataclass(frozen=True, slots=True)
 class SourceUnit:
-    """A program rendered for a target, with what its function takes and gives.
+    """A rendered program, with the types of its arguments.
 
     Attributes:
-        name: Of the function.
-        target: The target that rendered it.
-        kind: The schedule of its loops.
-        source: What the target compiles.
-        inputs: Shape and dtype of every input; of live tensors too.
-        live: Tensors from elsewhere that are read anew at every call.
-        outputs: Shape and dtype of every output.
-        samples: How many samples there are, where each turn of its loop is one.
+        name: The name of the function.
+        target: The target that rendered the program.
+        kind: The schedule of the loops.
+        source: The source that the target compiles.
+        inputs: Shape and dtype of each input, then of each live tensor.
+        live: The tensors outside of the arguments, read anew at every call.
+        outputs: Shape and dtype of each output.
+        samples: The number of samples; None where the loops have no sample axis.
     """
 
     name: str
@@ -111,13 +109,14 @@ class SourceUnit:
 
     @property
     def is_shared(self) -> bool:
-        """Whether several threads can run a part each."""
+        """Whether several threads can share the loops."""
         return self.kind in _SHARED
 
 
-# A loaded function. It takes addresses: of each input (of one at least), of each output, of the
-# array of the addresses of tables, and of memory to work in; where threads share it, then the
-# number of turns and the number of threads. It says whether the sum of all results is finite.
+# A loaded function. Its arguments are addresses: of each input (of at least one), of each output,
+# of the array of table addresses, and of scratch memory; where threads share the loops, also the
+# number of iterations and the number of threads. It returns whether the sum of all results is
+# finite.
 Launch = Callable[..., bool]
 
 
@@ -126,35 +125,35 @@ class Target(Protocol):
 
     @property
     def limits(self) -> Limits:
-        """What it can do."""
+        """The capabilities."""
 
-    def render(self, scalars: ScalarProgram, plan: LoopProgram, signature: Signature) -> Source:
+    def render(self, scalars: ScalarProgram, program: LoopProgram, signature: Signature) -> Source:
         """Renders a program, by the kind of its schedule.
 
         Args:
-            scalars: Its expressions.
-            plan: Its loops.
-            signature: What its function takes.
+            scalars: The expressions.
+            program: The loops.
+            signature: The arguments of the function.
 
         Raises:
-            PlanRefused: It is beyond what the target can do.
+            PlanRefused: The program is beyond the capabilities of the target.
         """
 
     def compile(self, unit: SourceUnit, limit: float) -> Any:
-        """Compiles a unit and loads it, or loads what was compiled before.
+        """Compiles and loads a unit, or loads it from the cache.
 
         Args:
             unit: A unit that this target rendered.
-            limit: Seconds that this may take.
+            limit: Seconds that compiling may take.
 
         Raises:
-            PlanRefused: It cannot be compiled here.
+            PlanRefused: The unit cannot be compiled here.
         """
 
     def entry(self, library: Any, unit: SourceUnit) -> Launch:
         """The function of a unit.
 
         Args:
-            library: What `compile` gave for the unit.
+            library: The result of `compile` for the unit.
             unit: The unit.
         """

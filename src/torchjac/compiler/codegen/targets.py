@@ -1,4 +1,4 @@
-"""The targets that there are: the one place outside of a target that imports one."""
+"""The targets: outside of a target, only this module imports one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The way from Python into a compiled function.
+"""The entry from Python into a compiled function.
 
-`ctypes` takes half a microsecond a call, as much as a small kernel. A function of CPython's own
-kind takes a sixth of that: what it needs of the interpreter is part of its stable ABI, so it is
-declared here, and no header files have to be installed.
+`ctypes` takes half a microsecond a call, as much as a small kernel. A built-in function of CPython
+takes a sixth of this time. Its declarations are part of CPython's stable ABI, so they are
+repeated here, and no header files need to be installed.
 """
 
 from __future__ import annotations
@@ -14,66 +14,68 @@ from typing import Any
 
 from torchjac.host.system import calls_natively
 
-# How CPython hands arguments over: as an array (METH_FASTCALL), or none (METH_NOARGS).
-_ARRAY, _NONE = 0x80, 0x04
+_FASTCALL = 0x80  # METH_FASTCALL of CPython: arguments are an array
+_NOARGS = 0x04  # METH_NOARGS of CPython: there are no arguments
 
 
-# Whether functions are of CPython's own kind.
-own_kind = functools.cache(calls_natively)
+# Whether functions are built-in functions of CPython, not of ctypes.
+has_native_calls = functools.cache(calls_natively)
 
 
-def entry(name: str, inputs: int, outputs: int, numbers: int) -> str:
-    """C text that is added to a function, so that Python can call it.
+def entry_source(name: str, inputs: int, outputs: int, numbers: int) -> str:
+    """C text of the entry of a function.
 
     Args:
-        name: Of the function: of arrays of inputs, tables and outputs, of scratch, and numbers.
-        inputs: How many arrays it reads.
-        outputs: How many it writes.
-        numbers: How many numbers follow.
+        name: The name of the function of inputs, tables, outputs, scratch memory, and numbers.
+        inputs: The number of input arrays.
+        outputs: The number of output arrays.
+        numbers: The number of integers after the arrays.
     """
-    return (_of_python if own_kind() else _of_ctypes)(name, max(inputs, 1), outputs, numbers)
+    return (_of_python if has_native_calls() else _of_ctypes)(
+        name, max(inputs, 1), outputs, numbers
+    )
 
 
-def entered(library: Any, name: str, arrays: int, numbers: int) -> Callable[..., bool]:
-    """The function: takes addresses of inputs, outputs, the array of tables, scratch; and numbers.
+def load_entry(library: Any, name: str, arrays: int, numbers: int) -> Callable[..., bool]:
+    """The entry of a function: takes the addresses of arrays and scratch memory, then integers.
 
-    The interpreter's lock is released while it runs.
+    A running call releases the interpreter's lock.
 
     Args:
-        library: What holds the text of `entry`, compiled.
-        name: Of the function.
-        arrays: Number of inputs (at least one) and outputs.
-        numbers: How many numbers follow.
+        library: The compiled text of `entry_source`.
+        name: The name of the function.
+        arrays: The number of inputs (at least one) and outputs.
+        numbers: The number of integers after the arrays.
     """
     function: Any = getattr(library, f"{name}_entry")
-    if not own_kind():
+    if not has_native_calls():
         function.argtypes = [ctypes.c_void_p] * (arrays + 2) + [ctypes.c_long] * numbers
         function.restype = ctypes.c_bool
         return function  # type: ignore[no-any-return]
-    return _own_kind(function, _ARRAY, None)
+    return _native_call(function, _FASTCALL, None)
 
 
-def bound(function: Any, data: bytes) -> Callable[[], Any] | None:
-    """A function of CPython's own kind, bound to data, that takes nothing; None where none can be.
+def bind(function: Any, data: bytes) -> Callable[[], Any] | None:
+    """A built-in function of CPython without arguments, bound to data; None where there is none.
 
     Args:
-        function: In a compiled library: takes the object that holds the data, and nothing else.
-        data: Any.
+        function: A compiled function of the object that holds the data.
+        data: Any bytes.
     """
-    return _own_kind(function, _NONE, data) if own_kind() else None
+    return _native_call(function, _NOARGS, data) if has_native_calls() else None
 
 
-def _own_kind(function: Any, flags: int, data: bytes | None) -> Callable[..., Any]:
+def _native_call(function: Any, flags: int, data: bytes | None) -> Callable[..., Any]:
     make = ctypes.pythonapi.PyCFunction_NewEx
     make.argtypes = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p]
     make.restype = ctypes.py_object
     about = _definition(ctypes.cast(function, ctypes.c_void_p).value, flags)
-    made: Callable[..., Any] = make(ctypes.addressof(about), data, None)
-    return made
+    result: Callable[..., Any] = make(ctypes.addressof(about), data, None)
+    return result
 
 
 class _Definition(ctypes.Structure):
-    """What CPython knows of a function (PyMethodDef)."""
+    """The definition of a built-in function (PyMethodDef)."""
 
     _fields_ = (
         ("name", ctypes.c_char_p),
@@ -83,7 +85,7 @@ class _Definition(ctypes.Structure):
     )
 
 
-@functools.cache  # they must live as long as their functions, whose libraries are never unloaded
+@functools.cache  # definitions must outlive their functions, whose libraries are never unloaded
 def _definition(address: int | None, flags: int) -> _Definition:
     return _Definition(b"kernel", address, flags, None)
 
@@ -114,16 +116,16 @@ void *{name}_entry(void *self, void *const *args, long count)
 
 
 def _of_ctypes(name: str, inputs: int, outputs: int, numbers: int) -> str:
-    given = [f"in{k}" for k in range(inputs)]
-    made = [f"out{k}" for k in range(outputs)]
+    in_names = [f"in{k}" for k in range(inputs)]
+    out_names = [f"out{k}" for k in range(outputs)]
     more = [f"n{k}" for k in range(numbers)]
-    taken = [f"const void *{x}" for x in given] + [f"void *{x}" for x in made]
-    taken += ["const void *const *table", "void *scratch"] + [f"long {x}" for x in more]
+    parameters = [f"const void *{x}" for x in in_names] + [f"void *{x}" for x in out_names]
+    parameters += ["const void *const *table", "void *scratch"] + [f"long {x}" for x in more]
     return f"""
-int {name}_entry({", ".join(taken)})
+int {name}_entry({", ".join(parameters)})
 {{
-  const void *const in[] = {{{", ".join(given)}}};
-  void *const out[] = {{{", ".join(made)}}};
+  const void *const in[] = {{{", ".join(in_names)}}};
+  void *const out[] = {{{", ".join(out_names)}}};
   return {name}({", ".join(["in", "table", "out", "scratch", *more])});
 }}
 """

@@ -1,4 +1,4 @@
-"""Many facts read in one call, compiled: whether each is what it was."""
+"""Guard reads in one compiled call: whether each fact still has its value."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchjac._torch.native import Reading
-from torchjac.compiler.codegen.c.cpython_entry import bound
-from torchjac.compiler.codegen.c.toolchain import compiled
+from torchjac.compiler.codegen.c.cpython_entry import bind
+from torchjac.compiler.codegen.c.toolchain import compile_library
 from torchjac.errors import PlanRefused
 
-# What is bound to the function is bytes, six numbers a reading.
+# The data of the function are bytes: six numbers a read.
 _TEXT = """
 typedef long long number;
 extern char *PyBytes_AsString(void *);
@@ -43,9 +43,9 @@ void *torchjac_unchanged(void *self, void *nothing)
 
 
 def unchanged(readings: Sequence[Reading]) -> Callable[[], bool] | None:
-    """A test whether all of them give what they give now; None where there is no such test.
+    """A test that all reads return their present values; None where it cannot be compiled.
 
-    They are read in order, up to the first that differs.
+    Reads are made in order, up to the first that differs.
     """
     library = _library()
     if library is None:
@@ -53,12 +53,12 @@ def unchanged(readings: Sequence[Reading]) -> Callable[[], bool] | None:
     rows = array("q")
     for r in readings:
         rows.extend((r.function, r.argument, r.by_reference, r.mask, *r.read()))
-    return bound(library.torchjac_unchanged, rows.tobytes())
+    return bind(library.torchjac_unchanged, rows.tobytes())
 
 
 @functools.cache
 def _library() -> Any:
     try:
-        return compiled(_TEXT, 2)
+        return compile_library(_TEXT, 2)
     except PlanRefused:
         return None

@@ -1,36 +1,34 @@
-"""Kernels in several threads: the text that starts them, and how many there are.
+"""The entry of a parallel function: OpenMP threads, each of which runs a part.
 
-Threads are those of OpenMP, which torch has started already: it ships the same library, and its
-threads wait for either.
+torch has started the threads already: it ships the same library, and idle threads wait for both.
 """
 
 from __future__ import annotations
 
 from torchjac.compiler.codegen.schedule import ScheduleKind
 
-# Samples that stay together: a strip of them is computed at once.
-_STRIP = 16
+_BATCH = 16  # samples of a SIMD batch at most: they stay in one part
 
 
-def shared(name: str, kind: ScheduleKind, scratch: int) -> str:
-    """C text of a function that runs another one in threads, each of which has a part of the work.
+def parallel_entry(name: str, kind: ScheduleKind, scratch: int) -> str:
+    """C text of a function that runs another function in threads, a part of the work each.
 
-    It takes what the other one takes up to the memory to work in, then how many turns there are,
-    and how many threads.
+    The parameters are those of the other function up to the scratch memory, then the number of
+    iterations, and the number of threads.
 
     Args:
-        name: Of the other function.
-        kind: Its schedule. That of a batch takes the first of its samples, and the one after the
-            last, and needs memory of its own; others take the number of the part, and how many
-            there are.
-        scratch: Bytes of that memory.
+        name: The name of the other function.
+        kind: The schedule of the other function. A batch takes the first sample and the sample
+            after the last, and has scratch memory of its own; parallel loops take the number of the
+            part, and the number of parts.
+        scratch: Bytes of scratch memory.
     """
     samples = kind is not ScheduleKind.PARALLEL
     sample = [f"torchjac_sample(turns, {p}, parts)" for p in ("part", "part + 1")]
     part = ", ".join(sample) if samples else "part, parts"
     memory = f"(char *)scratch + part * {scratch}" if samples else "scratch"
     return f"""
-{cut("torchjac_sample", _STRIP) if samples else ""}
+{partition_function("torchjac_sample", _BATCH) if samples else ""}
 #ifdef _OPENMP
 extern int omp_get_thread_num(void);
 extern int omp_get_num_threads(void);
@@ -56,12 +54,12 @@ int {name}_shared(const void *const *in, const void *const *table, void *const *
 """
 
 
-def cut(name: str, together: int) -> str:
-    """C text of a function that says where a part of a loop begins: the number of a turn.
+def partition_function(name: str, together: int) -> str:
+    """C text of a function that returns the first iteration of a part of a loop.
 
     Args:
-        name: Of the function: of how many turns there are, the part, and how many parts.
-        together: Turns that stay together; a power of two.
+        name: The name of the function of iterations, part, and parts.
+        together: Iterations that stay together; a power of two.
     """
     return f"""static inline long {name}(long turns, long part, long parts)
 {{

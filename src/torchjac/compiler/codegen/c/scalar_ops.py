@@ -1,4 +1,4 @@
-"""What pointwise operations do to one number, as C."""
+"""Scalar operations as C."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from torchjac.compiler.codegen.scalar_ops import FUNCTIONS
+from torchjac.compiler.codegen.scalar_ops import MATH_FUNCTIONS
 
-# The type of each dtype.
+# The C type of each dtype.
 CTYPES: Mapping[str, str] = MappingProxyType(
     {"float64": "double", "float32": "float", "int64": "long long", "bool": "int"}
 )
-# Vectorized by the C library of GNU systems, within 4 units in the last place.
-VECTORIZED = FUNCTIONS
+# SIMD functions of the GNU C library, within 4 units in the last place.
+VECTORIZED = MATH_FUNCTIONS
 
-# One C expression for each kind; `{f}` is the suffix of the math library's functions, `{t}` the
-# type. Arguments are names, so that they may be used twice.
+# The C expression of each operation; `{f}` is the suffix of math functions, `{t}` the type.
+# Arguments are names, so they may be repeated.
 C: Mapping[str, str] = MappingProxyType(
     {
         "add": "{0} + {1}",
@@ -70,7 +70,7 @@ C: Mapping[str, str] = MappingProxyType(
         "fmod": "fmod{f}({0}, {1})",
         "fmax": "fmax{f}({0}, {1})",
         "fmin": "fmin{f}({0}, {1})",
-        # What is not a number is passed on, as torch does.
+        # NaN propagates, as in torch.
         "maximum": "({0} != {0} || {0} > {1}) ? {0} : {1}",
         "minimum": "({0} != {0} || {0} < {1}) ? {0} : {1}",
         "lt": "{0} < {1}",
@@ -89,7 +89,7 @@ C: Mapping[str, str] = MappingProxyType(
     }
 )
 # Functions that no C library has, by their name in C.
-OWN: Mapping[str, str] = MappingProxyType(
+OWN_FUNCTIONS: Mapping[str, str] = MappingProxyType(
     {
         "torchjac_digamma": """\
 /* psi(x): reflected to where x > 0, raised to x >= 10, and the asymptotic series there

@@ -1,4 +1,4 @@
-"""A program as a C file and a header that need nothing but the C library, and one for libtorch."""
+"""Export: a C file and a header that need the C library only, and a header for libtorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchjac.compiler.codegen.c.scalar_ops import CTYPES, VECTORIZED, C, litera
 from torchjac.compiler.codegen.c.writer import CSource
 from torchjac.compiler.codegen.target import SourceUnit
 
-# Words of C and C++, and names of the C library that a function of ours must not have.
+# Keywords of C and C++, and names of the C library, that an exported function must not have.
 _WORDS = (
     "alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const"
     " constexpr const_cast continue decltype default delete do double dynamic_cast else enum"
@@ -32,20 +32,20 @@ _WORDS = (
 )
 _RESERVED = frozenset(
     word + suffix for word in (*_WORDS.split(), *C, *VECTORIZED) for suffix in ("", "f", "l")
-)  # and the names of the math library for other types
+)  # with the math functions of other types
 
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """An argument of the function, or something that is known beforehand.
+    """An argument of the function, or a constant array.
 
     Attributes:
-        name: In C.
-        about: What it holds, in words.
-        shape: Its shape, in row-major order.
-        dtype: Its dtype.
-        values: What it holds, if that is known beforehand.
-        per_sample: Whether it has an axis of samples before those of its shape.
+        name: The name in C.
+        about: The description.
+        shape: The shape, in row-major order.
+        dtype: The dtype.
+        values: The numbers of a constant array.
+        per_sample: Whether an axis of samples precedes the shape.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Standalone:
     """Three files.
 
     Attributes:
-        header: What a program includes.
-        source: What is compiled beside it.
-        tensors: What a program on libtorch includes.
+        header: The header of a program in C.
+        source: The source of the function.
+        tensors: The header of a program on libtorch.
     """
 
     header: str
@@ -78,14 +78,14 @@ def standalone(
     outputs: Sequence[Array],
     known: Sequence[Array],
 ) -> Standalone:
-    """Writes a program down as a function of plain arrays.
+    """Writes a program as a function of plain arrays.
 
     Args:
         program: The program.
-        name: Of the function, as C takes it.
-        inputs: Its inputs, in order.
-        outputs: Its outputs, in order.
-        known: Arrays that do not vary: where entries of a sparse matrix are.
+        name: The name of the function, a C identifier.
+        inputs: The inputs, in order.
+        outputs: The outputs, in order.
+        known: The constant arrays: rows and columns of the entries of a sparse matrix.
     """
     source = program.source
     assert isinstance(source, CSource), "another target rendered it"
@@ -99,7 +99,7 @@ def standalone(
         for label, values in zip(source.names, source.tables, strict=True)
     ]
     pointers = ", ".join(f"{name}_{label}" for label in source.names) or "0"
-    taken = ", ".join(a.name for a in inputs) or "0"
+    names = ", ".join(a.name for a in inputs) or "0"
     body = [
         "/* Written by torchjac. */",
         f'#include "{name}.h"',
@@ -111,7 +111,7 @@ def standalone(
         signature,
         "{",
         f"  static const void *const table[] = {{{pointers}}};",
-        f"  const void *const in[] = {{{taken}}};",
+        f"  const void *const in[] = {{{names}}};",
         f"  void *const out[] = {{{', '.join(a.name for a in outputs)}}};",
         f"  if ({name}_body(in, table, out, work{', 0, samples' if samples else ''})) return 1;",
         "  /* The sum of what is finite may not be. */",
@@ -131,7 +131,7 @@ def _header(
     outputs: Sequence[Array],
     known: Sequence[Array],
 ) -> str:
-    """What a program includes: the function, sizes, and what is where."""
+    """The header: the function, the sizes, and the description of arrays."""
     guard = f"{name.upper()}_H"
     lines = [
         "/* Written by torchjac: a function and its Jacobian. Needs nothing but the C library. */",
@@ -172,8 +172,8 @@ def _header(
 
 
 def _for_tensors(name: str, inputs: Sequence[Array], outputs: Sequence[Array]) -> str:
-    """The same function for tensors of libtorch: what they are is checked, never a bad read."""
-    taken = ", ".join(f"const at::Tensor &{a.name}" for a in inputs)
+    """The function for tensors of libtorch, with checks of shape, type and device."""
+    parameters = ", ".join(f"const at::Tensor &{a.name}" for a in inputs)
     lines = [
         "/* Written by torchjac: the function of the header beside it, for tensors of libtorch. */",
         "#pragma once",
@@ -196,7 +196,7 @@ def _for_tensors(name: str, inputs: Sequence[Array], outputs: Sequence[Array]) -
         "}",
         "",
         f"/* {', '.join(a.name for a in outputs)}; throws c10::Error where they are not finite. */",
-        f"inline std::tuple<{', '.join('at::Tensor' for _ in outputs)}> call({taken}) {{",
+        f"inline std::tuple<{', '.join('at::Tensor' for _ in outputs)}> call({parameters}) {{",
     ]
     leading = next((a.name for a in inputs if a.per_sample), None)
     if leading is not None:
@@ -235,16 +235,16 @@ _KINDS = {"float64": "at::kDouble", "float32": "at::kFloat"}
 
 
 def identifier(text: str) -> str:
-    """A name that C, C++ and Python take."""
-    found = re.sub(r"\W", "_", text, flags=re.ASCII) or "f"
-    reserved = found.lower() in _RESERVED or keyword.iskeyword(found)
-    if found[0].isdigit() or found[0] == "_" or reserved:
-        found = f"f_{found}"
-    return found
+    """An identifier of C, C++ and Python."""
+    name = re.sub(r"\W", "_", text, flags=re.ASCII) or "f"
+    reserved = name.lower() in _RESERVED or keyword.iskeyword(name)
+    if name[0].isdigit() or name[0] == "_" or reserved:
+        name = f"f_{name}"
+    return name
 
 
 def _private(text: str, name: str) -> str:
-    """The function, seen in its file alone."""
+    """The text with the function visible in its file only."""
     hidden = f"#if defined(__GNUC__)\n__attribute__((noinline))\n#endif\nstatic int {name}_body("
     return text.replace(f"int {name}_body(", hidden, 1)
 

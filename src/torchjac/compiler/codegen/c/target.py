@@ -1,4 +1,4 @@
-"""C as a target: rendered as text, compiled by the system's compiler, called through CPython."""
+"""The C target: rendered as text, compiled by the system's compiler, called through CPython."""
 
 from __future__ import annotations
 
@@ -6,32 +6,30 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from torchjac.compiler.codegen.c.batch_loop import SampleWriter
-from torchjac.compiler.codegen.c.batch_tensor_loops import LayerWriter, StripWriter
-from torchjac.compiler.codegen.c.cpython_entry import entered, entry
-from torchjac.compiler.codegen.c.openmp import shared
-from torchjac.compiler.codegen.c.parallel_loops import PartedWriter
+from torchjac.compiler.codegen.c.batch_loop import BatchWriter
+from torchjac.compiler.codegen.c.batch_tensor_loops import BatchTensorWriter, TensorLoopWriter
+from torchjac.compiler.codegen.c.cpython_entry import entry_source, load_entry
+from torchjac.compiler.codegen.c.openmp import parallel_entry
+from torchjac.compiler.codegen.c.parallel_loops import ParallelWriter
 from torchjac.compiler.codegen.c.scalar_ops import CTYPES, C
-from torchjac.compiler.codegen.c.toolchain import compiled
-from torchjac.compiler.codegen.c.writer import CSource, Writer, source_of
+from torchjac.compiler.codegen.c.toolchain import compile_library
+from torchjac.compiler.codegen.c.writer import CSource, Writer, render_source
 from torchjac.compiler.codegen.granularity import ScalarProgram
 from torchjac.compiler.codegen.schedule import LoopProgram, ScheduleKind
 from torchjac.compiler.codegen.target import Launch, Limits, Signature, SourceUnit
 
-# How each kind of schedule is written.
+# The writer of each kind of schedule.
 _WRITERS: Mapping[ScheduleKind, type[Writer]] = MappingProxyType(
     {
         ScheduleKind.SERIAL: Writer,
-        ScheduleKind.PARALLEL: PartedWriter,
-        ScheduleKind.TENSORS: LayerWriter,
-        ScheduleKind.BATCH: SampleWriter,
-        ScheduleKind.BATCH_TENSORS: StripWriter,
+        ScheduleKind.PARALLEL: ParallelWriter,
+        ScheduleKind.TENSORS: TensorLoopWriter,
+        ScheduleKind.BATCH: BatchWriter,
+        ScheduleKind.BATCH_TENSORS: BatchTensorWriter,
     }
 )
-# Statements that a compiler is given.
-_MOST = 20_000
-# Numbers that a function takes after its arrays where threads share it: turns and threads.
-_NUMBERS = 2
+_MAX_STATEMENTS = 20_000  # scalar statements of a source: more are refused
+_SHARED_INTEGERS = 2  # parameters after the arrays of a shared loop: iterations, threads
 
 
 class CTarget:
@@ -39,43 +37,43 @@ class CTarget:
 
     @property
     def limits(self) -> Limits:
-        """What it can do."""
+        """The capabilities."""
         return _LIMITS
 
-    def render(self, scalars: ScalarProgram, plan: LoopProgram, signature: Signature) -> CSource:
-        """Writes a program as C.
+    def render(self, scalars: ScalarProgram, program: LoopProgram, signature: Signature) -> CSource:
+        """Renders a program as C.
 
         Raises:
-            PlanRefused: Its schedule cannot be written.
+            PlanRefused: The target cannot write the schedule.
         """
-        return source_of(scalars, plan, signature, _WRITERS[plan.kind])
+        return render_source(scalars, program, signature, _WRITERS[program.kind])
 
     def compile(self, unit: SourceUnit, limit: float) -> Any:
-        """Compiles a unit and loads it, or loads what was compiled before.
+        """Compiles and loads a unit, or loads it from the cache.
 
         Raises:
-            NoCompiler: There is none.
-            PlanRefused: It fails, or takes too long, or there are no kernels on this system.
+            NoCompiler: There is no compiler.
+            PlanRefused: Compiling fails or takes too long, or this system has no kernels.
         """
         source = unit.source
         assert isinstance(source, CSource)
         text = source.text
         if unit.is_shared:
-            text += shared(unit.name, unit.kind, source.scratch_of_thread)
+            text += parallel_entry(unit.name, unit.kind, source.thread_scratch)
         inputs, outputs = max(len(unit.inputs), 1), len(unit.outputs)
         name, numbers = _called(unit)
-        text += entry(name, inputs, outputs, numbers)
-        return compiled(text, source.level, limit)
+        text += entry_source(name, inputs, outputs, numbers)
+        return compile_library(text, source.level, limit)
 
     def entry(self, library: Any, unit: SourceUnit) -> Launch:
-        """The function of a unit that was compiled."""
+        """The function of a compiled unit."""
         name, numbers = _called(unit)
-        return entered(library, name, max(len(unit.inputs), 1) + len(unit.outputs), numbers)
+        return load_entry(library, name, max(len(unit.inputs), 1) + len(unit.outputs), numbers)
 
 
 def _called(unit: SourceUnit) -> tuple[str, int]:
-    """The name of the function that is called, and how many numbers it takes."""
-    return (f"{unit.name}_shared", _NUMBERS) if unit.is_shared else (unit.name, 0)
+    """The name of the function to call, and the number of its integers."""
+    return (f"{unit.name}_shared", _SHARED_INTEGERS) if unit.is_shared else (unit.name, 0)
 
 
-_LIMITS = Limits("C", "cpu", frozenset(CTYPES), frozenset(C), frozenset(_WRITERS), _MOST)
+_LIMITS = Limits("C", "cpu", frozenset(CTYPES), frozenset(C), frozenset(_WRITERS), _MAX_STATEMENTS)

@@ -1,4 +1,4 @@
-"""The system's C compiler, and what it has made before."""
+"""The system's C compiler, and its cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchjac.compiler.codegen.target import LIMIT
+from torchjac.compiler.codegen.target import COMPILE_SECONDS
 from torchjac.errors import PlanRefused
 from torchjac.host import cache_dir as disk
 from torchjac.host import system, toolchain
@@ -27,17 +27,17 @@ class NoCompiler(PlanRefused):
     """This machine has no C compiler."""
 
 
-def compiled(text: str, level: int, limit: float = LIMIT) -> Any:
-    """Functions in C, compiled for this machine; what was compiled before is loaded.
+def compile_library(text: str, level: int, limit: float = COMPILE_SECONDS) -> Any:
+    """A library of C functions, compiled for this machine, or loaded from the cache.
 
     Args:
         text: The source.
-        level: How much to optimize.
-        limit: Seconds that this may take.
+        level: The optimization level.
+        limit: Seconds that compiling may take.
 
     Raises:
-        NoCompiler: There is none.
-        PlanRefused: It fails, or takes too long, or there are no kernels on this system.
+        NoCompiler: There is no compiler.
+        PlanRefused: Compiling fails or takes too long, or this system has no kernels.
     """
     refused = toolchain.refused()
     if refused is not None:
@@ -51,45 +51,45 @@ def compiled(text: str, level: int, limit: float = LIMIT) -> Any:
             return _by_choice(text, command, [*flags, "-fopenmp"], limit)
         except _TooLong:
             raise
-        except PlanRefused:  # there is no OpenMP: it runs in one thread
+        except PlanRefused:  # without OpenMP the library runs in one thread
             pass
     return _by_choice(text, command, flags, limit)
 
 
 def _by_choice(text: str, command: tuple[str, ...], flags: list[str], limit: float) -> Any:
-    """The functions, with what else the compiler takes."""
+    """The library, compiled with the best flags that the compiler accepts."""
     tuned = _known(command)
     if tuned is not None:
-        return _compiled(text, command, [*flags, *tuned], limit)
-    try:  # most probably the first choice: this text tells as well as any other
-        found = _compiled(text, command, [*flags, *toolchain.choices()[0]], limit)
+        return _compile_cached(text, command, [*flags, *tuned], limit)
+    try:  # the first choice is likely: this text is a test as good as any
+        library = _compile_cached(text, command, [*flags, *toolchain.choices()[0]], limit)
     except _TooLong:
         raise
     except PlanRefused:
         tuned = _tuned(command)
         if tuned == toolchain.choices()[0]:
             raise
-        return _compiled(text, command, [*flags, *tuned], limit)
+        return _compile_cached(text, command, [*flags, *tuned], limit)
     _keep(command, toolchain.choices()[0])
-    return found
+    return library
 
 
-def _compiled(text: str, command: Sequence[str], flags: Sequence[str], limit: float) -> Any:
+def _compile_cached(text: str, command: Sequence[str], flags: Sequence[str], limit: float) -> Any:
     about = "\0".join([text, *command, *flags, _version(tuple(command)), system.processor()])
     file = f"kernel-{hashlib.sha256(about.encode()).hexdigest()[:32]}{system.shared_suffix()}"
-    found = _kept(file)
-    if found is None:
-        made = _made(command, flags, text, limit)
-        disk.write(file, made + hashlib.sha256(made).digest())
-        found = _kept(file) or _loaded_from_memory(made)
-    return found
+    library = _load_cached(file)
+    if library is None:
+        data = _compile(command, flags, text, limit)
+        disk.write(file, data + hashlib.sha256(data).digest())
+        library = _load_cached(file) or _loaded_from_memory(data)
+    return library
 
 
 @functools.cache
 def _command() -> tuple[str, ...] | None:
-    """The compiler."""
-    given = os.environ.get("CC")
-    for candidate in ([given] if given else []) + list(toolchain.COMPILERS):
+    """The command of the compiler."""
+    requested = os.environ.get("CC")
+    for candidate in ([requested] if requested else []) + list(toolchain.COMPILERS):
         words = shlex.split(candidate)
         if words and shutil.which(words[0]):
             return tuple(words)
@@ -112,31 +112,31 @@ def _flags_file(command: tuple[str, ...]) -> str:
 
 
 def _known(command: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Flags for this machine that the compiler takes, and libraries, if they are known."""
-    if command in _found:
-        return _found[command]
+    """The cached flags of a compiler for this machine; None without cache."""
+    if command in _flags_of:
+        return _flags_of[command]
     known = (disk.read(_flags_file(command)) or b"").decode(errors="replace")
     return next((flags for flags in toolchain.choices() if " ".join(flags) == known), None)
 
 
 def _keep(command: tuple[str, ...], flags: tuple[str, ...]) -> None:
-    """Notes flags that the compiler takes, from run to run if they are the ones to be wished for.
+    """Caches the flags of a compiler: on disk only if they are the first choice.
 
-    Others may be due to a machine that was busy.
+    A worse choice may be due to a busy machine.
     """
-    _found[command] = flags
+    _flags_of[command] = flags
     if flags == toolchain.choices()[0]:
         disk.write(_flags_file(command), " ".join(flags).encode())
 
 
-_found: dict[tuple[str, ...], tuple[str, ...]] = {}
+_flags_of: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 
 def _tuned(command: tuple[str, ...]) -> tuple[str, ...]:
-    """Flags that the compiler takes, by trial."""
+    """The flags of a compiler, by trial."""
     for flags in toolchain.choices():
         try:
-            _made(command, flags, "int torchjac_nothing(void) { return 1; }\n", 10.0)
+            _compile(command, flags, "int torchjac_nothing(void) { return 1; }\n", 10.0)
         except PlanRefused:
             continue
         break
@@ -146,8 +146,8 @@ def _tuned(command: tuple[str, ...]) -> tuple[str, ...]:
     return flags
 
 
-def _made(command: Sequence[str], flags: Sequence[str], text: str, limit: float) -> bytes:
-    """A shared object."""
+def _compile(command: Sequence[str], flags: Sequence[str], text: str, limit: float) -> bytes:
+    """A shared object, as bytes."""
     with tempfile.TemporaryDirectory(prefix="torchjac-") as folder:
         source, target = Path(folder) / "kernel.c", Path(folder) / f"kernel{system.shared_suffix()}"
         source.write_text(text, encoding="utf-8")
@@ -167,10 +167,10 @@ class _TooLong(PlanRefused):
 
 
 def _run(command: Sequence[str], limit: float) -> bytes:
-    """What a command prints.
+    """The output of a command.
 
     Raises:
-        PlanRefused: It cannot be run, fails, or takes too long; it is ended then.
+        PlanRefused: The command cannot be run, fails, or takes too long; it is killed then.
     """
     try:
         process = subprocess.Popen(
@@ -187,7 +187,7 @@ def _run(command: Sequence[str], limit: float) -> bytes:
     except subprocess.TimeoutExpired as error:
         _end(process)
         raise _TooLong(f"the C compiler took more than {limit:.0f} s") from error
-    except BaseException:  # interrupted: it is not left behind
+    except BaseException:  # interrupted: the command must not survive
         _end(process)
         raise
     if process.returncode:
@@ -197,7 +197,7 @@ def _run(command: Sequence[str], limit: float) -> bytes:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and those that it has started."""
+    """Kills a process and its children."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (AttributeError, OSError):
@@ -205,8 +205,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-def _kept(file: str) -> Any:
-    """What was compiled before, if it is whole."""
+def _load_cached(file: str) -> Any:
+    """A library from the cache, if its checksum is right; None for the rest."""
     path = disk.place(file)
     if path is None:
         return None
@@ -219,11 +219,11 @@ def _kept(file: str) -> Any:
         return None
 
 
-def _loaded_from_memory(made: bytes) -> Any:
-    """A shared object that is not kept."""
+def _loaded_from_memory(data: bytes) -> Any:
+    """A library that is not cached."""
     with tempfile.TemporaryDirectory(prefix="torchjac-") as folder:
         path = Path(folder) / f"kernel{system.shared_suffix()}"
-        path.write_bytes(made)
+        path.write_bytes(data)
         try:
             return ctypes.CDLL(str(path))
         except OSError as error:

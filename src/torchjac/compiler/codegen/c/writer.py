@@ -1,4 +1,4 @@
-"""Loops as C."""
+"""Loop programs as C text."""
 
 from __future__ import annotations
 
@@ -8,25 +8,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchjac.compiler.codegen.c.loop_body import Turn
-from torchjac.compiler.codegen.c.matmul_tiles import bytes_of
-from torchjac.compiler.codegen.c.scalar_ops import CTYPES, OWN, VECTORIZED, C, literal
+from torchjac.compiler.codegen.c.loop_body import MergingBody
+from torchjac.compiler.codegen.c.matmul_tiles import dtype_bytes
+from torchjac.compiler.codegen.c.scalar_ops import CTYPES, OWN_FUNCTIONS, VECTORIZED, C, literal
 from torchjac.compiler.codegen.granularity import ScalarProgram
-from torchjac.compiler.codegen.scalar_ir import ArrayRef, Expression, Places, constant_of, loaded
-from torchjac.compiler.codegen.scalar_ops import COSTLY
-from torchjac.compiler.codegen.scalar_order import Group, grouped, needed
+from torchjac.compiler.codegen.scalar_ir import ArrayRef, Expression, Indices, constant_of, load_of
+from torchjac.compiler.codegen.scalar_ops import COSTS
+from torchjac.compiler.codegen.scalar_order import CallGroup, call_groups, reachable
 from torchjac.compiler.codegen.schedule import Loop, LoopProgram
 from torchjac.compiler.codegen.target import Signature, Source
 from torchjac.host.costs import ScalarWork
 
-# Statements, and loops, from which on a function is not optimized as much (a straight line gains
-# less by it), and statements of a loop from which on it is not vectorized: compilers are not linear
-# in them.
-_LONG, _LOOPS, _STRAIGHT = 6000, 100, 1000
-# Numbers that do not vary up to which they are in the text.
-_BRIEF = 64
-# Turns from which on a loop over few statements is worth vectorizing.
-_WIDE = 8
+_LONG = 6000  # statements of a function with loops: from here on level 1, not 2; of a loop: no SIMD
+_STRAIGHT = 1000  # statements of a function without loops: from here on level 1, not 2
+_LOOPS = 100  # loops of a function: from here on level 1, not 2
+_LITERAL_VALUES = 64  # fixed values of an output: up to as many are literals
+_SIMD_ITERATIONS = 8  # iterations: shorter loops are not vectorized
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +31,9 @@ class CSource(Source):
     """A program in C.
 
     Attributes:
-        text: The function, and what it needs.
-        names: What its tables are called in the text.
-        level: How much a compiler should optimize.
+        text: The function and its helpers.
+        names: The names of the tables in the text.
+        level: The optimization level.
     """
 
     text: str
@@ -44,23 +41,23 @@ class CSource(Source):
     level: int
 
 
-def source_of(
+def render_source(
     scalars: ScalarProgram,
-    plan: LoopProgram,
+    program: LoopProgram,
     signature: Signature,
     writing: type[Writer],
 ) -> CSource:
-    """Writes a program down, as a function that says whether the sum of all results is finite.
+    """Renders a program as a C function that returns whether the sum of all results is finite.
 
-    (Where it is not, they may be: to look at them there would make compilers keep them.)
+    The sum of finite results may overflow: testing each result here would make compilers keep all.
 
     Args:
-        scalars: Its expressions.
-        plan: Its loops.
-        signature: What the function takes.
-        writing: How loops are written.
+        scalars: The expressions.
+        program: The loops.
+        signature: The arguments of the function.
+        writing: The writer of the loops.
     """
-    writer = writing(scalars, plan)
+    writer = writing(scalars, program)
     inputs, outputs = signature.inputs, signature.outputs
     body = [*writer.fixed(outputs), *writer.body()]
     lines = [_PROLOGUE]
@@ -72,7 +69,7 @@ def source_of(
                 two = f", {t}" if function in ("pow", "atan2", "hypot") else ""
                 lines.append(f"TORCHJAC_SIMD {t} {function}{f}({t}{two});")
         lines.append("#endif")
-    lines += [text for own, text in OWN.items() if any(own in line for line in body)]
+    lines += [text for own, text in OWN_FUNCTIONS.items() if any(own in line for line in body)]
     lines += writer.helpers()
     lines.append(
         f"int {signature.name}(const void *const *in, const void *const *table, void *const *out,"
@@ -102,7 +99,7 @@ def source_of(
 
 
 def _level(writer: Writer) -> int:
-    """How much a compiler should optimize."""
+    """The optimization level."""
     long = writer.statements > (_LONG if writer.loops else _STRAIGHT)
     return 1 if long or writer.loops > _LOOPS else 2
 
@@ -134,31 +131,29 @@ _PROLOGUE = """\
 
 
 class Writer:
-    """Writes statements, each value once in each loop.
+    """Writes statements: each value once in each loop.
 
     Attributes:
-        parameters: What the function takes beside arrays, each after a comma.
-        tables: Arrays that it reads beside the inputs.
-        names: What they are called.
-        called: Functions of the math library.
-        statements: Scalar operations so far.
-        work: What they come to, in scalar products.
-        tile_bytes: Bytes of a number whose products go through registers together, or 0.
-        loops: Loops so far.
-        joins: Whether sums over several arrays are made one.
-        uses: How many expressions and stores take each expression.
-        scratch: Bytes of memory for kept values.
+        parameters: The function's parameters after its arrays, each after a comma.
+        tables: The constant arrays.
+        names: The names of the tables.
+        called: The functions of the math library.
+        statements: The number of scalar statements so far.
+        work: The work so far, in scalar products.
+        tile_bytes: Bytes of a number whose products share registers; 0 for single products.
+        loops: The number of loops so far.
+        uses: The number of expressions and stores that read each expression.
+        scratch: The size of the buffers, in bytes.
     """
 
     parameters = ""
     tile_bytes = 0
-    joins = True
 
-    def __init__(self, scalars: ScalarProgram, plan: LoopProgram):
+    def __init__(self, scalars: ScalarProgram, program: LoopProgram):
         """Begins with no statements."""
         self._all = scalars.expressions.all
         self._scalars = scalars
-        self._plan = plan
+        self._program = program
         self.tables: list[np.ndarray] = []
         self.names: list[ArrayRef] = []
         self.called: set[str] = set()
@@ -166,16 +161,16 @@ class Writer:
         self.work = 0
         self.loops = 0
         self._table_of: dict[bytes, ArrayRef] = {}
-        self._single: dict[int, str] = {}
+        self._scalar_names: dict[int, str] = {}
         self._lines: list[str] = []
-        self._wanted = [s.expression for loop in plan.loops for s in loop.stores]
-        self._wanted += [number for number, _, _ in plan.single]
-        self.uses = self._counted()
+        self._wanted = [s.expression for loop in program.loops for s in loop.stores]
+        self._wanted += [number for number, _, _ in program.scalar_stores]
+        self.uses = self._count_uses()
         self.scratch = 0
         self._offsets: dict[ArrayRef, int] = {}
-        for number, (array, size) in plan.kept.items():
+        for number, (array, size) in program.buffers.items():
             self._offsets[array] = self.scratch
-            self.scratch += -(-size * bytes_of(self._all[number].dtype) // 64) * 64
+            self.scratch += -(-size * dtype_bytes(self._all[number].dtype) // 64) * 64
         self._joined: set[ArrayRef] = set()
         for array, tensor in scalars.tables.items():
             flat = tensor.reshape(-1).numpy()
@@ -183,22 +178,22 @@ class Writer:
             self.names.append(array)
 
     def fixed(self, outputs: Sequence[tuple[str, int]]) -> list[str]:
-        """Statements that write what does not vary, with zeros in the other places."""
+        """Statements that write the fixed values of outputs, and zeros elsewhere."""
         lines = []
         for i, (dtype, size) in enumerate(outputs):
-            places, values = self._plan.fixed[i]
+            positions, values = self._program.fixed[i]
             out, fixed = ArrayRef("out", i), ArrayRef("fixed", i)
-            if not len(places):
+            if not len(positions):
                 continue
             lines.append(f"  memset({out}, 0, {size} * sizeof(*{out}));")
             if not values.any():
                 continue
-            if len(places) <= _BRIEF:
-                pairs = zip(places.tolist(), values.tolist(), strict=True)
+            if len(positions) <= _LITERAL_VALUES:
+                pairs = zip(positions.tolist(), values.tolist(), strict=True)
                 lines += [f"  {out}[{p}] = {literal(v, dtype)};" for p, v in pairs if v]
                 continue
             template = np.zeros(size, dtype=dtype)
-            template[places] = values
+            template[positions] = values
             self.names.append(fixed)
             self.tables.append(template)
             lines[-1] = f"  memcpy({out}, {fixed}, {size} * sizeof(*{out}));"
@@ -210,70 +205,70 @@ class Writer:
 
     def body(self) -> list[str]:
         """The statements."""
-        self._singles()
-        for loop in self._plan.loops:
+        self._scalar_statements()
+        for loop in self._program.loops:
             self._lines += self._loop(loop)
         return self._lines
 
-    def _singles(self) -> None:
-        """Writes down what has one lane."""
+    def _scalar_statements(self) -> None:
+        """Writes all scalar statements."""
         stores: defaultdict[int, list[str]] = defaultdict(list)
-        for number, array, positions in self._plan.single:
+        for number, array, positions in self._program.scalar_stores:
             stores[number] += [f"{array}[{p}]" for p in positions.tolist()]
-        for group in grouped(self._all, needed(self._all, self._wanted), VECTORIZED):
+        for group in call_groups(self._all, reachable(self._all, self._wanted), VECTORIZED):
             if len(group) > 1:
-                self._together(group)
+                self._call_statement(group)
             for number in group:
-                if number not in self._single:
-                    self._alone(number)
-                name = self._single[number]
+                if number not in self._scalar_names:
+                    self._scalar_statement(number)
+                name = self._scalar_names[number]
                 if number in stores:
                     self._lines.append(f"  bad += {name};")
                 self._lines += [self.stored(place, name) for place in stores[number]]
                 self.statements += len(stores[number])
 
     def stored(self, place: str, name: str) -> str:
-        """A statement that writes what has one lane."""
+        """A statement that writes a scalar."""
         return f"  {place} = {name};"
 
     def head(self, loop: Loop, vector: str) -> list[str]:
-        """How a loop begins."""
+        """The head of a loop."""
         return [vector, f"  for (int i = 0; i < {loop.size}; i++) {{"]
 
-    def alone(self, number: int) -> str:
-        """The name of an expression of one lane, which is computed before all loops."""
-        return self._single[number]
+    def scalar_name(self, number: int) -> str:
+        """The name of a scalar, which is computed before all loops."""
+        return self._scalar_names[number]
 
-    def _alone(self, number: int) -> None:
-        """Writes down an expression of one lane, whose arguments were."""
+    def _scalar_statement(self, number: int) -> None:
+        """Writes one scalar, after its arguments."""
         expression = self._all[number]
         if expression.kind == "constant":
-            self._single[number] = literal(constant_of(expression), expression.dtype)
+            self._scalar_names[number] = literal(constant_of(expression), expression.dtype)
             return
         if expression.kind == "load":
-            array, _, start = loaded(expression)
+            array, _, start = load_of(expression)
             text = f"{array}[{start}]"
         else:
             text = self._operation(expression)
-        self._single[number] = f"s{number}"
+        self._scalar_names[number] = f"s{number}"
         self._lines.append(f"  const {CTYPES[expression.dtype]} s{number} = {text};")
 
     def _operation(self, expression: Expression) -> str:
-        names = [self._single[a] for a, _ in expression.arguments]
+        names = [self._scalar_names[a] for a, _ in expression.arguments]
         of = self._all[expression.arguments[0][0]].dtype
         return self.operation(expression.kind, expression.dtype, names, of, 1)
 
-    def _together(self, group: Group) -> None:
-        """The same function of several numbers: one call, where there is such a function."""
+    def _call_statement(self, group: CallGroup) -> None:
+        """Writes a call group: one SIMD call, if the library has the function."""
         first = self._all[group[0]]
         t, size, name = CTYPES[first.dtype], len(group), f"g{group[0]}"
-        arguments = [[self._single[a] for a, _ in self._all[n].arguments] for n in group]
-        taken = [f"{name}_{k}" for k in range(len(first.arguments))]
+        arguments = [[self._scalar_names[a] for a, _ in self._all[n].arguments] for n in group]
+        operands = [f"{name}_{k}" for k in range(len(first.arguments))]
         text = C[first.kind].format(
-            *[f"{x}[i]" for x in taken], f="f" if first.dtype == "float32" else "", t=t
+            *[f"{x}[i]" for x in operands], f="f" if first.dtype == "float32" else "", t=t
         )
         self._lines.append("#ifdef TORCHJAC_SIMD")
-        for x, values in zip(taken, zip(*arguments, strict=True), strict=True):
+        for x, values in zip(operands, zip(*arguments, strict=True), strict=True):
             self._lines.append(f"  const {t} {x}[] = {{{', '.join(values)}}};")
         self._lines += [
             f"  {t} {name}[{size}];",
@@ -284,97 +279,108 @@ class Writer:
             *[f"  const {t} s{n} = {self._operation(self._all[n])};" for n in group],
             "#endif",
         ]
-        self._single.update({n: f"s{n}" for n in group})
+        self._scalar_names.update({n: f"s{n}" for n in group})
 
-    def operation(self, kind: str, dtype: str, names: Sequence[str], of: str, turns: int) -> str:
-        """A scalar operation, as C."""
+    def operation(
+        self, kind: str, dtype: str, names: Sequence[str], of: str, iterations: int
+    ) -> str:
+        """A scalar operation as C."""
         self.statements += 1
-        self.work += turns * COSTLY.get(kind, 1)
+        self.work += iterations * COSTS.get(kind, 1)
         if kind in VECTORIZED or kind == "sigmoid":
             self.called.add("exp" if kind == "sigmoid" else kind)
         inner = of if dtype == "bool" else dtype
         return C[kind].format(*names, f="f" if inner == "float32" else "", t=CTYPES[dtype])
 
     def _loop(self, loop: Loop) -> list[str]:
-        """One loop; of one turn it is none."""
-        values, before = Turn(self, loop.size), self.statements
+        """A loop as C; a loop of one iteration is a block."""
+        values, before = MergingBody(self, loop.size), self.statements
         lines: list[str] = []
         for store in loop.stores:
-            name = values.of(store.expression, store.lanes)
+            name = values.of(store.expression, store.points)
             where = self.index(store.positions)
             if store.array.kind == "out":
                 lines.append(f"    bad += {name};")
             lines.append(f"    {store.array}[{where}] = {name};")
         self.loops += 1 + values.sums
-        wide = loop.size >= _WIDE and not values.sums and self.statements - before <= _LONG
+        wide = (
+            loop.size >= _SIMD_ITERATIONS and not values.sums and self.statements - before <= _LONG
+        )
         vector = "  TORCHJAC_LOOP(bad)" if wide else ""
         return [*self.head(loop, vector), *values.lines, *lines, "  }"]
 
-    def element(self, array: ArrayRef, step: int, start: int, lanes: Places) -> str:
-        """An element of an array for each turn, as C."""
-        return f"{array}[{self.index(lanes * step + start)}]"
+    def element(self, array: ArrayRef, step: int, start: int, points: Indices) -> str:
+        """An element of an array for each iteration, as C."""
+        return f"{array}[{self.index(points * step + start)}]"
 
-    def index(self, places: Places, turn: str = "i") -> str:
-        """A position for each turn, as C."""
-        start = int(places[0])
-        steps = np.diff(places)
+    def index(self, positions: Indices, counter: str = "i") -> str:
+        """A position for each iteration, as C."""
+        start = int(positions[0])
+        steps = np.diff(positions)
         if not steps.any():
             return str(start)
         if (steps == steps[0]).all():
-            return _linear(int(steps[0]), turn, start)
-        # Tables that differ by where they begin and by a factor are one: blocks of a matrix.
-        apart = places - start
-        factor = int(np.gcd.reduce(apart))
-        key = (apart // factor).astype(np.int32)
+            return _linear(int(steps[0]), counter, start)
+        # Tables that differ by an offset and a factor are shared: blocks of a matrix.
+        split_ids = positions - start
+        factor = int(np.gcd.reduce(split_ids))
+        key = (split_ids // factor).astype(np.int32)
         array = self._table_of.get(key.tobytes())
         if array is None:
             array = self._table_of[key.tobytes()] = ArrayRef("p", len(self.tables))
             self.names.append(array)
             self.tables.append(key)
-        return _linear(factor, f"{array}[{turn}]", start)
+        return _linear(factor, f"{array}[{counter}]", start)
 
     def expression(self, number: int) -> Expression:
         """An expression."""
         return self._all[number]
 
-    def _counted(self) -> Counter[int]:
-        """How many expressions and stores take each expression."""
-        found = Counter(self._wanted)
-        for number in needed(self._all, self._wanted):
-            found.update([a for a, _ in self._all[number].arguments])
-        return found
+    def _count_uses(self) -> Counter[int]:
+        """The number of expressions and stores that read each expression."""
+        counts = Counter(self._wanted)
+        for number in reachable(self._all, self._wanted):
+            counts.update([a for a, _ in self._all[number].arguments])
+        return counts
 
     def memory(self) -> list[str]:
-        """What says where kept values are."""
+        """Declarations of the buffers."""
         lines = [
             f"  {CTYPES[dtype]} *const {self.base_of(dtype)} = scratch;"
             for dtype in sorted(
-                {self._all[n].dtype for n, (a, _) in self._plan.kept.items() if a in self._joined}
+                {
+                    self._all[n].dtype
+                    for n, (a, _) in self._program.buffers.items()
+                    if a in self._joined
+                }
             )
         ]
-        for number, (array, _) in self._plan.kept.items():
-            t, alone = CTYPES[self._all[number].dtype], "" if array in self._joined else "restrict "
+        for number, (array, _) in self._program.buffers.items():
+            t, scalar_name = (
+                CTYPES[self._all[number].dtype],
+                "" if array in self._joined else "restrict ",
+            )
             where = f"(void *)((char *)scratch + {self._offsets[array]})"
-            lines.append(f"  {t} *{alone}const {array} = {where};")
+            lines.append(f"  {t} *{scalar_name}const {array} = {where};")
         return lines
 
     def base_of(self, dtype: str) -> str:
-        """The name of all memory for kept values, as an array of a dtype."""
-        return f"kept_{dtype}"
+        """The name of all scratch memory as an array of one dtype."""
+        return f"buffers_{dtype}"
 
     def offset(self, array: ArrayRef) -> int:
-        """Where in that array kept values begin; it is read through it from now on."""
+        """The offset of a buffer in `base_of`; from now on the buffer is also read through it."""
         self._joined.add(array)
-        number = next(n for n, (a, _) in self._plan.kept.items() if a == array)
-        return self._offsets[array] // bytes_of(self._all[number].dtype)
+        number = next(n for n, (a, _) in self._program.buffers.items() if a == array)
+        return self._offsets[array] // dtype_bytes(self._all[number].dtype)
 
-    def kept(self, number: int) -> ArrayRef | None:
-        """The array that an expression is kept in."""
-        found = self._plan.kept.get(number)
-        return None if found is None else found[0]
+    def buffer_of(self, number: int) -> ArrayRef | None:
+        """The buffer of an expression; None without buffer."""
+        entry = self._program.buffers.get(number)
+        return None if entry is None else entry[0]
 
 
 def _linear(factor: int, of: str, start: int) -> str:
-    """A factor times something, and where it begins, as C."""
+    """A factor times an index plus an offset, as C."""
     text = of if factor == 1 else f"{factor} * {of}"
     return f"{text} + {start}" if start > 0 else f"{text} - {-start}" if start else text
