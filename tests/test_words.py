@@ -33,7 +33,6 @@ UNREAD = {
     "src/torchjac/_torch/trace",
     "src/torchjac/capture",
     "src/torchjac/compiler",
-    "src/torchjac/compiler/accumulate",
     "src/torchjac/compiler/codegen",
     "src/torchjac/compiler/codegen/c",
     "src/torchjac/compiler/program",

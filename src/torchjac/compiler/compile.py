@@ -1,7 +1,7 @@
 """How a plan of the accumulate engine is made: orders of elimination are tried, one is chosen.
 
 Reverse: local Jacobians are multiplied beginning with the outputs; forward: with the inputs, by
-the same walk over the transposed program. Either stops at waists. What each order takes is
+the same sweep over the transposed program. Both split at bottlenecks. What each order takes is
 counted exactly on the operations that it leaves, not estimated before.
 """
 

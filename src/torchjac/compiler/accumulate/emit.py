@@ -55,10 +55,10 @@ def emit(
         with recorder:
             return run()
 
-    given = dict(zip(free, inputs, strict=True))
+    arguments = dict(zip(free, inputs, strict=True))
     with torch.no_grad():
         samples = derivative.row_shapes[0][0] if target.batched else 1
-        sweep = Sweep(derivative, given, record, most, limit, samples)
+        sweep = Sweep(derivative, arguments, record, most, limit, samples)
         gradients = sweep.gradients()
         terms = [x for g in gradients if g is not None for x in g.terms]
         if sum(math.prod(x.loop) for x in terms) > most:
@@ -73,7 +73,7 @@ def emit(
     recording = folded(recorded(recorder, [*parts, probe]))
     module, constants = executable(recording)
     whole = sum(math.prod(x.loop) for x in terms)
-    about = target.mode, (fixed, whole), sweep.waists
+    about = target.mode, (fixed, whole), sweep.bottlenecks
     return TensorProgram(recording, module, constants, module.forward, *about)
 
 
