@@ -55,10 +55,10 @@ def pattern_of(
     return dense_pattern(*interpreted(f, *args, argnums=argnums, scope=scope))
 
 
-def dense_pattern(derivative: LinearProgram, found: Interpretation) -> np.ndarray:
+def dense_pattern(derivative: LinearProgram, interpretation: Interpretation) -> np.ndarray:
     """The matrix of an interpretation."""
     blocks = [np.zeros((0, derivative.m))]
-    for gradient, shape in zip(found.gradients, derivative.column_shapes, strict=True):
+    for gradient, shape in zip(interpretation.gradients, derivative.column_shapes, strict=True):
         empty = np.zeros((shape.numel(), derivative.m))
         blocks.append(empty if gradient is None else matrix(gradient).toarray())
     return np.concatenate(blocks).T
@@ -72,16 +72,16 @@ def numeric(f: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] = 
 def numeric_of_graph(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> np.ndarray:
     """As `numeric`, of a graph that exists: evaluated again, it may round another way."""
     m, n = sum(o.numel() for o in outputs), sum(x.numel() for x in leaves)
-    made = np.zeros((m, n))
+    jacobian = np.zeros((m, n))
     first = 0
     for out in outputs:
         blocks = [
             b.reshape(out.numel(), x.numel())
             for b, x in zip(rows(out, leaves), leaves, strict=True)
         ]
-        made[first : first + out.numel()] = torch.cat(blocks, 1).numpy()
+        jacobian[first : first + out.numel()] = torch.cat(blocks, 1).numpy()
         first += out.numel()
-    return made
+    return jacobian
 
 
 def evaluated(
@@ -89,11 +89,11 @@ def evaluated(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Leaves of the outputs, and fresh leaves of the arguments behind them."""
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
-    given = list(args)
+    arguments = list(args)
     for k in numbers:
-        given[k] = pytree.tree_map(lambda t: t.detach().clone().requires_grad_(), given[k])
-    outputs = [o for o in pytree.tree_leaves(f(*given)) if isinstance(o, Tensor)]
-    return outputs, [x for k in numbers for x in pytree.tree_leaves(given[k])]
+        arguments[k] = pytree.tree_map(lambda t: t.detach().clone().requires_grad_(), arguments[k])
+    outputs = [o for o in pytree.tree_leaves(f(*arguments)) if isinstance(o, Tensor)]
+    return outputs, [x for k in numbers for x in pytree.tree_leaves(arguments[k])]
 
 
 def elsewhere(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -131,16 +131,16 @@ def check(
         The global pattern.
     """
     places = [args, *(elsewhere(args) for _ in range(points - 1))]
-    found = [numeric(f, *place, argnums=argnums) for place in places]
-    derivative, made = interpreted(f, *args, argnums=argnums)
-    pattern = dense_pattern(derivative, made)
-    for jacobian in found:
+    jacobians = [numeric(f, *place, argnums=argnums) for place in places]
+    derivative, interpretation = interpreted(f, *args, argnums=argnums)
+    pattern = dense_pattern(derivative, interpretation)
+    for jacobian in jacobians:
         agrees(pattern, jacobian)
     local = pattern_of(f, *args, argnums=argnums, scope="local")
-    agrees(local, found[0])
+    agrees(local, jacobians[0])
     if exact:
-        assert not made.assumed, made.assumed
-        somewhere = np.any([j != 0 for j in found], axis=0)
+        assert not interpretation.assumed, interpretation.assumed
+        somewhere = np.any([j != 0 for j in jacobians], axis=0)
         assert not ((pattern != 0) & ~somewhere).any(), excess(pattern, somewhere)
         assert not ((local != 0) & ~somewhere).any(), excess(local, somewhere)
     return pattern

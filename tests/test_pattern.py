@@ -45,21 +45,21 @@ class TestEntries:
 
     def test_constants_are_the_entries(self, band: torchjac.Pattern) -> None:
         numbers = oracle_jacobian(heat)(value(7, seed=5)).numpy()
-        found = numbers[band.rows, band.columns]
-        assert (found[band.constant] == band.values[band.constant]).all()
+        entries = numbers[band.rows, band.columns]
+        assert (entries[band.constant] == band.values[band.constant]).all()
         assert band.constant.sum() == 12  # off the diagonal
         assert not band.constant[band.rows == band.columns].any()
 
     def test_linear_function_is_constant_throughout(self) -> None:
         matrix = value(3, 4)
-        found = torchjac.jacobian(lambda x: matrix @ x).pattern(value(4))
-        assert found.constant.all()
-        assert np.array_equal(found.values.reshape(3, 4), matrix.numpy())
+        pattern = torchjac.jacobian(lambda x: matrix @ x).pattern(value(4))
+        assert pattern.constant.all()
+        assert np.array_equal(pattern.values.reshape(3, 4), matrix.numpy())
 
     def test_blocks_by_leaf(self) -> None:
-        found = torchjac.jacobian(two_by_two).pattern({"a": value(3), "b": value(2)})
-        assert found.blocks.tolist() == [[3, 0], [6, 2]]
-        rows, columns, _ = found.block(1, 1)
+        pattern = torchjac.jacobian(two_by_two).pattern({"a": value(3), "b": value(2)})
+        assert pattern.blocks.tolist() == [[3, 0], [6, 2]]
+        rows, columns, _ = pattern.block(1, 1)
         assert rows.tolist() == [0, 1]
         assert columns.tolist() == [0, 1]
 
@@ -69,25 +69,25 @@ class TestEntries:
 
     @pytest.mark.parametrize("shape", [(0,), (1,), (0, 3), ()])
     def test_small_shapes(self, shape: tuple[int, ...]) -> None:
-        found = torchjac.jacobian(lambda x: x.sin()).pattern(torch.rand(shape))
+        pattern = torchjac.jacobian(lambda x: x.sin()).pattern(torch.rand(shape))
         size = int(np.prod(shape))
-        assert found.nnz == size
-        assert found.shape == (size, size)
-        assert str(found)
+        assert pattern.nnz == size
+        assert pattern.shape == (size, size)
+        assert str(pattern)
 
     def test_unused_and_detached_inputs_have_no_entries(self) -> None:
-        found = torchjac.jacobian(lambda x, y: x.detach() * y, (0, 1)).pattern(value(3), value(3))
-        assert found.blocks.tolist() == [[0, 3]]
+        pattern = torchjac.jacobian(lambda x, y: x.detach() * y, (0, 1)).pattern(value(3), value(3))
+        assert pattern.blocks.tolist() == [[0, 3]]
 
     def test_integer_arguments_are_constants(self) -> None:
         index = torch.tensor([2, 0])
-        found = torchjac.jacobian(lambda x, i: x[i]).pattern(value(3), index)
-        assert found.to_dense().tolist() == [[False, False, True], [True, False, False]]
+        pattern = torchjac.jacobian(lambda x, i: x[i]).pattern(value(3), index)
+        assert pattern.to_dense().tolist() == [[False, False, True], [True, False, False]]
 
     def test_hessian(self) -> None:
-        found = torchjac.hessian(lambda x: (x[1:] * x[:-1] ** 2).sum()).pattern(value(6))
+        pattern = torchjac.hessian(lambda x: (x[1:] * x[:-1] ** 2).sum()).pattern(value(6))
         expected = torch.func.hessian(lambda x: (x[1:] * x[:-1] ** 2).sum())(value(6)) != 0
-        assert torch.equal(found.to_dense(), expected)
+        assert torch.equal(pattern.to_dense(), expected)
 
     def test_long_recurrence(self) -> None:
         def f(x: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ class TestEntries:
 
     def test_millions_of_rows_cost_memory_of_their_entries(self) -> None:
         n = 10**6
-        found = torchjac.jacobian(heat).pattern(torch.zeros(n, dtype=torch.float64))
-        assert found.nnz == 3 * n - 2
+        pattern = torchjac.jacobian(heat).pattern(torch.zeros(n, dtype=torch.float64))
+        assert pattern.nnz == 3 * n - 2
 
     def test_a_dense_pattern_too_large_to_write_is_an_error(self) -> None:
         with pytest.raises(torchjac.PatternError, match="sum"):
@@ -151,8 +151,8 @@ class TestScope:
             return x * z
 
         with pytest.warns(torchjac.LocalPatternWarning, match="data"):
-            found = torchjac.jacobian(f).pattern(value(3))
-        assert found.nnz == 3
+            pattern = torchjac.jacobian(f).pattern(value(3))
+        assert pattern.nnz == 3
 
         flag = torch.zeros(1, dtype=torch.float64)
 
@@ -175,10 +175,10 @@ class TestScope:
 
         x = value(3).requires_grad_()
         try:
-            found = torchjac.pattern(Doubled.apply(x), x)
+            pattern = torchjac.pattern(Doubled.apply(x), x)
         except torchjac.CaptureRefused:
             return
-        assert found.to_dense().diagonal().all()
+        assert pattern.to_dense().diagonal().all()
 
     def test_an_operation_without_a_rule_is_reported(self) -> None:
         class Odd(torch.autograd.Function):
@@ -190,9 +190,9 @@ class TestScope:
             def backward(ctx: Any, grad: Tensor) -> Tensor:
                 return grad.cos()  # not linear in the cotangent
 
-        found = torchjac.jacobian(Odd.apply).pattern(value(3))
-        assert found.nnz == 9
-        assert "cos" in found.assumed[0]
+        pattern = torchjac.jacobian(Odd.apply).pattern(value(3))
+        assert pattern.nnz == 9
+        assert "cos" in pattern.assumed[0]
 
     def test_a_known_mask_is_no_branch(self) -> None:
         mask = torch.tensor([True, False, True])
@@ -202,37 +202,37 @@ class TestScope:
             y[mask] = 0
             return torch.cat([x[mask], y, x.expand(2, 3)[:, mask].reshape(-1)])
 
-        found = torchjac.jacobian(f).pattern(value(3))
-        assert found.scope == "global"
-        assert torch.equal(found.to_dense(), oracle_jacobian(f)(value(3)) != 0)
+        pattern = torchjac.jacobian(f).pattern(value(3))
+        assert pattern.scope == "global"
+        assert torch.equal(pattern.to_dense(), oracle_jacobian(f)(value(3)) != 0)
 
 
 class TestLanes:
     def test_batch_of_a_network(self) -> None:
         net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
-        found = torchjac.jacobian(net).pattern(torch.rand(6, 3))
-        assert found.batched
-        assert [(k.output_axis, k.input_axis) for k in found.lanes] == [(0, 0)]
+        pattern = torchjac.jacobian(net).pattern(torch.rand(6, 3))
+        assert pattern.batched
+        assert [(k.output_axis, k.input_axis) for k in pattern.lanes] == [(0, 0)]
 
     def test_coupled_batch_is_none(self) -> None:
-        found = torchjac.jacobian(lambda x: x - x.mean(0)).pattern(torch.rand(6, 3))
-        assert not found.batched
-        assert [(k.output_axis, k.input_axis) for k in found.lanes] == [(1, 1)]
+        pattern = torchjac.jacobian(lambda x: x - x.mean(0)).pattern(torch.rand(6, 3))
+        assert not pattern.batched
+        assert [(k.output_axis, k.input_axis) for k in pattern.lanes] == [(1, 1)]
 
     def test_axes_that_trade_places(self) -> None:
-        found = torchjac.jacobian(lambda x: x.T.exp()).pattern(torch.rand(2, 3))
-        assert {(k.output_axis, k.input_axis) for k in found.lanes} == {(0, 1), (1, 0)}
+        pattern = torchjac.jacobian(lambda x: x.T.exp()).pattern(torch.rand(2, 3))
+        assert {(k.output_axis, k.input_axis) for k in pattern.lanes} == {(0, 1), (1, 0)}
 
     def test_every_leaf_counts(self) -> None:
         def f(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             return x * y, x.flip(0)
 
-        found = torchjac.jacobian(f, (0, 1)).pattern(torch.rand(4), torch.rand(4))
-        assert not found.batched
+        pattern = torchjac.jacobian(f, (0, 1)).pattern(torch.rand(4), torch.rand(4))
+        assert not pattern.batched
 
 
 class TestBlame:
-    def test_names_the_line_that_made_it_dense(self) -> None:
+    def test_names_the_line_where_it_becomes_dense(self) -> None:
         def f(x: Tensor) -> Tensor:
             y = x.sin()
             z = y / y.norm()
@@ -267,8 +267,8 @@ class TestPictures:
         assert dots == 19
 
     def test_a_large_one_fits_the_terminal(self) -> None:
-        found = torchjac.jacobian(heat).pattern(torch.zeros(5000))
-        assert max(map(len, str(found).split("\n"))) <= 100
+        pattern = torchjac.jacobian(heat).pattern(torch.zeros(5000))
+        assert max(map(len, str(pattern).split("\n"))) <= 100
 
     def test_plot_is_saved(self, band: torchjac.Pattern, tmp_path: Path) -> None:
         axes = band.spy(tmp_path / "spy.png")
@@ -286,16 +286,16 @@ class TestPictures:
 class TestFiles:
     def test_round_trip(self, band: torchjac.Pattern, tmp_path: Path) -> None:
         band.save(tmp_path / "p.npz")
-        found = torchjac.Pattern.load(tmp_path / "p.npz")
-        assert found.covers(band)
-        assert band.covers(found)
-        assert (found.lanes, found.spreads) == (band.lanes, band.spreads)
-        assert np.array_equal(found.values, band.values, equal_nan=True)
+        loaded = torchjac.Pattern.load(tmp_path / "p.npz")
+        assert loaded.covers(band)
+        assert band.covers(loaded)
+        assert (loaded.lanes, loaded.spreads) == (band.lanes, band.spreads)
+        assert np.array_equal(loaded.values, band.values, equal_nan=True)
 
     def test_of_another_function(self, band: torchjac.Pattern, tmp_path: Path) -> None:
         band.save(tmp_path / "p.npz")
-        found = torchjac.Pattern.load(tmp_path / "p.npz")
-        other = torchjac.jacobian(lambda x: x[:3], layout=torch.sparse_csr, pattern=found)
+        loaded = torchjac.Pattern.load(tmp_path / "p.npz")
+        other = torchjac.jacobian(lambda x: x[:3], layout=torch.sparse_csr, pattern=loaded)
         with pytest.raises(torchjac.PatternError, match=r"\(7,\).*\(3,\)"):
             other(value(7))
 

@@ -118,9 +118,9 @@ def test_graph_patterns_are_local() -> None:
     """On a graph that exists the branch taken counts, and a zero factor is a zero."""
     x = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64, requires_grad=True)
     y = torch.where(x > 0, x, x.flip(0)) * torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
-    found = torchjac.pattern(y, x)
-    assert found.scope == "local"
-    assert found.to_dense().tolist() == [
+    pattern = torchjac.pattern(y, x)
+    assert pattern.scope == "local"
+    assert pattern.to_dense().tolist() == [
         [True, False, False],
         [False, True, False],
         [False, False, False],

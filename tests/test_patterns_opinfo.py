@@ -129,8 +129,8 @@ def score(n: str) -> Entry:
         except CaptureRefused:
             scopes.add("refused")
             continue
-        found = interpret(derivative)
-        pattern = dense_pattern(derivative, found)
+        interpretation = interpret(derivative)
+        pattern = dense_pattern(derivative, interpretation)
         somewhere = np.zeros(pattern.shape, dtype=bool)
         for jacobian in numerics:
             check(n, pattern, jacobian, single)
@@ -141,7 +141,7 @@ def score(n: str) -> Entry:
         detected += int((pattern != 0).sum())
         seen += int(somewhere.sum())
         scopes.add(derivative.scope)
-        assumed.update(found.assumed)
+        assumed.update(interpretation.assumed)
     return {
         "detected": detected,
         "seen": seen,

@@ -96,30 +96,30 @@ def test_function(name: str, layout: Any) -> None:
 def test_every_plan(name: str, mode: Any, chunk: int) -> None:
     f, x = CASES[name]
     with force_plan(mode, chunk):
-        found = torchjac.jacobian(f, layout=torch.sparse_csr)(x)
-    same(dense(found), flat(oracle_jacobian(f)(x), f, x))
+        jacobian = torchjac.jacobian(f, layout=torch.sparse_csr)(x)
+    same(dense(jacobian), flat(oracle_jacobian(f)(x), f, x))
 
 
 def test_graph() -> None:
     x = value(3000).requires_grad_()
     y = heat(x)
-    found = torchjac.jac(y, x, layout=torch.sparse_csr)
+    jacobian = torchjac.jac(y, x, layout=torch.sparse_csr)
     record = torchjac.last_run()
     assert record is not None
     assert record.engine == "color"
     assert record.pattern == f"{3 * 3000 - 2} nonzeros, local"
     assert record.passes == 1
     weights = value(3000, seed=4)
-    same(found @ weights, torch.func.jvp(heat, (x.detach(),), (weights,))[1])
+    same(jacobian @ weights, torch.func.jvp(heat, (x.detach(),), (weights,))[1])
 
 
 def test_small_graphs_are_not_traced() -> None:
     x = value(4).requires_grad_()
-    found = torchjac.jac(heat(x), x, layout=torch.sparse_csr)
+    jacobian = torchjac.jac(heat(x), x, layout=torch.sparse_csr)
     record = torchjac.last_run()
     assert record is not None
     assert record.engine == "plain"
-    same(found.to_dense(), oracle(heat(x), x))
+    same(jacobian.to_dense(), oracle(heat(x), x))
 
 
 def test_the_same_entries_at_every_point() -> None:
@@ -141,9 +141,9 @@ def test_passes_do_not_grow_with_the_size() -> None:
 def test_batch_is_block_diagonal() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()).double()
     jacobian = torchjac.jacobian(net, batched=True, layout=torch.sparse_csr)
-    found = jacobian(value(5, 3))
+    sparse = jacobian(value(5, 3))
     blocks = torchjac.jacobian(net, batched=True)(value(5, 3))
-    same(found.to_dense(), torch.block_diag(*blocks))
+    same(sparse.to_dense(), torch.block_diag(*blocks))
     assert torchjac.last_run() is not None
 
 
@@ -165,7 +165,7 @@ def test_control_flow_on_values() -> None:
         same(jacobian(x).to_dense(), oracle_jacobian(f)(x))
 
 
-class TestGivenPattern:
+class TestPatternOfTheUser:
     def test_formats(self) -> None:
         x = value(12)
         full = torchjac.jacobian(heat).pattern(x)
@@ -181,12 +181,12 @@ class TestGivenPattern:
             same(jacobian(x).to_dense(), oracle_jacobian(heat)(x))
 
     def test_more_than_needed_is_fine(self) -> None:
-        given = np.ones((12, 12))
-        jacobian = torchjac.jacobian(heat, layout=torch.sparse_csr, pattern=given)
+        pattern = np.ones((12, 12))
+        jacobian = torchjac.jacobian(heat, layout=torch.sparse_csr, pattern=pattern)
         same(jacobian(value(12)).to_dense(), oracle_jacobian(heat)(value(12)))
 
     @pytest.mark.parametrize("entry", [0, 7, 33])
-    def test_a_missing_entry_is_found(self, entry: int) -> None:
+    def test_a_missing_entry_is_an_error(self, entry: int) -> None:
         table = torchjac.jacobian(heat).pattern(value(12)).to_scipy()
         table.data[entry] = 0
         table.eliminate_zeros()
@@ -194,7 +194,7 @@ class TestGivenPattern:
         with pytest.raises(torchjac.PatternMissed, match="misses a nonzero"):
             jacobian(value(12))
 
-    def test_a_missing_entry_of_a_graph_is_found(self) -> None:
+    def test_a_missing_entry_of_a_graph_is_an_error(self) -> None:
         x = value(12).requires_grad_()
         with pytest.raises(torchjac.PatternMissed, match="inputs"):
             torchjac.jac(heat(x), x, layout=torch.sparse_csr, pattern=np.eye(12))
@@ -220,8 +220,8 @@ class TestGivenPattern:
             return (x.half() * x.half().roll(1)).float().sin()
 
         x = torch.rand(9)
-        found = torchjac.jacobian(f).pattern(x)
-        for known in (found, found.to_scipy()):
+        pattern = torchjac.jacobian(f).pattern(x)
+        for known in (pattern, pattern.to_scipy()):
             jacobian = torchjac.jacobian(f, layout=torch.sparse_csr, pattern=known)
             same(jacobian(x).to_dense(), oracle_jacobian(f)(x), rtol=1e-2, atol=1e-2)
 
@@ -239,8 +239,8 @@ class TestGivenPattern:
 
         jacobian = torchjac.jacobian(Clipped.apply, layout=torch.sparse_csr, pattern=np.eye(4))
         with pytest.warns(torchjac.PatternWarning, match="not linear"):
-            found = jacobian(value(4))
-        same(found.to_dense(), torch.eye(4, dtype=torch.float64))
+            result = jacobian(value(4))
+        same(result.to_dense(), torch.eye(4, dtype=torch.float64))
 
     def test_rows_that_change_each_other_are_evaluated_apart(self) -> None:
         class Normed(torch.autograd.Function):
@@ -254,8 +254,8 @@ class TestGivenPattern:
 
         jacobian = torchjac.jacobian(Normed.apply, layout=torch.sparse_csr, pattern=np.eye(4))
         with pytest.warns(torchjac.PatternWarning):
-            found = jacobian(value(4))
-        same(found.to_dense(), torch.eye(4, dtype=torch.float64))
+            result = jacobian(value(4))
+        same(result.to_dense(), torch.eye(4, dtype=torch.float64))
 
     def test_opaque_function(self) -> None:
         """A function that cannot be captured, and whose pattern the user knows."""
@@ -263,8 +263,8 @@ class TestGivenPattern:
         def f(x: Tensor) -> Tensor:
             return heat(x) if float(x.detach().sum()) < 1e9 else x
 
-        given = torchjac.jacobian(heat).pattern(value(30)).to_scipy()
-        jacobian = torchjac.jacobian(f, layout=torch.sparse_csr, pattern=given)
+        pattern = torchjac.jacobian(heat).pattern(value(30)).to_scipy()
+        jacobian = torchjac.jacobian(f, layout=torch.sparse_csr, pattern=pattern)
         same(jacobian(value(30)).to_dense(), oracle_jacobian(heat)(value(30)))
         record = torchjac.last_run()
         assert record is not None

@@ -156,9 +156,9 @@ class TestModes:
     def test_inference_mode_is_seen_and_left(self) -> None:
         with torch.inference_mode():
             assert modes.needs_passes_context()
-            made = torch.ones(2)
+            tensor = torch.ones(2)
             with modes.recording():
-                x = modes.usable_in_graph(made).requires_grad_()
+                x = modes.usable_in_graph(tensor).requires_grad_()
                 assert (x * x).requires_grad
 
     def test_passes_run_outside_autocast(self) -> None:
@@ -191,7 +191,7 @@ class TestPytree:
         assert spec == pytree.flatten(3)[1]
 
 
-def test_autograd_grad_still_has_the_arguments_jac_stands_beside() -> None:
+def test_autograd_grad_still_has_the_arguments_jac_mirrors() -> None:
     names = set(inspect.signature(torch.autograd.grad).parameters)
     assert {"retain_graph", "create_graph", "allow_unused", "is_grads_batched"} <= names
 
@@ -200,25 +200,25 @@ class TestLazyCopies:
     """`torch._lazy_clone`: memory is shared until one of the two is written to."""
 
     def test_shared_until_written(self) -> None:
-        given = torch.arange(5)
-        one, two = copied_when_written(given), copied_when_written(given)
+        original = torch.arange(5)
+        one, two = copied_when_written(original), copied_when_written(original)
         assert torch._C._data_address(one) == torch._C._data_address(two)
         one[0] = 7
-        given[1] = 8
+        original[1] = 8
         assert one.tolist() == [7, 1, 2, 3, 4]
         assert two.tolist() == [0, 1, 2, 3, 4]
-        assert given.tolist() == [0, 8, 2, 3, 4]
+        assert original.tolist() == [0, 8, 2, 3, 4]
 
-    def test_memory_of_others_is_copied(self) -> None:
+    def test_foreign_memory_is_copied(self) -> None:
         array = np.arange(3)
-        made = copied_when_written(torch.from_numpy(array))
+        copy = copied_when_written(torch.from_numpy(array))
         array[0] = 9
-        assert made.tolist() == [0, 1, 2]
+        assert copy.tolist() == [0, 1, 2]
 
     def test_inside_a_sparse_tensor(self) -> None:
         """By way of its parts, NumPy and SciPy."""
         starts, columns = torch.tensor([0, 1, 2]), torch.tensor([0, 1])
-        made = [
+        tensors = [
             torch.sparse_csr_tensor(
                 copied_when_written(starts),
                 copied_when_written(columns),
@@ -228,29 +228,29 @@ class TestLazyCopies:
             )
             for _ in range(3)
         ]
-        made[0].col_indices().numpy()[:] = 0
-        made[1].col_indices().fill_(1)
-        assert made[2].col_indices().tolist() == columns.tolist() == [0, 1]
-        assert (made[2] @ torch.ones(2, 1)).flatten().tolist() == [1, 1]
+        tensors[0].col_indices().numpy()[:] = 0
+        tensors[1].col_indices().fill_(1)
+        assert tensors[2].col_indices().tolist() == columns.tolist() == [0, 1]
+        assert (tensors[2] @ torch.ones(2, 1)).flatten().tolist() == [1, 1]
 
 
 def test_use_count_of_memory() -> None:
     """Every tensor and array on the same memory counts."""
-    given = torch.zeros(4)
+    memory = torch.zeros(4)
 
     def uses() -> int:
-        return int(torch._C._storage_Use_Count(given.untyped_storage()._cdata))
+        return int(torch._C._storage_Use_Count(memory.untyped_storage()._cdata))
 
     alone = uses()
-    view = given[1:]
+    view = memory[1:]
     assert uses() == alone + 1
-    array = given.numpy()
+    array = memory.numpy()
     assert uses() == alone + 2
     del view, array
     assert uses() == alone
 
 
-class TestLook:
+class TestTensorGuard:
     """Whether a tensor is like another one, in one call."""
 
     @pytest.mark.parametrize(
