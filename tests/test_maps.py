@@ -109,11 +109,11 @@ def test_sum(family: Family, data: st.DataObject) -> None:
 def test_product(family: Family, data: st.DataObject) -> None:
     """The structure of a product is the product of the structures."""
     a, b = data.draw(chains(family, 2))
-    found = dense_of(pattern(product(a.map, b.map)))
-    assert is_structure_of(found, a.matrix @ b.matrix)
+    structure = dense_of(pattern(product(a.map, b.map)))
+    assert is_structure_of(structure, a.matrix @ b.matrix)
     if family is POSITIVE:
         left, right = (dense_of(pattern(m.map)) != 0 for m in (a, b))
-        assert np.array_equal(found != 0, left.astype(int) @ right.astype(int) > 0)
+        assert np.array_equal(structure != 0, left.astype(int) @ right.astype(int) > 0)
 
 
 @FAMILIES
@@ -136,8 +136,8 @@ def test_product_distributes_over_a_sum(family: Family, data: st.DataObject) -> 
     if shape:
         total = axis_sum(shape, [0])
         head = Case(total, by_basis(lambda t: t.sum(0), total.shape_out, shape))
-    found = pattern(product(head.map, add(a.map, b.map)))
-    assert is_structure_of(dense_of(found), head.matrix @ (a.matrix + b.matrix))
+    structure = pattern(product(head.map, add(a.map, b.map)))
+    assert is_structure_of(dense_of(structure), head.matrix @ (a.matrix + b.matrix))
 
 
 # Counts.
@@ -191,14 +191,14 @@ def contraction() -> Product:
     """A known (4, 3) matrix applied to each of a million vectors."""
     weights = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
     full = (LANES, 4, 3)
-    made = product(
+    map_ = product(
         axis_sum(full, [2]),
         diagonal(full, weights.expand(full)),
         broadcast(full, (LANES, 1, 3)),
         reshape((LANES, 1, 3), (LANES, 3)),
     )
-    assert isinstance(made, Product)
-    return made
+    assert isinstance(map_, Product)
+    return map_
 
 
 def test_lanes_cost_no_memory() -> None:
@@ -239,8 +239,8 @@ def test_neighbors_are_joined() -> None:
     assert product(axis_sum((2, 4), [1]), axis_sum(shape, [1])).axes == (1, 2)
     assert isinstance(product(reshape((24,), (6, 4)), reshape((6, 4), shape)), IndexMap)
     every = dense(shape, shape, [2], [2])
-    for found in (product(every, two), product(two, every), product(every, diagonal(shape, ones))):
-        assert isinstance(found, Dense)
+    for joined in (product(every, two), product(two, every), product(every, diagonal(shape, ones))):
+        assert isinstance(joined, Dense)
     assert isinstance(product(every, every), Dense)
     assert isinstance(product(every, diagonal(shape, ones.tril())), Product)
     assert isinstance(product(dense((2,), (0,), [0], [0]), dense((0,), (2,), [0], [0])), Zero)
@@ -266,9 +266,9 @@ def test_diagonals_are_added_up() -> None:
     assert isinstance(add(identity(shape), diagonal(shape, -1.0)), Zero)
     assert isinstance(add(identity(shape), diagonal(shape, factors)), Diagonal)
     flip = index_map(lambda t: t.flip(0), shape, shape, False)
-    made = add(flip, identity(shape), flip, diagonal(shape, factors))
-    assert isinstance(made, Sum)
-    assert len(made.parts) == 3
+    total = add(flip, identity(shape), flip, diagonal(shape, factors))
+    assert isinstance(total, Sum)
+    assert len(total.parts) == 3
     assert isinstance(add(add(flip, Zero(shape, shape)), Zero(shape, shape)), IndexMap)
     with pytest.raises(AssertionError, match=r"other shapes"):
         add(identity((2,)), identity((3,)))
@@ -298,13 +298,13 @@ def test_rank_bound() -> None:
 def test_fixed_is_its_matrix() -> None:
     rows, columns = torch.tensor([2, 0, 2, 1]), torch.tensor([0, 1, 4, 4])
     factors = torch.tensor([1.0, UNKNOWN, 3.0, 4.0], dtype=torch.float64)
-    found = pattern(fixed((2, 3), (2, 5), rows, columns, factors)).toarray()
+    matrix = pattern(fixed((2, 3), (2, 5), rows, columns, factors)).toarray()
     block = np.zeros((3, 5))
     block[rows, columns] = factors
-    assert same(found[:3, :5], block)
-    assert same(found[3:, 5:], block)
-    assert not found[:3, 5:].any()
-    assert not found[3:, :5].any()
+    assert same(matrix[:3, :5], block)
+    assert same(matrix[3:, 5:], block)
+    assert not matrix[:3, 5:].any()
+    assert not matrix[3:, :5].any()
 
 
 # Lanes.
@@ -330,7 +330,7 @@ def test_lanes_are_block_diagonal(case: Case) -> None:
                 assert same(kinds[i, i], kinds[0, 0])
 
 
-def test_lanes_that_must_be_found() -> None:
+def test_lanes_that_must_be_proved() -> None:
     """What a batch, a Kronecker product and an all-to-all within it look like."""
     assert lanes(contraction()) == (Along(0, 0, True),)
     shape = (2, 3, 4)

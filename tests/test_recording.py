@@ -64,9 +64,9 @@ def by_address(x: Tensor) -> Tensor:
 
 
 def by_numpy(x: Tensor) -> Tensor:
-    made = torch.zeros(N, dtype=D)
-    made.numpy()[:] = x.detach().numpy()
-    return made * x
+    filled = torch.zeros(N, dtype=D)
+    filled.numpy()[:] = x.detach().numpy()
+    return filled * x
 
 
 def pooled(take: Callable[[Tensor], Any]) -> Any:
@@ -85,11 +85,11 @@ def caught(x: Tensor) -> Tensor:
 
 def by_hook(x: Tensor) -> Tensor:
     """A hook that runs in a backward pass inside the function."""
-    found: list[float] = []
+    seen: list[float] = []
     y = x * x
-    y.register_hook(lambda g: found.extend((g * x.detach()).tolist()))
+    y.register_hook(lambda g: seen.extend((g * x.detach()).tolist()))
     torch.autograd.grad(y.sum(), x, retain_graph=True)
-    return x.roll(1) if found[0] > 0 else x * 2
+    return x.roll(1) if seen[0] > 0 else x * 2
 
 
 class Leaks(Tensor):
@@ -162,8 +162,8 @@ def test_a_way_around_is_refused(name: str) -> None:
 def test_a_sparse_jacobian_is_right_all_the_same(name: str) -> None:
     f = WAYS_AROUND[name]
     for point in (X, value(N, seed=7)):
-        found = torchjac.jacobian(f, layout=torch.sparse_csr)(point)
-        np.testing.assert_allclose(found.to_dense().numpy(), numeric(f, point))
+        jacobian = torchjac.jacobian(f, layout=torch.sparse_csr)(point)
+        np.testing.assert_allclose(jacobian.to_dense().numpy(), numeric(f, point))
 
 
 class Doubled(torch.autograd.Function):
@@ -187,10 +187,10 @@ class Filled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        made = torch.empty_like(grad)
+        filled = torch.empty_like(grad)
         with torch._C.DisableTorchFunction():
-            made.numpy()[:] = grad.numpy() * 2
-        return made
+            filled.numpy()[:] = grad.numpy() * 2
+        return filled
 
 
 @pytest.mark.parametrize("function", [Doubled, Filled])
@@ -249,18 +249,18 @@ def test_what_is_ordinary_is_global(name: str) -> None:
 
 class TestNothingIsLeftBehind:
     def test_constants_that_are_written_to(self) -> None:
-        kept, flag = torch.ones(N, dtype=D), torch.zeros(2, dtype=torch.int64)
+        weights, flag = torch.ones(N, dtype=D), torch.zeros(2, dtype=torch.int64)
 
         def f(x: Tensor) -> Tensor:
-            kept[1:].mul_(x[:-1].detach())
+            weights[1:].mul_(x[:-1].detach())
             flag.add_(1)
-            return x * kept
+            return x * weights
 
-        before = kept._version, flag._version
+        before = weights._version, flag._version
         pattern_of(f, X)
-        assert kept.tolist() == [1] * N
+        assert weights.tolist() == [1] * N
         assert flag.tolist() == [0, 0]
-        assert (kept._version, flag._version) == before
+        assert (weights._version, flag._version) == before
 
     def test_running_statistics(self) -> None:
         norm = nn.BatchNorm1d(3).double()
@@ -290,15 +290,15 @@ class TestNothingIsLeftBehind:
         assert torch.equal(grid(N), torch.linspace(0, 1, N, dtype=D))
 
     def test_when_it_fails(self) -> None:
-        kept = torch.ones(N, dtype=D)
+        buffer = torch.ones(N, dtype=D)
 
         def f(x: Tensor) -> Tensor:
-            kept.zero_()
+            buffer.zero_()
             raise ValueError("no")
 
         with pytest.raises(CaptureRefused):
             trace_function(Call(f, 0, False, (X,), {}), ())
-        assert kept.tolist() == [1] * N
+        assert buffer.tolist() == [1] * N
 
     def test_the_compiler_is_not_imported(self) -> None:
         """It takes longer than anything else here."""
@@ -337,9 +337,9 @@ class TestNothingIsLeftBehind:
             thread.join()
         assert warnings.filters == before
 
-    def test_the_same_memory_is_kept_once(self) -> None:
-        kept = torch.zeros(400, 10, dtype=D)
-        views = list(kept)
+    def test_the_same_memory_is_saved_once(self) -> None:
+        buffer = torch.zeros(400, 10, dtype=D)
+        views = list(buffer)
 
         def f(x: Tensor) -> Tensor:
             for view in views:
@@ -347,7 +347,7 @@ class TestNothingIsLeftBehind:
             return x * 2
 
         np.testing.assert_array_equal(pattern_of(f, X), 2 * np.eye(N))
-        assert not kept.any()
+        assert not buffer.any()
 
 
 def test_indices_of_the_input_are_not_slices() -> None:
@@ -386,11 +386,11 @@ class TestWrites:
 
     def test_a_loop(self) -> None:
         def f(x: Tensor) -> Tensor:
-            made = torch.empty_like(x)
-            made[0] = x[0]
+            filled = torch.empty_like(x)
+            filled[0] = x[0]
             for i in range(1, N):
-                made[i] = x[i] * made[i - 1].detach().clone()
-            return made
+                filled[i] = x[i] * filled[i - 1].detach().clone()
+            return filled
 
         np.testing.assert_array_equal(pattern_of(f, X) != 0, np.eye(N, dtype=bool))
 

@@ -32,12 +32,12 @@ def closure() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
 
 def global_variable() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
     def f(x: Any) -> Any:
-        global count, made_inside
+        global count, created_inside
         count += 1
-        made_inside = x
+        created_inside = x
         return x
 
-    return f, lambda: (count, "made_inside" in globals())
+    return f, lambda: (count, "created_inside" in globals())
 
 
 def global_dict() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
@@ -51,7 +51,7 @@ def global_dict() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
 
 def attribute() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
     class Model:
-        made = 0
+        instances = 0
 
         def __init__(self) -> None:
             self.calls, self.gone, self.parts = 0, 1, [1, {"a": [2]}]
@@ -61,11 +61,11 @@ def attribute() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
             self.last = x
             self.parts[1]["a"].append(x)
             del self.gone
-            type(self).made += 1
+            type(self).instances += 1
             return x
 
     model = Model()
-    return model, lambda: (sorted(vars(model)), model.calls, repr(model.parts), Model.made)
+    return model, lambda: (sorted(vars(model)), model.calls, repr(model.parts), Model.instances)
 
 
 def function_attribute() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
@@ -102,11 +102,11 @@ def buffer_of_a_submodule() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
             return x
 
     net = nn.Sequential(Inner())
-    kept = net[0].total
-    return net, lambda: (net[0].total is kept, [n for n, _ in net.named_modules()])
+    total = net[0].total
+    return net, lambda: (net[0].total is total, [n for n, _ in net.named_modules()])
 
 
-def beside_what_is_not_understood() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+def next_to_what_is_not_understood() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
     class Model:
         def __init__(self) -> None:
             self.stream, self.last = sys.stdout, None
@@ -121,23 +121,23 @@ def beside_what_is_not_understood() -> tuple[Callable[[Any], Any], Callable[[], 
 
 
 class Slotted:
-    __slots__ = ("__own", "gone", "last", "made")
+    __slots__ = ("__own", "created", "gone", "last")
 
     def __init__(self) -> None:
         self.last, self.gone, self.__own = None, 1, 2
 
     def __setattr__(self, name: str, value: object) -> None:
-        assert not hasattr(self, "made"), "not to be called while things are put back"
+        assert not hasattr(self, "created"), "not to be called while things are put back"
         object.__setattr__(self, name, value)
 
     def __call__(self, x: Any) -> Any:
         self.last, self.__own = x, x
         del self.gone
-        self.made = x
+        self.created = x
         return x
 
     def state(self) -> Any:
-        return self.last, self.__own, hasattr(self, "gone"), hasattr(self, "made")
+        return self.last, self.__own, hasattr(self, "gone"), hasattr(self, "created")
 
 
 def slots() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
@@ -192,10 +192,10 @@ def variable_of_a_module() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
     module.last = module.unread = None  # type: ignore[attr-defined]
 
     def f(x: Any) -> Any:
-        module.last = module.made = x  # type: ignore[attr-defined]
+        module.last = module.created = x  # type: ignore[attr-defined]
         return x
 
-    return f, lambda: (module.last, module.unread, hasattr(module, "made"))
+    return f, lambda: (module.last, module.unread, hasattr(module, "created"))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def variable_of_a_module() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
         a_set,
         attribute,
         attributes_of_containers,
-        beside_what_is_not_understood,
+        next_to_what_is_not_understood,
         buffer_of_a_submodule,
         closure,
         deque_of_a_bound_method,
@@ -239,17 +239,17 @@ def test_is_as_it_was(case: Callable[[], Any], fails: bool) -> None:
 
 
 def test_containers_stay_the_same_objects() -> None:
-    kept = [1]
+    items = [1]
 
     def f(x: Any) -> Any:
-        kept.append(x)
+        items.append(x)
         return x
 
     cell = f.__closure__[0]
     with restoring(Call(f, 0, False, (1,), {}))():
         f(2)
-    assert cell.cell_contents is kept
-    assert kept == [1]
+    assert cell.cell_contents is items
+    assert items == [1]
 
 
 def test_arguments_are_restored() -> None:
@@ -267,16 +267,16 @@ def test_arguments_are_restored() -> None:
 
 
 def test_what_is_refused_is_walked_too() -> None:
-    kept: list[Any] = []
+    items: list[Any] = []
 
     def f(x: Any) -> Any:
         globals()["registry"]
-        kept.append(x)
+        items.append(x)
         return x
 
     with restoring(Call(f, 0, False, (1,), {}))():
         f(2)
-    assert kept == []
+    assert items == []
 
 
 def test_a_module_that_was_imported_stays() -> None:

@@ -79,6 +79,6 @@ def test_near_the_best_order(name: str) -> None:
     f, best = CASES[name]
     plan, J = plan_of(f, value(N))
     same(J, oracle_jacobian(f)(value(N)))
-    found = min(way.work.multiplications for way in plan.programs)
-    assert found < 1.125 * best + 20 * N
+    fewest = min(way.work.multiplications for way in plan.programs)
+    assert fewest < 1.125 * best + 20 * N
     assert plan.emitted.waists
