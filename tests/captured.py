@@ -58,11 +58,11 @@ def evaluated(derivative: LinearProgram, tensors: list[Tensor]) -> Tensor:
                     return seed.view(derivative.row_shapes[position])
                 return super().run_node(node)
 
-        given = [*tensors, *([None] * len(derivative.cotangents))]  # seeds take these places
-        made = Seeded(derivative.module).run(*given)[len(derivative.row_shapes) :]
+        arguments = [*tensors, *([None] * len(derivative.cotangents))]  # seeds take these places
+        gradients = Seeded(derivative.module).run(*arguments)[len(derivative.row_shapes) :]
         parts = [
             torch.zeros(s.numel(), dtype=D) if g is None else g.reshape(-1).to(D)
-            for g, s in zip(made, derivative.column_shapes, strict=True)
+            for g, s in zip(gradients, derivative.column_shapes, strict=True)
         ]
         rows.append(torch.cat(parts))
     return torch.stack(rows) if rows else torch.zeros(0, derivative.n, dtype=D)
@@ -73,8 +73,8 @@ def expected(case: Case, args: tuple[Any, ...]) -> Tensor:
     leaves, spec = pytree.tree_flatten(args)
     leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
     args = pytree.tree_unflatten(leaves, spec)
-    taken = (case.argnums,) if isinstance(case.argnums, int) else case.argnums
-    inputs = pytree.tree_leaves([args[i] for i in taken])
+    argnums = (case.argnums,) if isinstance(case.argnums, int) else case.argnums
+    inputs = pytree.tree_leaves([args[i] for i in argnums])
     for t in inputs:
         t.requires_grad_()
     with nested():
@@ -111,9 +111,9 @@ def case(make: Callable[[], Case]) -> Callable[[], Case]:
     return make
 
 
-def simple(name: str, f: Callable[..., Any], *args: Any, **others: Any) -> None:
+def simple(name: str, f: Callable[..., Any], *args: Any, **options: Any) -> None:
     """A case without state."""
-    CASES[name] = lambda: Case(f, args or (values(4),), **others)
+    CASES[name] = lambda: Case(f, args or (values(4),), **options)
 
 
 def write_in_place(x: Tensor) -> Tensor:
@@ -241,13 +241,13 @@ def writing(write: Callable[[Tensor, Tensor], Any], read: Any = None) -> Callabl
     """A function that writes to a tensor it closes over, and reads it."""
 
     def make() -> Case:
-        kept = torch.tensor([0.0, 1.0, 0.0, 2.0], dtype=D)
+        state = torch.tensor([0.0, 1.0, 0.0, 2.0], dtype=D)
 
         def f(x: Tensor) -> Tensor:
-            write(kept, x)
-            return x.sin() * kept
+            write(state, x)
+            return x.sin() * state
 
-        return Case(f, keeps=[kept])
+        return Case(f, keeps=[state])
 
     return make
 
@@ -277,26 +277,26 @@ for _name, _write in WRITES.items():
 
 @case
 def writes_to_a_tensor_and_reads_its_view() -> Case:
-    kept = torch.zeros(4, dtype=D)
-    half = kept[2:]
+    buffer = torch.zeros(4, dtype=D)
+    half = buffer[2:]
 
     def f(x: Tensor) -> Tensor:
-        kept.add_(1)
+        buffer.add_(1)
         return x[:2] * half
 
-    return Case(f, keeps=[kept])
+    return Case(f, keeps=[buffer])
 
 
 @case
 def writes_to_a_view_and_reads_the_tensor() -> Case:
-    kept = torch.zeros(4, dtype=D)
-    half = kept[2:]
+    buffer = torch.zeros(4, dtype=D)
+    half = buffer[2:]
 
     def f(x: Tensor) -> Tensor:
         half.copy_(x[:2])
-        return x * kept
+        return x * buffer
 
-    return Case(f, keeps=[kept])
+    return Case(f, keeps=[buffer])
 
 
 @case
@@ -366,12 +366,12 @@ def keeps_its_input() -> Case:
 @case
 def keeps_its_input_in_a_closure() -> Case:
     last: Any = None
-    found: dict[str, Any] = {}
+    store: dict[str, Any] = {}
 
     def f(x: Tensor) -> Tensor:
         nonlocal last
         last = x
-        found["x"] = x
+        store["x"] = x
         return x.sin()
 
-    return Case(f, keeps=[found, f.__closure__])
+    return Case(f, keeps=[store, f.__closure__])

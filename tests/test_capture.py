@@ -47,24 +47,24 @@ def elsewhere(args: Any) -> Any:
 
 def in_order(case: Case, args: tuple[Any, ...]) -> list[Tensor]:
     """Placeholders: what is differentiated, then the other floating-point tensors."""
-    taken = (case.argnums,) if isinstance(case.argnums, int) else case.argnums
-    first = pytree.tree_leaves([args[i] for i in taken])
-    others = [a for i, a in enumerate(args) if i not in taken]
-    rest = pytree.tree_leaves((others, case.kwargs))
+    argnums = (case.argnums,) if isinstance(case.argnums, int) else case.argnums
+    first = pytree.tree_leaves([args[i] for i in argnums])
+    constants = [a for i, a in enumerate(args) if i not in argnums]
+    rest = pytree.tree_leaves((constants, case.kwargs))
     return first + [t for t in rest if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def state(kept: Any) -> Any:
+def state(holder: Any) -> Any:
     """What a user could find changed."""
-    if isinstance(kept, Tensor):
-        return (kept.tolist(), kept._version, kept.requires_grad, kept.grad_fn, kept.grad)
-    if isinstance(kept, torch.nn.Module):
-        names = [k for k in vars(kept) if not k.startswith("_")]
-        buffers = {k: id(b) for k, b in kept.named_buffers()}
-        return repr([vars(kept)[k] for k in names]), buffers, id(vars(kept)["_parameters"])
-    if isinstance(kept, tuple):  # the cells of a closure
-        return [repr(cell.cell_contents) for cell in kept]
-    return repr(kept)
+    if isinstance(holder, Tensor):
+        return (holder.tolist(), holder._version, holder.requires_grad, holder.grad_fn, holder.grad)
+    if isinstance(holder, torch.nn.Module):
+        names = [k for k in vars(holder) if not k.startswith("_")]
+        buffers = {k: id(b) for k, b in holder.named_buffers()}
+        return repr([vars(holder)[k] for k in names]), buffers, id(vars(holder)["_parameters"])
+    if isinstance(holder, tuple):  # the cells of a closure
+        return [repr(cell.cell_contents) for cell in holder]
+    return repr(holder)
 
 
 ACCEPTED = [n for n in CASES if n not in REFUSED]
@@ -87,11 +87,11 @@ class TestEveryProgram:
 
     def test_touches_nothing(self, name: str) -> None:
         case = CASES[name]()
-        before = [state(kept) for kept in case.keeps]
-        given = [t.clone() for t in in_order(case, case.args)]
+        before = [state(holder) for holder in case.keeps]
+        copies = [t.clone() for t in in_order(case, case.args)]
         captured(case)
-        assert [state(kept) for kept in case.keeps] == before
-        assert all(map(torch.equal, given, in_order(case, case.args)))
+        assert [state(holder) for holder in case.keeps] == before
+        assert all(map(torch.equal, copies, in_order(case, case.args)))
 
     def test_twice_is_the_same(self, name: str) -> None:
         case = CASES[name]()
@@ -106,10 +106,10 @@ class TestEveryProgram:
 @pytest.mark.parametrize("name", REFUSED)
 def test_is_refused_and_untouched(name: str) -> None:
     case = CASES[name]()
-    before = [state(kept) for kept in case.keeps]
+    before = [state(holder) for holder in case.keeps]
     with pytest.raises(CaptureRefused, match=REFUSED[name]):
         captured(case)
-    assert [state(kept) for kept in case.keeps] == before
+    assert [state(holder) for holder in case.keeps] == before
 
 
 W = values(4, seed=3)
@@ -122,7 +122,7 @@ class TestArguments:
         holders = [n for n in derivative.module.graph.nodes if n.op == "placeholder"]
         assert len(holders) == 3  # with the cotangent
 
-    def test_nested_arguments_beside(self) -> None:
+    def test_nested_other_arguments(self) -> None:
         case = Case(
             lambda x, p, *, q: x * p["a"][0] + q[1],
             (X, {"a": [W, 3], "b": None}),
@@ -305,7 +305,7 @@ class TestGraphsThatExist:
         expected = torch.cat([torch.cat([cos, 2 * cos], 1), torch.cat([diag, 4 * diag], 1)])
         assert torch.allclose(evaluated_local(derivative), expected)
 
-    def test_branches_that_were_taken_are_fine(self) -> None:
+    def test_branches_of_the_graph_are_fine(self) -> None:
         x = X.clone().requires_grad_()
         y = x * 2 if x.sum() > 0 else x
         assert torch.allclose(evaluated_local(self.local(y, x)), 2 * torch.eye(4, dtype=D))
@@ -319,7 +319,7 @@ class TestGraphsThatExist:
         x = X.clone().requires_grad_()
         assert torch.equal(evaluated_local(self.local(x, x)), torch.eye(4, dtype=D))
 
-    def test_gradients_are_not_accumulated_and_hooks_are_kept(self) -> None:
+    def test_gradients_are_not_accumulated_and_hooks_stay(self) -> None:
         x = X.clone().requires_grad_()
         calls = []
         x.register_hook(lambda g: calls.append(1))
@@ -333,8 +333,8 @@ class TestGraphsThatExist:
     def test_from_a_captured_function(self) -> None:
         call = Call(lambda x: x[x > 0.5] * 2, 0, False, (X,), {})
         program, _ = capture_function(call, batched=False, create_graph=False, replayable=False)
-        found = evaluated_local(trace_graph(program, ()))
-        assert torch.equal(found, 2 * torch.eye(4, dtype=D)[X > 0.5])
+        jacobian = evaluated_local(trace_graph(program, ()))
+        assert torch.equal(jacobian, 2 * torch.eye(4, dtype=D)[X > 0.5])
 
 
 def evaluated_local(derivative: LinearProgram) -> Tensor:
@@ -344,8 +344,8 @@ def evaluated_local(derivative: LinearProgram) -> Tensor:
     for seed in torch.eye(derivative.m, dtype=D):
         parts = seed.split([s.numel() for s in shapes])
         seeds = [p.view(s) for p, s in zip(parts, shapes, strict=True)]
-        made = derivative.module(*seeds)[len(shapes) :]
-        rows.append(torch.cat([g.reshape(-1) for g in made]))
+        gradients = derivative.module(*seeds)[len(shapes) :]
+        rows.append(torch.cat([g.reshape(-1) for g in gradients]))
     return torch.stack(rows)
 
 

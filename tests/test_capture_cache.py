@@ -28,7 +28,7 @@ k = 2.0
 
 class TestMemory:
     @pytest.mark.parametrize("kind", ["tensor", "module", "object", "list"])
-    def test_nothing_is_kept_alive(self, kind: str) -> None:
+    def test_nothing_stays_alive(self, kind: str) -> None:
         class Holder:
             def __init__(self) -> None:
                 self.w = torch.ones(3)
@@ -36,25 +36,25 @@ class TestMemory:
             def __call__(self, x: Tensor) -> Tensor:
                 return x * self.w
 
-        made: Any = {
+        owner: Any = {
             "tensor": lambda: torch.ones(3),
             "module": lambda: nn.Linear(3, 3),
             "object": Holder,
             "list": lambda: [torch.ones(3)],
         }[kind]()
         leaf = {"module": "weight", "object": "w"}.get(kind)
-        inner = made[0] if kind == "list" else getattr(made, leaf) if leaf else made
-        held = {"it": made}
+        inner = owner[0] if kind == "list" else getattr(owner, leaf) if leaf else owner
+        held = {"it": owner}
         f = lambda x: x * len([held["it"]])  # noqa: E731
         guard = guarded(call(f))
         gone = weakref.ref(inner)
         held["it"] = None
-        del made, inner, leaf
+        del owner, inner, leaf
         gc.collect()
         assert gone() is None
         assert guard.mismatch(call(f)) is not None
 
-    def test_a_function_and_its_class_are_not_kept_alive(self) -> None:
+    def test_a_function_and_its_class_do_not_stay_alive(self) -> None:
         def build() -> tuple[Guard, weakref.ref[Any], weakref.ref[Any]]:
             class Model:
                 def f(self, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class TestMemory:
         assert instance() is None
         assert guard.mismatch(call(torch.sin)) is not None
 
-    def test_arguments_are_not_kept_alive(self) -> None:
+    def test_arguments_do_not_stay_alive(self) -> None:
         x, i = torch.rand(3), torch.tensor([1])
         guard = bare(call(lambda x, i: x[i], x, i))
         refs = weakref.ref(x), weakref.ref(i)
@@ -85,9 +85,9 @@ class TestMemory:
         for _ in range(20):  # ids and memory are given out again
             held[0] = None  # type: ignore[call-overload]
             held[0] = torch.full((3,), 2.0)
-            found = guard.mismatch(call(f))
-            assert found is not None
-            assert found.final
+            mismatch = guard.mismatch(call(f))
+            assert mismatch is not None
+            assert mismatch.final
 
 
 class TestSize:
@@ -137,7 +137,7 @@ INERT = {
 
 
 class TestCache:
-    def test_the_last_used_are_kept(self) -> None:
+    def test_the_last_used_stay(self) -> None:
         cache: CaptureCache[int] = CaptureCache(size=2)
         sizes = [call(torch.sin, torch.zeros(n)) for n in range(3)]
         for n, c in enumerate(sizes[:2]):
@@ -186,9 +186,9 @@ class TestCache:
         f, change = objects.fresh(make)
         guard = guarded(call(f))
         change()
-        found = guard.mismatch(call(f))
-        assert found is not None
-        assert found.reason.startswith(says)
+        mismatch = guard.mismatch(call(f))
+        assert mismatch is not None
+        assert mismatch.reason.startswith(says)
 
     def test_what_can_never_hold_again_is_dropped(self) -> None:
         w = torch.ones(3)
@@ -199,7 +199,7 @@ class TestCache:
         assert cache.lookup(call(f)) is None
         assert len(cache) == 0
 
-    def test_a_function_that_changes_what_it_reads_is_not_kept(self) -> None:
+    def test_a_function_that_changes_what_it_reads_is_not_stored(self) -> None:
         count = [0]
         cache: CaptureCache[int] = CaptureCache()
 
@@ -257,9 +257,9 @@ class TestCache:
         f(X)
         assert guard.mismatch(call(f)) is None
         monkeypatch.setitem(globals(), "k", 3.0)
-        found = guard.mismatch(call(f))
-        assert found is not None
-        assert "global k" in found.reason
+        mismatch = guard.mismatch(call(f))
+        assert mismatch is not None
+        assert "global k" in mismatch.reason
 
     def test_a_nested_jacobian_is_compiled(self) -> None:
         """What the inner one learns from call to call is no change of what the outer one reads."""

@@ -68,10 +68,10 @@ def test_faces_of_a_mesh() -> None:
     """Everything of a face is in one loop, for the block that it adds to J."""
     w = build("finite_volume(20, 15)")
     plan, _ = plan_of(w.f, *w.make(0), layout=torch.sparse_csr)
-    found = min(
+    fewest = min(
         (len(loops.schedule(expand([jacobian_of(p)], None)).loops) for p in plan.programs),
     )
-    assert found < 30
+    assert fewest < 30
 
 
 def lanes(count: int) -> Lanes:
@@ -98,9 +98,9 @@ class TestCells:
     )
     def test_what_is_not_even(self, places: list[int], tied: bool) -> None:
         """Lanes that are alone come to cells that get as many each; others stay apart."""
-        faces, others = lanes(4), lanes(len(places))
-        cells = Cells([faces, others], "even")
-        edge = Edge(others, faces, Map(torch.tensor(places).numpy()), {0})
+        faces, corners = lanes(4), lanes(len(places))
+        cells = Cells([faces, corners], "even")
+        edge = Edge(corners, faces, Map(torch.tensor(places).numpy()), {0})
         assert cells.tie(edge) is tied
 
     def test_no_cells_are_merged(self) -> None:
@@ -140,6 +140,6 @@ def test_rows_whose_sums_collide() -> None:
     """Two rows with the same sum of products are still two."""
     a, b = (int(w) for w in np.random.default_rng(0).integers(1, 2**62, 2))
     rows = np.array([[b, 0], [0, a], [b, 0], [1, 1]])
-    found = _alike(rows)
-    assert found[0] == found[2]
-    assert len(set(found.tolist())) == 3
+    groups = _alike(rows)
+    assert groups[0] == groups[2]
+    assert len(set(groups.tolist())) == 3

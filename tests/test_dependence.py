@@ -72,16 +72,16 @@ def test_a_map_acts_as_its_matrix(family: Family, data: st.DataObject) -> None:
     """On values that other maps made: terms with tables, factors, and strides of 0."""
     outer, inner = data.draw(chains(family, 2, depth=2))
     value = seeded(inner, inner.map.shape_in)
-    found = apply(outer.map, value)
-    assert found.shape == outer.map.shape_out
-    assert is_structure_of(dense_of(matrix(found)), outer.matrix @ inner.matrix)
+    result = apply(outer.map, value)
+    assert result.shape == outer.map.shape_out
+    assert is_structure_of(dense_of(matrix(result)), outer.matrix @ inner.matrix)
 
 
 @given(chains(MIXED, 2, depth=2))
 def test_a_map_loses_nothing(pair: list[Case]) -> None:
     outer, inner = pair
-    found = apply(outer.map, seeded(inner, inner.map.shape_in))
-    assert contains(dense_of(matrix(found)), outer.matrix @ inner.matrix)
+    result = apply(outer.map, seeded(inner, inner.map.shape_in))
+    assert contains(dense_of(matrix(result)), outer.matrix @ inner.matrix)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_limits_cost_precision_only(name: str, value: int, data: st.DataObject) 
         setattr(dependence, name, value)
         if name == "_ZEROS":
             dependence._KNOWN = 0
-        found = apply(outer.map, seeded(inner, inner.map.shape_in))
+        result = apply(outer.map, seeded(inner, inner.map.shape_in))
     finally:
         for n, old in before.items():
             setattr(dependence, n, old)
-    assert contains(dense_of(matrix(found)), outer.matrix @ inner.matrix)
+    assert contains(dense_of(matrix(result)), outer.matrix @ inner.matrix)
 
 
 @FAMILIES
@@ -129,9 +129,9 @@ def test_many_terms_are_merged(shifts: list[int]) -> None:
         roll = index_map(lambda t, s=shift: t.roll(s, 0), (n,), (n,), False)
         parts.append(apply(product(diagonal((n,), sign), roll), seed((n,), 0, n)))
         expected += sign * np.roll(np.eye(n), shift, 0)
-    found = joined(parts)
-    assert len(found.terms) == 1
-    assert np.array_equal(dense_of(matrix(found)), expected)
+    total = joined(parts)
+    assert len(total.terms) == 1
+    assert np.array_equal(dense_of(matrix(total)), expected)
 
 
 # Corners.
@@ -157,8 +157,8 @@ def test_shapes_without_elements() -> None:
 
 def test_one_leaf_of_several() -> None:
     """Rows of a leaf begin where those of the leaves before it end."""
-    found = matrix(seed((2, 2), 3, 9)).toarray()
-    assert np.array_equal(found, np.eye(9)[3:7])
+    table = matrix(seed((2, 2), 3, 9)).toarray()
+    assert np.array_equal(table, np.eye(9)[3:7])
 
 
 def test_lanes_are_never_written_out() -> None:
@@ -174,13 +174,13 @@ def test_lanes_are_never_written_out() -> None:
         index_map(lambda t: t.unsqueeze(1), (LANES, 1, 4), (LANES, 4), False),
     )
     minus = diagonal((LANES, 2), torch.tensor([1.0, -2.0], dtype=torch.float64).expand(LANES, 2))
-    found = apply(add(product(minus, map_), map_), value)
-    for term in found.terms:
+    result = apply(add(product(minus, map_), map_), value)
+    for term in result.terms:
         for tensor in (term.positions, term.factors):
             if isinstance(tensor, Tensor):
                 assert tensor.untyped_storage().nbytes() <= 12 * 8
         assert term.table is None or term.table.nnz <= 24
-    table, rows = distinct(found)
+    table, rows = distinct(result)
     assert table.nnz <= 8
     assert rows.stride(0) == 0
     expected = np.zeros((2, 4))
@@ -217,15 +217,15 @@ def test_rounded_sums_are_no_zeros() -> None:
         assert (matrix(apply(map_, seed((n,), 0, n))).nnz == 0) is zero
 
 
-def test_what_cancels_exactly_is_gone_beside_what_is_rounded() -> None:
+def test_what_cancels_exactly_is_gone_next_to_what_is_rounded() -> None:
     """One rounded number in a table does not make everything in it inexact."""
     factors = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)
     scaled = diagonal((3,), factors)
     value = apply(axis_sum((2, 3), [0]), apply(broadcast((2, 3), (3,)), seed((3,), 0, 3)))
     minus = apply(product(diagonal((3,), -2.0), scaled), seed((3,), 0, 3))
-    found = dense_of(matrix(joined([apply(scaled, value), minus])))
-    assert np.isnan(found[0, 0])
-    assert not found[1:].any()
+    table = dense_of(matrix(joined([apply(scaled, value), minus])))
+    assert np.isnan(table[0, 0])
+    assert not table[1:].any()
 
 
 ENTRIES = st.sampled_from([1.0, -1.0, 2.0, 0.5, 0.1, -0.1, 1 / 3, UNKNOWN, 41.0, 1 / 41, -3.0])
@@ -245,20 +245,20 @@ def exactly(paths: list[tuple[float, ...]]) -> tuple[bool, Fraction, bool]:
     return known, total, rounded
 
 
-def agrees(found: float, paths: list[tuple[float, ...]]) -> bool:
+def agrees(entry: float, paths: list[tuple[float, ...]]) -> bool:
     """An entry of a sum: zero only where that is proved, known only where it is right."""
     known, total, rounded = exactly(paths)
     if not paths:
-        return found == 0
+        return entry == 0
     if not known:
-        return math.isnan(found)
+        return math.isnan(entry)
     if not rounded:
-        return found == total
+        return entry == total
     single = np.float32(sum(np.prod([np.float32(x) for x in p]) for p in paths))
-    close = math.isnan(found) or math.isclose(found, total, rel_tol=1e-12, abs_tol=1e-12)
+    close = math.isnan(entry) or math.isclose(entry, total, rel_tol=1e-12, abs_tol=1e-12)
     if len(paths) == 1 and len(paths[0]) == 1:
-        return found == total
-    return close and found != 0 and not (single != 1 and found == 1)
+        return entry == total
+    return close and entry != 0 and not (single != 1 and entry == 1)
 
 
 @given(grids(3, 3), grids(3, 3))
@@ -281,10 +281,10 @@ POINTS = st.tuples(st.integers(0, 3), st.integers(0, 2), ENTRIES | st.just(0.0))
 def test_tables_from_entries_in_any_order(points: list[tuple[int, int, float]]) -> None:
     rows, columns, data = (np.array([p[i] for p in points]) for i in range(3))
     kinds = rows.astype(np.int64), columns.astype(np.int64), data.astype(np.float64)
-    found = dense_of(tables.by_rows(*kinds, (4, 3)))
+    table = dense_of(tables.by_rows(*kinds, (4, 3)))
     for i in range(4):
         for j in range(3):
-            assert agrees(found[i, j], [(x,) for r, c, x in points if (r, c) == (i, j) and x])
+            assert agrees(table[i, j], [(x,) for r, c, x in points if (r, c) == (i, j) and x])
 
 
 @pytest.mark.parametrize("large", [1, 2**14])
@@ -303,17 +303,17 @@ def test_tables_side_by_side(large: int, data: st.DataObject) -> None:
     before = tables._LARGE
     try:
         tables._LARGE = large
-        found = dense_of(tables.stacked(columns, factors, width))
+        table = dense_of(tables.stacked(columns, factors, width))
     finally:
         tables._LARGE = before
     for i, at in enumerate(np.ndindex(2, 3)):
         for j in range(width):
-            given_ = [
+            addends = [
                 float(np.broadcast_to(f, (2, 3))[at])
                 for c, f in zip(columns, factors, strict=True)
                 if c[at] == j
             ]
-            assert agrees(found[i, j], [(x,) for x in given_ if x])
+            assert agrees(table[i, j], [(x,) for x in addends if x])
 
 
 def test_a_long_sum_is_not_exact_for_its_length_alone() -> None:
@@ -329,9 +329,9 @@ def test_a_long_sum_is_not_exact_for_its_length_alone() -> None:
     after = index_map(lambda t: t[1:], (n - 1,), (n,), False)
     before = index_map(lambda t: t[:-1], (n - 1,), (n,), False)
     difference = add(after, product(diagonal((n - 1,), -1.0), before))
-    found = matrix(apply(product(difference, full), seed((n,), 0, n)))
-    assert found.nnz == n - 1
-    assert (found.data == 1).all()
+    table = matrix(apply(product(difference, full), seed((n,), 0, n)))
+    assert table.nnz == n - 1
+    assert (table.data == 1).all()
 
 
 def test_terms_on_one_table_are_one_term() -> None:
@@ -347,6 +347,6 @@ def test_terms_on_one_table_are_one_term() -> None:
 def test_an_unknown_dependence_stays_unknown(case: Case) -> None:
     """Of a value that may depend on everything, a map keeps that wherever it has an entry."""
     shape = case.map.shape_in
-    found = dense_of(matrix(apply(case.map, everything(shape, 2))))
+    table = dense_of(matrix(apply(case.map, everything(shape, 2))))
     touched = (case.matrix != 0).any(axis=1)
-    assert np.isnan(found[touched]).all()
+    assert np.isnan(table[touched]).all()
