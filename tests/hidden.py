@@ -31,7 +31,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1] / "src"
 # Imported by torchjac: what is there already need not be imported in every process.
-BESIDE = (
+PRELOADED = (
     "scipy.sparse",
     "torch._decomp",
     "torch.fx.experimental.proxy_tensor",
@@ -61,20 +61,20 @@ def hide_operator(name: str) -> None:
     preloaded("torchjac._torch.private")
     operators: Any = preloaded("torchjac._torch.operators")
     namespace, packet, overload = name.split(".")
-    found = getattr(getattr(operators, namespace), packet)
-    setattr(found, overload, operators.MissingOperator(name))
-    overloads = [o for o in found.overloads() if o != overload]
-    found.overloads = lambda: overloads
+    operator = getattr(getattr(operators, namespace), packet)
+    setattr(operator, overload, operators.MissingOperator(name))
+    overloads = [o for o in operator.overloads() if o != overload]
+    operator.overloads = lambda: overloads
 
 
 def hide_private(path: str) -> None:
     """Hides a private path of torch, and everything in it, from torchjac."""
     private: Any = preloaded("torchjac._torch.private")
-    found = private._found
+    lookup = private._found
 
     def without(asked: str, instead: Any) -> Any:
         gone = asked == path or asked.startswith(f"{path}.")
-        return instead if gone else found(asked, instead)
+        return instead if gone else lookup(asked, instead)
 
     private._found = without
 
@@ -82,13 +82,13 @@ def hide_private(path: str) -> None:
 def private_paths() -> list[str]:
     """All private paths that torchjac asks for while it is imported."""
     private: Any = preloaded("torchjac._torch.private")
-    found, paths = private._found, dict.fromkeys([""])
+    lookup, paths = private._found, dict.fromkeys([""])
 
-    def noted(path: str, instead: Any) -> Any:
+    def recorded(path: str, instead: Any) -> Any:
         paths[path] = None
-        return found(path, instead)
+        return lookup(path, instead)
 
-    private._found = noted
+    private._found = recorded
     importlib.import_module("torchjac")
     return sorted(filter(None, paths))
 
@@ -117,8 +117,8 @@ def check() -> None:
     for options in ({}, {"compile": True}, {"layout": torch.sparse_csr}):
         J = torchjac.jacobian(f, **options)
         for _ in range(3):
-            found = J(x)
-            close(found.to_dense() if found.layout != torch.strided else found, want)
+            J_x = J(x)
+            close(J_x.to_dense() if J_x.layout != torch.strided else J_x, want)
     points = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(10, 2)
     rows = torch.stack([points.flip(1), -points.sin()], 1)
     close(torchjac.jacobian(batch, batched=True)(points), rows)
@@ -131,10 +131,10 @@ def check_inside() -> None:
     import torchjac
 
     points = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(10, 2)
-    found = torch.vmap(torchjac.jacobian(lambda p: p.prod() * p))(points)
+    jacobians = torch.vmap(torchjac.jacobian(lambda p: p.prod() * p))(points)
     product = points.prod(1)[:, None, None]
     turned = points.flip(1)[:, None, :] * points[:, :, None]
-    close(found, product * torch.eye(2) + turned)
+    close(jacobians, product * torch.eye(2) + turned)
 
 
 def check_tables() -> None:
@@ -148,9 +148,9 @@ def check_tables() -> None:
                 assert not [x for x in value if isinstance(x, kind)], f"{name}.{table}"
 
 
-def close(found: Tensor, want: Tensor) -> None:
+def close(got: Tensor, want: Tensor) -> None:
     """Law: the same but for rounding."""
-    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 def forked(hide: Callable[[str], None], name: str) -> str | None:
@@ -181,7 +181,7 @@ def main(kind: str, *names: str) -> None:
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("TORCHJAC_CACHE_DIR", tempfile.mkdtemp(prefix="torchjac-hidden-"))
     warnings.simplefilter("ignore")
-    for module in BESIDE:
+    for module in PRELOADED:
         with contextlib.suppress(ImportError):  # not in every torch
             importlib.import_module(module)
     if kind == "private" and not names:

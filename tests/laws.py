@@ -35,7 +35,7 @@ PLAN_IDS = [f"{mode}-{chunk}" for mode, chunk in PLANS]
 def rows(out: Tensor, leaves: list[Tensor], create_graph: bool = False) -> list[Tensor]:
     """The Jacobian blocks of one output: one reverse pass per element, zeros where unused."""
     live = [i for i, x in enumerate(leaves) if x.requires_grad]
-    found: list[list[Tensor]] = [[] for _ in leaves]
+    blocks: list[list[Tensor]] = [[] for _ in leaves]
     for k in range(out.numel()):
         grads: list[Tensor | None] = [None] * len(leaves)
         if out.requires_grad and live:
@@ -53,10 +53,10 @@ def rows(out: Tensor, leaves: list[Tensor], create_graph: bool = False) -> list[
                 grads[i] = grad
         for i, (x, grad) in enumerate(zip(leaves, grads, strict=True)):
             dense = torch.zeros(x.shape, dtype=x.dtype) if grad is None else grad.to_dense()
-            found[i].append(dense)
+            blocks[i].append(dense)
     return [
         torch.stack(got).reshape(out.shape + x.shape) if got else x.new_zeros(out.shape + x.shape)
-        for got, x in zip(found, leaves, strict=True)
+        for got, x in zip(blocks, leaves, strict=True)
     ]
 
 

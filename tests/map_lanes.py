@@ -74,14 +74,14 @@ def _(map_: Diagonal) -> list[Along]:
 def _(map_: IndexMap) -> list[Along]:
     shape = map_.shape_in
     coordinates = [_moved(map_, axis) for axis in range(len(shape))]
-    found = []
+    pairs = []
     for j, coordinate in enumerate(coordinates):
         for i, size in enumerate(map_.shape_out):
             if size == shape[j] and _runs_along(coordinate, i):
-                others = [c for k, c in enumerate(coordinates) if k != j]
+                rest = [c for k, c in enumerate(coordinates) if k != j]
                 filled = [(coordinate < 0)] if map_.fills else []
-                found.append(Along(i, j, all(_is_fixed(c, i) for c in [*others, *filled])))
-    return found
+                pairs.append(Along(i, j, all(_is_fixed(c, i) for c in [*rest, *filled])))
+    return pairs
 
 
 @_lanes.register
@@ -91,8 +91,8 @@ def _(map_: Scatter) -> list[Along]:
 
 @_lanes.register
 def _(map_: AxisSum) -> list[Along]:
-    kept = [i for i in range(len(map_.shape_in)) if i not in map_.axes]
-    return [Along(i, axis, True) for i, axis in enumerate(kept)]
+    remaining = [i for i in range(len(map_.shape_in)) if i not in map_.axes]
+    return [Along(i, axis, True) for i, axis in enumerate(remaining)]
 
 
 @_lanes.register
@@ -104,25 +104,25 @@ def _(map_: Dense) -> list[Along]:
 
 @_lanes.register
 def _(map_: Sum) -> list[Along]:
-    found = _same_of(_lanes(map_.parts[0]))
+    pairs = _same_of(_lanes(map_.parts[0]))
     for part in map_.parts[1:]:
         other = _same_of(_lanes(part))
-        found = {pair: same and other[pair] for pair, same in found.items() if pair in other}
-    return [Along(*pair, same) for pair, same in found.items()]
+        pairs = {pair: same and other[pair] for pair, same in pairs.items() if pair in other}
+    return [Along(*pair, same) for pair, same in pairs.items()]
 
 
 @_lanes.register
 def _(map_: Product) -> list[Along]:
-    found = _same_of(_lanes(map_.factors[0]))
+    pairs = _same_of(_lanes(map_.factors[0]))
     for factor in map_.factors[1:]:
         longer: dict[tuple[int, int], bool] = {}
         for along in _lanes(factor):
-            for (out, middle), same in found.items():
+            for (out, middle), same in pairs.items():
                 if middle == along.axis_out:
                     pair = out, along.axis_in
                     longer[pair] = (same and along.same) or longer.get(pair, False)
-        found = longer
-    return [Along(*pair, same) for pair, same in found.items()]
+        pairs = longer
+    return [Along(*pair, same) for pair, same in pairs.items()]
 
 
 def _same_of(pairs: list[Along]) -> dict[tuple[int, int], bool]:

@@ -118,17 +118,17 @@ def _counts_of_product(map_: Product, choice: Choice) -> Tensor:
     head, last = map_.factors[0], map_.factors[-1]
     if isinstance(head, IndexMap):
         return head.run(_counts(_rest(map_.factors[1:]), choice))
-    if isinstance(head, (Scaled, Diagonal)) and _is_choice_kept(head, choice):
+    if isinstance(head, (Scaled, Diagonal)) and _preserves_choice(head, choice):
         rest = _counts(_rest(map_.factors[1:]), choice)
         return on_support(lambda f, n: torch.where(f == 0, 0, n), _factors(head), rest)
     if isinstance(last, (Scaled, Diagonal)):
         every = bool((stored(_factors(last)) != 0).all())
-        if every and _is_choice_kept(last, choice):
+        if every and _preserves_choice(last, choice):
             return _counts(_rest(map_.factors[:-1]), choice)
     return _counted(map_, choice)
 
 
-def _is_choice_kept(map_: Scaled | Diagonal, choice: Choice) -> bool:
+def _preserves_choice(map_: Scaled | Diagonal, choice: Choice) -> bool:
     """Whether an entry is chosen after scaling if and only if it was before, or is zero."""
     if choice is _is_entry:
         return True

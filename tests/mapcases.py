@@ -80,11 +80,11 @@ class _Maker:
 
     def solved(self, factors: Tensor) -> Matrix:
         """The factors with random numbers for unknown ones."""
-        found = factors.numpy().astype(np.float64).copy()
-        holes = np.isnan(found)
+        matrix = factors.numpy().astype(np.float64).copy()
+        holes = np.isnan(matrix)
         seed = self.draw(st.integers(0, 2**16))
-        found[holes] = np.random.default_rng(seed).integers(3, 1000, size=int(holes.sum()))
-        return found
+        matrix[holes] = np.random.default_rng(seed).integers(3, 1000, size=int(holes.sum()))
+        return matrix
 
     def axis(self, shape: Shape) -> int:
         return self.draw(st.integers(0, len(shape) - 1))
@@ -103,9 +103,9 @@ class _Maker:
         return Case(diagonal(shape, factor), np.eye(math.prod(shape)) * value)
 
     def diagonal(self, shape: Shape) -> Case:
-        kept = [1 if self.draw(st.booleans()) else s for s in shape]
-        numbers = [self.number() for _ in range(math.prod(kept))]
-        factors = torch.tensor(numbers, dtype=torch.float64).reshape(kept).expand(shape)
+        stored = [1 if self.draw(st.booleans()) else s for s in shape]
+        numbers = [self.number() for _ in range(math.prod(stored))]
+        factors = torch.tensor(numbers, dtype=torch.float64).reshape(stored).expand(shape)
         return Case(diagonal(shape, factors), np.diag(self.solved(factors).reshape(-1)))
 
     def zero(self, shape: Shape) -> Case:
@@ -115,8 +115,8 @@ class _Maker:
     def moved(self, shape: Shape) -> Case:
         run, fills = self.movement(shape)
         out = tuple(run(torch.zeros(shape)).shape)
-        made = index_map(run, out, shape, fills)
-        return Case(made, by_basis(run, out, shape))
+        map_ = index_map(run, out, shape, fills)
+        return Case(map_, by_basis(run, out, shape))
 
     def movement(self, shape: Shape) -> tuple[Callable[[Tensor], Tensor], bool]:
         if not shape:
@@ -157,8 +157,8 @@ class _Maker:
 
     def summed(self, shape: Shape) -> Case:
         axes = self.axes(shape)
-        made = axis_sum(shape, axes)
-        return Case(made, by_basis(lambda t: t.sum(axes) if axes else t, made.shape_out, shape))
+        map_ = axis_sum(shape, axes)
+        return Case(map_, by_basis(lambda t: t.sum(axes) if axes else t, map_.shape_out, shape))
 
     def all_pairs(self, shape: Shape) -> Case:
         axes_in = self.axes(shape)
@@ -183,12 +183,12 @@ class _Maker:
         way = self.pick("gather", "scatter")
         if way == "gather":
             index = self.index(rows, columns)
-            taken = np.eye(columns)[index.numpy()]
+            matrix = np.eye(columns)[index.numpy()]
             return Case(
                 product(
                     reshape(out, (rows,)), gather((columns,), 0, index), reshape((columns,), shape)
                 ),
-                taken,
+                matrix,
             )
         index = self.index(columns, rows)
         put = scatter((rows,), (columns,), 0, index)
@@ -219,12 +219,12 @@ class _Maker:
 def by_basis(run: Callable[[Tensor], Tensor], out: Shape, shape: Shape) -> Matrix:
     """The matrix of a linear function, column by column."""
     size = math.prod(shape)
-    made = np.zeros((math.prod(out), size))
+    matrix = np.zeros((math.prod(out), size))
     for j in range(size):
         unit = torch.zeros(size, dtype=torch.float64)
         unit[j] = 1
-        made[:, j] = run(unit.reshape(shape)).reshape(-1).numpy()
-    return made
+        matrix[:, j] = run(unit.reshape(shape)).reshape(-1).numpy()
+    return matrix
 
 
 def multiplied(*cases: Case) -> Case:
@@ -250,10 +250,10 @@ def cases(draw: st.DrawFn, family: Family, depth: int = 2) -> Case:
 def chains(draw: st.DrawFn, family: Family, count: int, depth: int = 1) -> list[Case]:
     """Maps that can be multiplied, the last acting first."""
     maker = _Maker(draw, family)
-    found = [maker.any(draw(SHAPES), depth)]
-    while len(found) < count:
-        found.insert(0, maker.any(found[0].map.shape_out, depth))
-    return found
+    maps = [maker.any(draw(SHAPES), depth)]
+    while len(maps) < count:
+        maps.insert(0, maker.any(maps[0].map.shape_out, depth))
+    return maps
 
 
 @st.composite
@@ -275,15 +275,17 @@ def dense_of(table: sparse.csr_array) -> Matrix:
     return table.toarray()
 
 
-def contains(found: Matrix, numbers: Matrix) -> bool:
+def contains(structure: Matrix, numbers: Matrix) -> bool:
     """Whether every nonzero is there, and every known factor is the number."""
-    known = ~np.isnan(found)
-    return bool(((found != 0) | (numbers == 0)).all() and (found[known] == numbers[known]).all())
+    known = ~np.isnan(structure)
+    return bool(
+        ((structure != 0) | (numbers == 0)).all() and (structure[known] == numbers[known]).all()
+    )
 
 
-def is_structure_of(found: Matrix, numbers: Matrix) -> bool:
+def is_structure_of(structure: Matrix, numbers: Matrix) -> bool:
     """Whether in addition there is nothing else."""
-    return contains(found, numbers) and bool(((found != 0) == (numbers != 0)).all())
+    return contains(structure, numbers) and bool(((structure != 0) == (numbers != 0)).all())
 
 
 def stored_elements(tensor: Tensor) -> int:

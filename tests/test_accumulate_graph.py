@@ -76,9 +76,9 @@ def test_comes_into_use() -> None:
     J = torchjac.jacobian(f, create_graph=True)
     x = value(24).requires_grad_()
     assert used(J, x)
-    found = J(x)
-    assert found.requires_grad
-    (got,) = torch.autograd.grad(found.square().sum(), x)
+    jacobian = J(x)
+    assert jacobian.requires_grad
+    (got,) = torch.autograd.grad(jacobian.square().sum(), x)
     want = torch.func.grad(lambda x: torch.func.jacrev(f)(x).square().sum())(x.detach())
     same(got, want)
 
@@ -118,7 +118,7 @@ def test_parameters_learn_through_it() -> None:
         net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
         J = torchjac.jacobian(net, create_graph=True)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        found, engines = [], set()
+        history, engines = [], set()
         x = value(3)
         for _ in range(CALLS):
             optimizer.zero_grad()
@@ -135,9 +135,9 @@ def test_parameters_learn_through_it() -> None:
             loss = (jacobian - 1).square().sum() + net(x).square().sum()
             loss.backward()
             optimizer.step()
-            found.append(float(loss.detach()))
+            history.append(float(loss.detach()))
         assert not uses_plan or "accumulate" in engines
-        return found
+        return history
 
     torch.testing.assert_close(losses(True), losses(False), rtol=1e-9, atol=1e-12)
 
@@ -216,8 +216,8 @@ def test_where_gradients_stop_passes_do_it(name: str) -> None:
     J = torchjac.jacobian(f, create_graph=True)
     x = value(4).requires_grad_()
     for _ in range(CALLS):
-        found = J(x)
-        (got,) = torch.autograd.grad(found.square().sum(), x)
+        jacobian = J(x)
+        (got,) = torch.autograd.grad(jacobian.square().sum(), x)
     leaf = x.detach().requires_grad_()
     y = f(leaf)
     rows = [torch.autograd.grad(v, leaf, create_graph=True)[0] for v in y]
@@ -304,13 +304,13 @@ def test_results_may_be_written_to() -> None:
     J = torchjac.jacobian(lambda x: x.exp().sum(), create_graph=True)
     x = value(3).requires_grad_()
     assert used(J, x)
-    found = J(x)
-    found.mul_(2)
-    (got,) = torch.autograd.grad(found.sum(), x)
+    jacobian = J(x)
+    jacobian.mul_(2)
+    (got,) = torch.autograd.grad(jacobian.sum(), x)
     same(got, 2 * x.detach().exp())
 
 
-def test_results_can_be_differentiated_whatever_is_given() -> None:
+def test_results_can_be_differentiated_whatever_the_input() -> None:
     """As by passes: also where no input requires a gradient."""
     J = torchjac.jacobian(lambda x: x * x, create_graph=True)
     x = value(3)
