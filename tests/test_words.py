@@ -50,8 +50,6 @@ UNREAD = {
     "examples",
     "examples/cpp",
     "tests",
-    "tools",
-    "tools/replaying",
 }
 
 

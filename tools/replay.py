@@ -35,17 +35,17 @@ _SHOWN, _LINES = 4, 30
 _SLOWEST = 12
 
 # What each case gave: hashes of texts, or the texts, by kind.
-Found = dict[str, dict[str, list[str]]]
+Texts = dict[str, dict[str, list[str]]]
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Replays; 0 if all is well, 1 if revisions differ or a case crashed, 2 if nothing ran."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, help="file for the hashes, as JSON")
     parser.add_argument("--texts", type=Path, help="folder for the texts")
     parser.add_argument("--against", metavar="REV", help="a revision to compare with")
     parser.add_argument("-k", metavar="SUBSTRING", default="", help="cases with this in the name")
-    asked = parser.parse_args(given)
+    asked = parser.parse_args(arguments)
     if asked.against is None:
         return _one(asked)
     return _against(asked)
@@ -54,23 +54,23 @@ def main(given: Sequence[str] | None = None) -> int:
 def _one(asked: argparse.Namespace) -> int:
     """Replays this revision."""
     started = time.perf_counter()
-    found, crashed = replay(asked.k)
-    if not found and not crashed:
+    texts, crashed = replay(asked.k)
+    if not texts and not crashed:
         _say(f"no case has {asked.k!r} in its name")
         return 2
     if asked.texts is not None:
-        _write_texts(asked.texts, found)
-    hashes = json.dumps(_hashes(found), indent=1, sort_keys=True) + "\n"
+        _write_texts(asked.texts, texts)
+    hashes = json.dumps(_hashes(texts), indent=1, sort_keys=True) + "\n"
     if asked.out is not None:
         asked.out.write_text(hashes, encoding="utf-8")
-    kinds = {k: sum(len(f[k]) for f in found.values()) for k in ("c", "program", "record")}
-    _say(f"{len(found)} cases, {kinds}, {time.perf_counter() - started:.0f} s")
+    kinds = {k: sum(len(f[k]) for f in texts.values()) for k in ("c", "program", "record")}
+    _say(f"{len(texts)} cases, {kinds}, {time.perf_counter() - started:.0f} s")
     for name in crashed:
         _say(f"crashed: {name}")
     return int(bool(crashed))
 
 
-def replay(part: str) -> tuple[Found, list[str]]:
+def replay(part: str) -> tuple[Texts, list[str]]:
     """The texts of all cases with this in their name, and the cases that crashed.
 
     Each case has a process of its own, copied from one that is warm: no case sees what another one
@@ -82,7 +82,7 @@ def replay(part: str) -> tuple[Found, list[str]]:
 
     warm_up()
     waiting = [case for case in cases() if part in case.name]
-    found: Found = {}
+    texts: Texts = {}
     crashed: list[str] = []
     running: dict[int, tuple[str, Path, float]] = {}
     took: dict[str, float] = {}
@@ -98,11 +98,11 @@ def replay(part: str) -> tuple[Found, list[str]]:
             if status:
                 crashed.append(name)
             else:
-                found.update(json.loads(file.read_text(encoding="utf-8")))
+                texts.update(json.loads(file.read_text(encoding="utf-8")))
             _say(f"{total - len(waiting) - len(running)}/{total} {name}", end="\r")
     slowest = sorted(took, key=lambda name: -took[name])[:_SLOWEST]
     _say(f"\nslowest: {', '.join(f'{name} {took[name]:.1f} s' for name in slowest)}")
-    return found, crashed
+    return texts, crashed
 
 
 def _prepare() -> None:
@@ -136,19 +136,19 @@ def _started(case: Any, file: Path) -> int:
         os._exit(status)  # nothing of the parent's is cleaned up twice
 
 
-def _hashes(found: Found) -> Found:
+def _hashes(texts_of_cases: Texts) -> Texts:
     from replaying.normal import digest
 
     return {
         case: {kind: list(map(digest, texts)) for kind, texts in about.items()}
-        for case, about in found.items()
+        for case, about in texts_of_cases.items()
     }
 
 
-def _write_texts(folder: Path, found: Found) -> None:
+def _write_texts(folder: Path, texts_of_cases: Texts) -> None:
     """A file for each case and kind."""
     folder.mkdir(parents=True, exist_ok=True)
-    for case, about in found.items():
+    for case, about in texts_of_cases.items():
         for kind, texts in about.items():
             if texts:
                 text = "\n\n".join(f"-- {i}\n{t}" for i, t in enumerate(texts))

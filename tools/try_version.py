@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the environment for another run")
     asked = parser.parse_args()
     try:
-        python = found_python(asked.python)
+        python = find_python(asked.python)
         with Environment(python, asked.torch, asked.keep) as folder:
             return tried(folder)
     except Unavailable as reason:
@@ -60,11 +60,11 @@ def lower_bound(of: str) -> str:
     """The oldest version that pyproject.toml allows, of `torch` or `python`."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     pattern = r'requires-python = ">=([\d.]+)"' if of == "python" else r'"torch>=([\d.]+)"'
-    (found,) = re.findall(pattern, text)
-    return str(found)
+    (version_text,) = re.findall(pattern, text)
+    return str(version_text)
 
 
-def found_python(asked: str) -> str:
+def find_python(asked: str) -> str:
     """The command of an interpreter.
 
     Raises:
@@ -87,9 +87,9 @@ def found_python(asked: str) -> str:
 def candidates(minor: int) -> list[str]:
     """Where an interpreter may be: on the path, and where pyenv keeps its own."""
     name = f"python3.{minor}"
-    kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    others = sorted(kept.glob(f"3.{minor}.*/bin/{name}"), key=_patch, reverse=True)
-    return [*filter(None, [shutil.which(name)]), *map(str, others)]
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    managed = sorted(versions.glob(f"3.{minor}.*/bin/{name}"), key=_patch, reverse=True)
+    return [*filter(None, [shutil.which(name)]), *map(str, managed)]
 
 
 def _patch(path: Path) -> int:

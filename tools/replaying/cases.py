@@ -67,7 +67,7 @@ class Case:
 
 def cases() -> list[Case]:
     """All of them; names are unique."""
-    found = [
+    every = [
         *_problems(),
         *_batches(),
         *_captured(),
@@ -76,8 +76,8 @@ def cases() -> list[Case]:
         *_layers(),
         *_workloads(),
     ]
-    assert len({c.name for c in found}) == len(found), "two cases have one name"
-    return found
+    assert len({c.name for c in every}) == len(every), "two cases have one name"
+    return every
 
 
 def _fixed(f: Callable[..., Any], *args: Any) -> Callable[[], Use]:
@@ -94,8 +94,8 @@ def _problems() -> Iterator[Case]:
         yield Case(f"float32 {name}", _fixed(f, single), PLAIN[2:])
     for name, (f, shape, _) in test_pattern_cases.CASES.items():
         yield Case(f"pattern {name}", _fixed(f, value(*shape)), GRAPH + PLAIN)
-    for name, (f, given) in test_sparse.CASES.items():
-        yield Case(f"sparse {name}", _fixed(f, given), GRAPH + PLAIN)
+    for name, (f, x) in test_sparse.CASES.items():
+        yield Case(f"sparse {name}", _fixed(f, x), GRAPH + PLAIN)
     exported = ("export", "export csr")  # its Hessian takes minutes to write down
     yield Case("kernel mesh", _fixed(test_kernel.mesh, value(40)), GRAPH + PLAIN + exported)
     for name, (f, _) in test_waists.CASES.items():
@@ -150,8 +150,8 @@ def _knobs(chosen: random.Random) -> tuple[int, int, int, int]:
 
 def _program(name: str, program: programs.Program) -> Case:
     def make() -> Use:
-        given = program.inputs()
-        return Use(program, given, tuple(range(len(given))))
+        inputs = program.inputs()
+        return Use(program, inputs, tuple(range(len(inputs))))
 
     return Case(name, make)
 
@@ -189,8 +189,8 @@ def _workloads() -> Iterator[Case]:
         workload = build(spec)
 
         def make(spec: str = spec) -> Use:
-            made = build(spec)
-            return Use(made.f, made.make(0), made.argnums)
+            fresh = build(spec)
+            return Use(fresh.f, fresh.make(0), fresh.argnums)
 
         ways = BATCHED if workload.batched else GRAPH + PLAIN
         if spec in LARGER:

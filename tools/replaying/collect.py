@@ -77,18 +77,18 @@ class Clock:
 def replayed(case: Case) -> dict[str, Texts]:
     """What was made for a case, by the way that it was asked for."""
     before = os.environ.get("TORCHJAC_CACHE_DIR")
-    found = {}
+    texts = {}
     try:
         for way in case.ways:
             with tempfile.TemporaryDirectory(prefix="torchjac-replay-") as folder:
                 os.environ["TORCHJAC_CACHE_DIR"] = folder
-                found[f"{case.name}: {way}"] = _asked(case.make, way, Path(folder))
+                texts[f"{case.name}: {way}"] = _asked(case.make, way, Path(folder))
     finally:
         if before is None:
             os.environ.pop("TORCHJAC_CACHE_DIR", None)
         else:
             os.environ["TORCHJAC_CACHE_DIR"] = before
-    return found
+    return texts
 
 
 def warm_up() -> None:
@@ -123,32 +123,32 @@ def _called(
 ) -> list[str]:
     """Records of several calls; those that are alike are one, with their number."""
     jacobian = kind(use.f, use.argnums, memory_budget=_BUDGET, **options)
-    found = []
+    records = []
     for _ in range(calls):
         reading.call()
-        made = jacobian(*use.args, **use.kwargs)
-        found.append(_recorded(made))
+        result = jacobian(*use.args, **use.kwargs)
+        records.append(_recorded(result))
     reading.call()
-    found.append(f"explained\n{_shown(jacobian.explain(*use.args, **use.kwargs))}")
-    return [f"{len(list(alike))} calls\n{text}" for text, alike in groupby(found)]
+    records.append(f"explained\n{_shown(jacobian.explain(*use.args, **use.kwargs))}")
+    return [f"{len(list(alike))} calls\n{text}" for text, alike in groupby(records)]
 
 
 def _of_graph(use: Use, way: str, reading: Clock) -> str:
     """The record of a Jacobian of tensors that have a graph."""
-    taken = (use.argnums,) if isinstance(use.argnums, int) else use.argnums
+    argnums = (use.argnums,) if isinstance(use.argnums, int) else use.argnums
     args = list(use.args)
-    for i in taken:
+    for i in argnums:
         args[i] = pytree.tree_map(lambda x: x.detach().clone().requires_grad_(), args[i])
     reading.call()
-    made = torchjac.jac(
+    result = torchjac.jac(
         use.f(*args, **use.kwargs),
-        [args[i] for i in taken],
+        [args[i] for i in argnums],
         allow_unused=True,
         batched=way.startswith("batched"),
         memory_budget=_BUDGET,
         **(_CSR if way.endswith("csr") else {}),
     )
-    return _recorded(made)
+    return _recorded(result)
 
 
 def _exported(use: Use, way: str, folder: Path) -> list[str]:
@@ -171,9 +171,9 @@ def _summed(use: Use) -> Use:
     return Use(f, use.args, use.argnums, use.kwargs)
 
 
-def _recorded(made: Any) -> str:
+def _recorded(result: Any) -> str:
     """The record of the last call, and the shapes of what it gave."""
-    leaves, _ = pytree.tree_flatten(made)
+    leaves, _ = pytree.tree_flatten(result)
     shapes = [f"result {_leaf(x)}" for x in leaves]
     return "\n".join([_shown(torchjac.last_run()), *shapes])
 
@@ -191,10 +191,10 @@ def _shown(record: Any) -> str:
         return "no record"
     lines = []
     for about in fields(record):
-        given = getattr(record, about.name)
+        value = getattr(record, about.name)
         if about.name == "seconds":
             continue
         if about.name == "candidates":
-            given = [c.name for c in given]
-        lines.append(f"{about.name}: {given}")
+            value = [c.name for c in value]
+        lines.append(f"{about.name}: {value}")
     return normal_words("\n".join(lines))

@@ -56,7 +56,7 @@ class Noted:
     program: list[str] = field(default_factory=list)
     wrong: list[Exception] = field(default_factory=list)
 
-    def note(self, kind: str, say: Callable[[], str]) -> None:
+    def add(self, kind: str, say: Callable[[], str]) -> None:
         """Notes a text; a program that was noted is not noted again."""
         try:
             text = say()
@@ -78,11 +78,11 @@ def watched() -> Iterator[Noted]:
     noted = Noted()
     _races.clear()  # what earlier cases measured decides nothing
 
-    def kernel(made: Any, program: Any, *rest: Any) -> None:
-        noted.note("c", lambda: _tables(program.source.tables))
+    def kernel(instance: Any, program: Any, *rest: Any) -> None:
+        noted.add("c", lambda: _tables(program.source.tables))
 
-    def emitted(made: Any, *rest: Any) -> None:
-        noted.note("program", lambda: _program(made))
+    def emitted(instance: Any, *rest: Any) -> None:
+        noted.add("program", lambda: _program(instance))
 
     with (
         _replaced(vars(tiers), "_COMPILE", 1e-3),
@@ -115,16 +115,16 @@ def _replaced(where: dict[str, Any], name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _noticed(kind: Any, note: Callable[..., None]) -> Iterator[None]:
+def _noticed(kind: Any, notice: Callable[..., None]) -> Iterator[None]:
     """Calls a function after each instance of a class that is made, with the same arguments."""
     original = kind.__init__
 
     @functools.wraps(original)
-    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        note(self, *args, *kwargs.values())
+        notice(self, *args, *kwargs.values())
 
-    kind.__init__ = made
+    kind.__init__ = initialize
     try:
         yield
     finally:
@@ -141,7 +141,7 @@ def _compiler(noted: Noted) -> type[subprocess.Popen[bytes]]:
             words = [command] if isinstance(command, str) else [str(w) for w in command]
             sources = [Path(w) for w in words if w.endswith(".c")]
             if sources:
-                noted.note("c", lambda: _source(words, sources))
+                noted.add("c", lambda: _source(words, sources))
                 command = ["-O0" if w in ("-O1", "-O2", "-O3") else w for w in words]
             super().__init__(command, *args, **kwargs)
 
@@ -212,8 +212,8 @@ def _recording(recording: Any) -> list[str]:
     lines = [f"input {shown(v)} {_shape(v)}" for v in recording.inputs]
     for call in recording.calls:
         args = shown(call.args), {k: shown(v) for k, v in call.kwargs.items()}
-        made = ", ".join(f"{shown(v)} {_shape(v)}" for v in call.results if v is not None)
-        lines.append(f"{made} = {_target(call.operation)} {args}")
+        results = ", ".join(f"{shown(v)} {_shape(v)}" for v in call.results if v is not None)
+        lines.append(f"{results} = {_target(call.operation)} {args}")
     constants = [f"constant{i} {said(c)}" for i, c in enumerate(recording.constants)]
     return ["recording", *lines, f"outputs {shown(recording.outputs)}", *constants]
 
