@@ -134,24 +134,24 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=24)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--alone", action="store_true", help="torchjac only: dense does not fit")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
-    f, state = rates(given.size), start(given.size)
+    f, state = rates(arguments.size), start(arguments.size)
     ways: dict[str, Jacobian] = {"torchjac": torchjac.jacobian(f, layout=csc_array)}
-    if not given.alone:
+    if not arguments.alone:
         ways |= {"jacrev": torch.func.jacrev(f), "jacfwd": torch.func.jacfwd(f)}
     print(" " * 8 + "  seconds  Jacobians  in these  median each")
-    found: dict[str, Run] = {}
+    runs: dict[str, Run] = {}
     for name, jacobian in ways.items():
-        run = found[name] = walk(f, jacobian, state, given.steps)
+        run = runs[name] = walk(f, jacobian, state, arguments.steps)
         print(
             f"{name:8}  {run.seconds:7.2f}  {len(run.in_jacobians):9}  "
             f"{sum(run.in_jacobians):8.2f}  {1e3 * median(run.in_jacobians):8.2f} ms"
         )
-    ends = {name: run.states[-1] for name, run in found.items()}
+    ends = {name: run.states[-1] for name, run in runs.items()}
     apart = max(float((end - ends["torchjac"]).abs().max()) for end in ends.values())
     print(f"concentrations differ by {apart:.1e} at most")
-    print(f"balance of what is fed and used: off by {imbalance(found['torchjac'].states):.1e}")
+    print(f"balance of what is fed and used: off by {imbalance(runs['torchjac'].states):.1e}")
 
 
 if __name__ == "__main__":

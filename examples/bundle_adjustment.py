@@ -84,7 +84,7 @@ class Scene:
         return math.sqrt(cost / (self.pixels.numel() - unknowns))
 
 
-def look(centers: Array, targets: Array) -> Array:
+def orientations(centers: Array, targets: Array) -> Array:
     """Axis times angle of cameras that stand at the centers and look at the targets."""
     forward = targets - centers
     forward /= np.linalg.norm(forward, axis=-1, keepdims=True)
@@ -101,7 +101,7 @@ def make(cameras: int, points: int) -> Scene:
     around = 2 * np.pi * np.arange(cameras) / cameras
     centers = 5 * np.stack([np.cos(around), np.sin(around), 0 * around], -1)
     centers += 0.5 * random.normal(size=(cameras, 3))
-    turns = look(centers, 0.3 * random.normal(size=(cameras, 3)))
+    turns = orientations(centers, 0.3 * random.normal(size=(cameras, 3)))
     # Focal length, principal point, radial distortion: what is usual, and how they vary.
     usual, vary = np.array([[600, 0, 0, -0.1, 0.02], [20, 5, 5, 0.02, 0.01]])
     lens = usual + vary * random.normal(size=(cameras, 5))
@@ -207,25 +207,25 @@ def main() -> None:
     parser.add_argument("--cameras", type=int, default=6)
     parser.add_argument("--points", type=int, default=100)
     parser.add_argument("--alone", action="store_true", help="torchjac only: dense does not fit")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
-    scene = make(given.cameras, given.points)
+    scene = make(arguments.cameras, arguments.points)
     ways: dict[str, Jacobians] = {
         "torchjac": torchjac.jacobian(scene.residuals, argnums=(0, 1), layout=csr_array)
     }
-    if not given.alone:
+    if not arguments.alone:
         ways["jacrev"] = torch.func.jacrev(scene.residuals, argnums=(0, 1))
         ways["jacfwd"] = torch.func.jacfwd(scene.residuals, argnums=(0, 1))
     print(" " * 8 + "  seconds  iterations  Jacobians  in these  median each  residuals / noise")
-    found: dict[str, Run] = {}
+    runs: dict[str, Run] = {}
     for name, jacobians in ways.items():
-        run = found[name] = adjust(scene, jacobians)
+        run = runs[name] = adjust(scene, jacobians)
         print(
             f"{name:8}  {run.seconds:7.2f}  {run.iterations:10}  {len(run.in_jacobians):9}  "
             f"{sum(run.in_jacobians):8.2f}  {1e3 * median(run.in_jacobians):8.2f} ms  "
             f"{scene.spread(run.costs[0]):8.1f} -> {scene.spread(run.costs[-1]):.3f}"
         )
-    ends = [scene.residuals(run.cameras, run.points) for run in found.values()]
+    ends = [scene.residuals(run.cameras, run.points) for run in runs.values()]
     apart = max(float((end - ends[0]).abs().max()) for end in ends)
     print(f"residuals differ by {apart:.1e} of the noise at most")
 

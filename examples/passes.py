@@ -41,10 +41,10 @@ class Meter(TorchDispatchMode):
         self.known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
+        known = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         storages = [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)]
-        fresh = [s for s in storages if s._cdata not in given]
+        fresh = [s for s in storages if s._cdata not in known]
         self.launches += bool(fresh) or func._schema.is_mutable
         for storage in fresh:
             self.watch(storage)
@@ -139,13 +139,13 @@ def problems() -> list[Problem]:
 def microseconds(run: Callable[[], Any], seconds: float) -> float:
     """Median time of a call; the first call warms up and is not counted."""
     run()
-    taken: list[float] = []
+    times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(taken) < 3 or time.perf_counter() < end:
+    while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
-        taken.append(time.perf_counter() - start)
-    return median(taken) * 1e6
+        times.append(time.perf_counter() - start)
+    return median(times) * 1e6
 
 
 def main() -> None:

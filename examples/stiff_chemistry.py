@@ -91,13 +91,13 @@ def mechanism() -> Callable[[Tensor], Tensor]:
     change = torch.zeros(len(lines), len(SPECIES), dtype=torch.float64)
     reactants = []
     for number, (_, reaction) in enumerate(lines):
-        used, made = (
+        used, products = (
             [SPECIES.index(name.strip()) for name in side.split("+")]
             for side in reaction.split("->")
         )
         for species in used:
             change[number, species] -= 1
-        for species in made:
+        for species in products:
             change[number, species] += 1
         # Where there is no second reactant, the one behind the last: a concentration of one.
         reactants.append([*used, len(SPECIES)][:2])
@@ -114,8 +114,8 @@ def air(boxes: int) -> Array:
     """The published start, and others with up to three times more or less of everything."""
     spread = np.random.default_rng(0).uniform(-0.5, 0.5, (boxes, len(SPECIES)))
     spread[0] = 0
-    given: Array = START * 10**spread
-    return given
+    concentrations: Array = START * 10**spread
+    return concentrations
 
 
 @dataclass
@@ -182,9 +182,9 @@ def main() -> None:
     parser.add_argument("--boxes", type=int, default=30)
     parser.add_argument("--method", choices=("BDF", "Radau"), default="Radau")
     parser.add_argument("--rtol", type=float, default=1e-6)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
-    slope, starts = mechanism(), air(given.boxes)
+    slope, starts = mechanism(), air(arguments.boxes)
     # A small Jacobian that is asked for a thousand times: worth a compiler from the start.
     ways: dict[str, Callable[[Tensor], Tensor] | None] = {
         "torchjac": torchjac.jacobian(slope, compile=True),
@@ -192,14 +192,14 @@ def main() -> None:
         "differences": None,
     }
     print(" " * 12 + " seconds  Jacobians  in these  median each  right-hand sides")
-    found: dict[str, Run] = {}
+    runs: dict[str, Run] = {}
     for name, jacobian in ways.items():
-        run = found[name] = follow(slope, jacobian, starts, given.method, given.rtol)
+        run = runs[name] = follow(slope, jacobian, starts, arguments.method, arguments.rtol)
         row = f"{name:12} {run.seconds:7.2f}  {run.jacobians:9}  "
         if run.in_jacobians:
             row += f"{sum(run.in_jacobians):8.2f}  {1e3 * median(run.in_jacobians):8.2f} ms"
         print(f"{row:55}{run.slopes:16}")
-    ends = {name: run.ends for name, run in found.items()}
+    ends = {name: run.ends for name, run in runs.items()}
     apart = max(np.abs(other / ends["torchjac"] - 1).max() for other in ends.values())
     print(f"concentrations differ by {apart:.1e} of themselves at most")
     off = np.abs(ends["torchjac"][0] / END - 1).max()

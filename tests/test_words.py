@@ -43,8 +43,6 @@ UNREAD = {
     "src/torchjac/linear/rules",
     "src/torchjac/passes",
     "src/torchjac/sparsity",
-    "examples",
-    "examples/cpp",
     "tests",
 }
 

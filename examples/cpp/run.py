@@ -62,14 +62,14 @@ def build(folder: Path) -> None:
     J, two = torchjac.jacobian(question), torch.zeros(2, dtype=torch.float64)
     files += J.export(folder / "question", two) + J.export(folder / "question.pt2", two)
     print("exported", *[file.name for file in files])
-    made = folder / "build"
+    target = folder / "build"
     settings = [
         f"-DEXPORTED={folder}",
         f"-DTORCHJAC_INCLUDE={Path(torchjac.__file__).parent / 'include'}",
         f"-DTORCH_FOLDER={Path(torch.__file__).parent}",
     ]
-    subprocess.run(["cmake", "-S", HERE, "-B", made, *settings], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", made], check=True, capture_output=True)
+    subprocess.run(["cmake", "-S", HERE, "-B", target, *settings], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", target], check=True, capture_output=True)
 
 
 def main(folder: Path) -> None:
@@ -81,9 +81,9 @@ def main(folder: Path) -> None:
         [folder / "build" / "plain", *words], check=True, capture_output=True, text=True
     )
     numbers = [float.fromhex(line) for line in ran.stdout.split()]
-    found = torch.tensor(numbers, dtype=torch.float64)
+    numbers_of_c = torch.tensor(numbers, dtype=torch.float64)
     value, J = torchjac.jacobian(arm).value_and(q)
-    apart = (found - torch.cat([value, J.flatten()])).abs().max()
+    apart = (numbers_of_c - torch.cat([value, J.flatten()])).abs().max()
     print(ran.stderr.strip())
     print(f"largest difference from Python: {float(apart):.1e}")
     assert apart < 1e-14, "C and Python disagree"
