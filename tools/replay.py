@@ -1,12 +1,11 @@
-"""Replays known programs, and says whether two revisions make the same of them.
+"""Replays known programs, and compares their C, programs and records between two revisions.
 
     python tools/replay.py --out now.json --texts now
     python tools/replay.py --against main~1
 
 Collected are the C of every kernel, every program of tensor operations, and the record of every
-call, as text in which names are numbered and times are left out. Decisions are those of a clock
-that only readings move, so two runs of one revision give the same. Results are not compared: tests
-do that.
+call, as text in which names are numbered and times are left out. Decisions follow a clock that
+moves only when read, so two runs of one revision agree. Results are not compared: tests do that.
 """
 
 from __future__ import annotations
@@ -27,19 +26,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Processes at once.
-_WORKERS = 2
-# Texts that differ of which the difference is shown, and lines of each.
-_SHOWN, _LINES = 4, 30
-# Cases that are named because they took longest.
-_SLOWEST = 12
+_WORKERS = 2  # processes at once
+_SHOWN = 4  # differences to show
+_LINES = 30  # lines of each difference
+_SLOWEST = 12  # slowest cases to name
 
-# What each case gave: hashes of texts, or the texts, by kind.
+# Texts of each case, or hashes of them, by kind.
 Texts = dict[str, dict[str, list[str]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Replays; 0 if all is well, 1 if revisions differ or a case crashed, 2 if nothing ran."""
+    """Replays; 0 if all agree, 1 if revisions differ or a case crashed, 2 if nothing ran."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, help="file for the hashes, as JSON")
     parser.add_argument("--texts", type=Path, help="folder for the texts")
@@ -71,10 +68,10 @@ def _one(asked: argparse.Namespace) -> int:
 
 
 def replay(part: str) -> tuple[Texts, list[str]]:
-    """The texts of all cases with this in their name, and the cases that crashed.
+    """The texts of all cases with `part` in their name, and the cases that crashed.
 
-    Each case has a process of its own, copied from one that is warm: no case sees what another one
-    has left behind.
+    Each case has a process of its own, forked from one that is warm: no case sees traces of another
+    case.
     """
     _prepare()
     from replaying.cases import cases
@@ -118,7 +115,7 @@ def _prepare() -> None:
 
 
 def _started(case: Any, file: Path) -> int:
-    """A process that replays a case and writes what it gave to a file."""
+    """A process that replays a case and writes its texts to a file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python: there may be threads
         process = os.fork()
@@ -199,7 +196,7 @@ def _checkout(revision: str, tree: Path) -> Iterator[Path]:
 
 
 def _run(tree: Path, folder: Path, side: str, part: str) -> bool:
-    """Runs a checkout's own replay; whether no case crashed."""
+    """Runs a checkout's own replay; True if no case crashed."""
     out, texts = folder / f"{side}.json", folder / side
     command = [sys.executable, str(tree / "tools" / "replay.py")]
     command += ["--out", str(out), "--texts", str(texts), "-k", part]
@@ -209,7 +206,7 @@ def _run(tree: Path, folder: Path, side: str, part: str) -> bool:
 
 
 def compare(folder: Path) -> int:
-    """Prints in what `before` and `after` in a folder differ; 1 if they do."""
+    """Prints the differences of `before` and `after` in a folder; 1 if there are any."""
     before, after = (
         json.loads((folder / f"{side}.json").read_text(encoding="utf-8"))
         for side in ("before", "after")

@@ -1,17 +1,17 @@
-"""How the replay sees what torchjac makes. Everything that knows torchjac's insides is here.
+"""Hooks that show C, programs and kernels to the replay: the one module with torchjac's insides.
 
-Three things are watched. Costs of compiling are set so low that a few calls pay for it:
+Three things are recorded. Costs of compiling are set so low that a few calls pay for it:
 
-- C goes to the compiler as a file whose name ends in `.c`, by `subprocess.Popen`. The text is noted
-  there, whatever wrote it. It is compiled without optimization, which takes a tenth of the time.
-- Programs are instances of `TensorProgram`, of which `module`, a graph of `torch.fx`, `recording`
-  and `constants` are read.
+- C goes to the compiler as a file whose name ends in `.c`, by `subprocess.Popen`; the text is
+  recorded there. It is compiled without optimization, which takes a tenth of the time.
+- Programs are instances of `TensorProgram`; read are `module` (a graph of `torch.fx`), `recording`
+  and `constants`.
 - Kernels are instances of `Executable`, built from a source with `source.tables`: arrays that C
   reads.
 
 A change that moves or renames one of these corrects the names here. Each revision is replayed with
-its own hooks, so the texts stay comparable. The compiler of PyTorch is hidden: it would take
-minutes, and what it makes is not ours.
+its own hooks, so texts stay comparable. The compiler of PyTorch is hidden: it would take minutes,
+and its code is not ours.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ __all__ = ["Noted", "clock", "watched"]
 
 @dataclass
 class Noted:
-    """What was made while this was watched, as text.
+    """Texts of one replay.
 
     Attributes:
         c: Sources in C, each with the flags of its compiler; and the tables that kernels read.
         program: Programs, each once.
-        wrong: What went wrong while something was noted: torchjac would catch it.
+        wrong: Errors of the hooks, kept here because torchjac would catch them.
     """
 
     c: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Noted:
     wrong: list[Exception] = field(default_factory=list)
 
     def add(self, kind: str, say: Callable[[], str]) -> None:
-        """Notes a text; a program that was noted is not noted again."""
+        """Records a text; a program only once."""
         try:
             text = say()
         except Exception as error:
@@ -70,13 +70,13 @@ class Noted:
 
 @contextmanager
 def watched() -> Iterator[Noted]:
-    """Notes what is made in this context.
+    """Records sources, programs and tables in this context.
 
     Raises:
-        Exception: What was made could not be noted: the hooks are not those of this revision.
+        Exception: A hook failed: the hooks are not those of this revision.
     """
     noted = Noted()
-    _races.clear()  # what earlier cases measured decides nothing
+    _races.clear()  # measurements of earlier cases decide nothing
 
     def kernel(instance: Any, program: Any, *rest: Any) -> None:
         noted.add("c", lambda: _tables(program.source.tables))
@@ -116,7 +116,7 @@ def _replaced(where: dict[str, Any], name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _noticed(kind: Any, notice: Callable[..., None]) -> Iterator[None]:
-    """Calls a function after each instance of a class that is made, with the same arguments."""
+    """Calls a function for each new instance of a class, with the constructor's arguments."""
     original = kind.__init__
 
     @functools.wraps(original)
@@ -132,7 +132,7 @@ def _noticed(kind: Any, notice: Callable[..., None]) -> Iterator[None]:
 
 
 def _compiler(noted: Noted) -> type[subprocess.Popen[bytes]]:
-    """What starts a process: of a C compiler its text is noted."""
+    """A `Popen` that records the sources of a C compiler."""
 
     class Watched(subprocess.Popen):  # type: ignore[type-arg]
         """A process."""
@@ -146,25 +146,25 @@ def _compiler(noted: Noted) -> type[subprocess.Popen[bytes]]:
             super().__init__(command, *args, **kwargs)
 
         def communicate(self, input: Any = None, timeout: Any = None) -> Any:
-            """Waits, however long it takes: a busy machine decides nothing."""
+            """Waits without a limit: a busy machine decides nothing."""
             return super().communicate(input)
 
     return Watched
 
 
 def _source(words: Sequence[str], sources: Sequence[Path]) -> str:
-    """The flags of a compiler, and what it compiles."""
+    """The flags of a compiler, and its sources."""
     flags = " ".join(w for w in words if "/" not in w)
     return "\n".join([flags, *(normal_c(s.read_text(encoding="utf-8")) for s in sources)])
 
 
 def _tables(tables: Sequence[Any]) -> str:
-    """What a kernel reads beside its inputs."""
+    """The constant arrays of a kernel."""
     return "\n".join(["tables", *(f"{t.dtype} {t.shape} {_bytes(t)}" for t in tables)])
 
 
 def _program(emitted: Any) -> str:
-    """A program as text: how it runs, its graph, what was recorded, and its constants."""
+    """A program as text: how it runs, its graph, its recording, and its constants."""
     about = {
         name: getattr(emitted, name)
         for name in ("mode", "fixed", "waists", "note", "differentiable", "samples")
@@ -197,7 +197,7 @@ def _graph(graph: fx.Graph) -> list[str]:
 
 
 def _recording(recording: Any) -> list[str]:
-    """Operations as they were recorded, with the shapes of what they give."""
+    """Recorded operations, with the shapes of their results."""
     numbers: dict[int, str] = {}
 
     def shown(x: Any) -> Any:
