@@ -27,7 +27,7 @@ import torchjac
 A, B = 3.4, 1.0  # above A = 1 + B² the clock ticks
 DIFFUSION = 0.1
 STEP = 0.05
-TOLERANCE = 1e-10  # of a Newton step, which is about the square of the one before
+TOLERANCE = 1e-10  # largest change in the last Newton step, about the square of the one before
 ITERATIONS = 20
 
 # A function from concentrations to their Jacobian, in SciPy's form or dense.
@@ -41,13 +41,13 @@ def axes(size: int) -> tuple[Tensor, Tensor]:
 
 
 def fed(size: int) -> Tensor:
-    """What is fed into the first concentration from outside: a disk."""
+    """Inflow of the first concentration: a disk."""
     x, y = axes(size)
     return 5.0 * ((x - 0.3) ** 2 + (y - 0.6) ** 2 <= 0.1**2).to(torch.float64)
 
 
 def rates(size: int) -> Callable[[Tensor], Tensor]:
-    """Change of the concentrations with time, both `(2, size, size)`."""
+    """Rate of change of the concentrations; both are `(2, size, size)`."""
     source, spread = fed(size), DIFFUSION * size**2
 
     def diffused(u: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ def start(size: int) -> Tensor:
 
 @dataclass
 class Run:
-    """Where the steps led, and what they took.
+    """States and durations of a simulation.
 
     Attributes:
         states: Concentrations before the first step and after each.
         in_jacobians: Seconds of every Jacobian, one for each Newton iteration.
-        seconds: Seconds of everything.
+        seconds: Seconds of the whole simulation.
     """
 
     states: list[Tensor]
@@ -116,10 +116,10 @@ def walk(
 
 
 def imbalance(states: list[Tensor], step: float = STEP) -> float:
-    """What the steps made of nothing, as a share of what is there.
+    """Largest error of the mass balance in a step, relative to the mass.
 
-    Reaction and diffusion only move: u + v grows by what is fed and shrinks by u, and implicit
-    Euler keeps to that exactly.
+    Reaction and diffusion only move mass: u + v grows by the inflow and shrinks by u, and implicit
+    Euler conserves this balance exactly.
     """
     worst = 0.0
     for old, new in pairwise(states):

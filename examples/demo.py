@@ -1,4 +1,4 @@
-"""What `make demo` runs: the rows that come back summed, then a robot arm, timed and drawn.
+"""The demo: `autograd.grad` sums rows, torchjac does not; then a robot arm, timed and drawn.
 
 python examples/demo.py --poses 4096 --out demo.png
 """
@@ -106,7 +106,7 @@ def routes(q: Tensor) -> list[tuple[str, Callable[[], Any], float, str]]:
 
 
 def measure(q: Tensor, rounds: int = 9, limit: float = 8.0) -> list[Timing]:
-    """Median times. All routes take turns, so that whatever else runs here slows them all alike."""
+    """Median times. All routes take turns, so that a busy machine slows them equally."""
     todo = routes(q)
     times_of_routes: list[list[float]] = [[] for _ in todo]
     status: AbstractContextManager[Any] = nullcontext()

@@ -28,7 +28,7 @@ def solve(
     start: Tensor,
     steps: int,
 ) -> tuple[Tensor, float]:
-    """Angles that reach the targets, and the seconds that Jacobians took."""
+    """Angles that reach the targets, and the seconds of all Jacobians."""
     q, spent = start.clone(), 0.0
     eye = DAMPING * torch.eye(3, dtype=q.dtype)
     for _ in range(steps):
@@ -36,13 +36,13 @@ def solve(
         begun = perf_counter()
         J = jacobian(q)
         spent += perf_counter() - begun
-        # (J'J + d I)^-1 J' = J' (J J' + d I)^-1, and the latter is 3 x 3.
+        # (J'J + d I)^-1 J' = J' (J J' + d I)^-1, of which the second inverse is 3 x 3.
         q = q + (J.mT @ torch.linalg.solve(J @ J.mT + eye, error))[..., 0]
     return q, spent
 
 
 def main() -> None:
-    """Solves twice, and compares."""
+    """Solves with every kind of Jacobian, and compares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=40)

@@ -1,4 +1,4 @@
-"""What a Jacobian costs each way: the numbers of docs/why-rows-are-summed.md.
+"""Costs of a Jacobian by several methods: the numbers of docs/why-rows-are-summed.md.
 
 python examples/passes.py
 """
@@ -65,7 +65,7 @@ class Meter(TorchDispatchMode):
 
 
 def one_pass(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Not a Jacobian: the rows come back summed. The least that reverse mode can cost."""
+    """The sum of all rows, not a Jacobian: a lower bound on the cost of reverse mode."""
     x = x.requires_grad_()
     y = f(x)
     return grad(y, x, torch.ones_like(y))[0]
@@ -105,7 +105,7 @@ def columns_of_backward(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def copies(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Row i is asked of copy i, so no two rows meet: one ordinary pass gives them all."""
+    """Row i is the gradient of output i by copy i of the input: one ordinary pass for all rows."""
     m = f(x.detach()).numel()
     stack = x.detach().expand(m, -1).clone().requires_grad_()
     return grad(f(stack).diagonal().sum(), stack)[0]

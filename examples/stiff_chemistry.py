@@ -54,7 +54,7 @@ AIR = """
 SPECIES = [line.split()[0] for line in AIR.strip().splitlines()]
 START, END = np.array([line.split()[1:] for line in AIR.strip().splitlines()], dtype=float).T
 
-# A rate constant (per minute, or per ppm and minute), what is consumed, and what is made.
+# Rate constant (per minute, or per ppm and minute), consumed species, produced species.
 REACTIONS = """
     0.35      NO2         -> NO + O3P
     26.6      NO + O3     -> NO2
@@ -85,7 +85,7 @@ REACTIONS = """
 
 
 def mechanism() -> Callable[[Tensor], Tensor]:
-    """Change of the concentrations a minute, by reactions at rate x reactant (x reactant)."""
+    """Change of the concentrations per minute, by reactions at rate x reactant (x reactant)."""
     lines = [line.split(maxsplit=1) for line in REACTIONS.strip().splitlines()]
     rates = torch.tensor([float(rate) for rate, _ in lines], dtype=torch.float64)
     change = torch.zeros(len(lines), len(SPECIES), dtype=torch.float64)
@@ -99,7 +99,7 @@ def mechanism() -> Callable[[Tensor], Tensor]:
             change[number, species] -= 1
         for species in products:
             change[number, species] += 1
-        # Where there is no second reactant, the one behind the last: a concentration of one.
+        # A missing second reactant is the species after the last: its concentration is one.
         reactants.append([*used, len(SPECIES)][:2])
     first, second = torch.tensor(reactants).T
 
@@ -111,7 +111,7 @@ def mechanism() -> Callable[[Tensor], Tensor]:
 
 
 def air(boxes: int) -> Array:
-    """The published start, and others with up to three times more or less of everything."""
+    """The published start, and starts with up to three times more or less of each species."""
     spread = np.random.default_rng(0).uniform(-0.5, 0.5, (boxes, len(SPECIES)))
     spread[0] = 0
     concentrations: Array = START * 10**spread
@@ -120,14 +120,14 @@ def air(boxes: int) -> Array:
 
 @dataclass
 class Run:
-    """What following all boxes gave and took.
+    """Results and durations of following all boxes.
 
     Attributes:
         ends: Concentrations after the hour, `(boxes, species)`.
-        seconds: Time of everything.
-        in_jacobians: Time of every call of `jac`, of that.
-        jacobians: Jacobians that the solver asked for.
-        slopes: Calls of the right-hand side, finite differences included.
+        seconds: Seconds of the whole run.
+        in_jacobians: Seconds of every call of `jac`.
+        jacobians: Number of Jacobians that the solver asked for.
+        slopes: Number of calls of the right-hand side, with those for finite differences.
     """
 
     ends: Array
@@ -166,7 +166,7 @@ def follow(
             start,
             method=method,
             rtol=rtol,
-            atol=1e-6 * rtol,  # radicals matter, and there is little of them
+            atol=1e-6 * rtol,  # concentrations of radicals are tiny, and matter
             jac=None if jacobian is None else jac,
         )
         assert done.success, done.message
@@ -185,7 +185,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     slope, starts = mechanism(), air(arguments.boxes)
-    # A small Jacobian that is asked for a thousand times: worth a compiler from the start.
+    # A small Jacobian, computed a thousand times: compiling pays from the first call.
     ways: dict[str, Callable[[Tensor], Tensor] | None] = {
         "torchjac": torchjac.jacobian(slope, compile=True),
         "jacrev": torch.func.jacrev(slope),

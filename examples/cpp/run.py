@@ -1,5 +1,5 @@
 """Exports a 7-joint arm as C, and a small function as C and as a package; builds the programs
-beside this file, runs them, and compares.
+next to this file, runs them, and compares.
 
 Run: python examples/cpp/run.py [folder]   (needs cmake and a C++ compiler)
 """
@@ -51,7 +51,7 @@ def arm(q: Tensor) -> Tensor:
 
 
 def question(q: Tensor) -> Tensor:
-    """What torchjac began with."""
+    """The question that torchjac answers."""
     return torch.cat([2 * q, 4 * q * q], -1)
 
 
@@ -73,7 +73,7 @@ def build(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Builds and runs; the numbers are those of Python."""
+    """Builds and runs; the numbers must be those of Python."""
     build(folder)
     q = torch.linspace(-1, 1, len(AXES), dtype=torch.float64)
     words = [float.hex(x) for x in q.tolist()]
