@@ -1,4 +1,4 @@
-"""The accumulate engine against the row loop: the point it was planned at, and others.
+"""Accumulated Jacobians against the row loop, at the inputs of the plan and at other ones.
 
 What it cannot do it must refuse; which operations it refuses stands on a scoreboard
 (`data/accumulate_scoreboard.json`, and files of later versions of torch: see `versions.py`), which
@@ -57,7 +57,7 @@ def pairs(x: Tensor) -> Tensor:
 
 
 def edges(x: Tensor) -> Tensor:
-    """Messages along edges, gathered, and added up at both ends."""
+    """Messages along edges: gathered, then added up at both ends."""
     a, b = x[ENDS[:, 0]], x[ENDS[:, 1]]
     flux = (a * b).sin()
     return torch.zeros_like(x).index_add(0, ENDS[:, 0], flux).index_add(0, ENDS[:, 1], -flux)
@@ -102,7 +102,7 @@ def bounded(x: Tensor) -> Tensor:
 
 
 def steps(x: Tensor) -> Tensor:
-    """Several steps of a stencil, which fill in."""
+    """Several steps of a stencil: the Jacobian fills in."""
     for _ in range(4):
         x = x + 0.1 * stencil(x)
     return x
@@ -143,20 +143,20 @@ PROBLEMS: dict[str, tuple[Function, tuple[int, ...]]] = {
 
 
 def inside(x: Tensor) -> Tensor:
-    """The same numbers somewhere in the memory of a larger tensor."""
+    """A copy inside the memory of a larger tensor."""
     larger = torch.full((x.numel() + 11,), 7.0, dtype=x.dtype)
     return larger[5:-6].view(x.shape).copy_(x)
 
 
 def check(f: Function, *args: Any, argnums: int | tuple[int, ...] = 0, **how: Any) -> None:
-    """Law: the plan gives the Jacobian of the row loop, where it was made and elsewhere."""
+    """Law: the plan gives the Jacobian of the row loop, at its own inputs and at other ones."""
     for order in ("reverse",) if f in ONLY_REVERSE else ORDERS:
         check_order(order, f, *args, argnums=argnums, **how)
 
 
 ORDERS: tuple[Mode, ...] = ("reverse", "forward")
-# The factors that a solve leaves behind are a result of an operation that takes the cotangent too,
-# so that it is linear in that is not seen; a custom function's backward may detach what it gives.
+# A solve saves its factors as a second result of an operation on the cotangent, so that linearity
+# is not proved; the backward pass of a custom function may detach its result.
 ONLY_REVERSE = {
     CASES["straight-through estimator"][0],
     PROBLEMS["solve"][0],
@@ -197,7 +197,7 @@ SINGLE = ["the question", "pairs", "edges", "edges twice", "stencil", "bounded",
 @pytest.mark.parametrize("name", SINGLE)
 @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_csr], ids=["dense", "csr"])
 def test_single_precision(name: str, layout: torch.layout) -> None:
-    """Those that close over nothing, in float32."""
+    """Problems without constants in double precision, in float32."""
     f, shape = PROBLEMS[name]
     how = {} if layout is torch.strided else {"layout": layout}
     check(f, value(*shape, dtype=torch.float32), **how)
@@ -206,14 +206,14 @@ def test_single_precision(name: str, layout: torch.layout) -> None:
 @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo], ids=["csr", "coo"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_sparse(name: str, layout: torch.layout) -> None:
-    """The same entries in their places."""
+    """The same entries, in the positions of the pattern."""
     f, shape = PROBLEMS[name]
     check(f, value(*shape), layout=layout)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_where_patterns_are_hard(name: str) -> None:
-    """The cases that another detector gets wrong."""
+    """Cases that another detector of patterns gets wrong."""
     f, shape, _ = CASES[name]
     if name in REFUSED:
         with pytest.raises((CaptureRefused, PlanRefused)):
@@ -222,7 +222,7 @@ def test_where_patterns_are_hard(name: str) -> None:
         check(f, value(*shape))
 
 
-# What is left to passes, and why.
+# Cases that passes answer, with the reason.
 REFUSED = {
     "convolution with its kernel": "it draws random numbers",
     "matrix exponential": "its backward is linear through a trick of its formula only",
@@ -242,18 +242,18 @@ BATCHED: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", BATCHED)
 def test_batched(name: str) -> None:
-    """Samples side by side."""
+    """A block for each sample."""
     check(BATCHED[name], value(7, 6), batched=True)
 
 
 def test_samples_that_are_coupled_are_refused() -> None:
-    """The plan is for what is proved."""
+    """A plan needs a proof of independence."""
     with pytest.raises(PlanRefused, match="independent"):
         plan_of(lambda x: x - x.mean(0), value(5, 3), batched=True)
 
 
 def test_several_arguments_and_results() -> None:
-    """Trees of inputs and outputs, one of which does not depend on everything."""
+    """Trees of inputs and outputs; one output does not depend on all inputs."""
 
     def f(state: dict[str, Tensor], k: float, gain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return state["a"] * gain, {"sum": state["b"].sum() * k, "both": state["a"] * state["b"]}
@@ -267,7 +267,7 @@ def test_several_arguments_and_results() -> None:
 
 @given(PROGRAMS)
 def test_random_programs(program: Program) -> None:
-    """Law: right or refused."""
+    """Law: a plan is right, or refused."""
     inputs = program.inputs()
     argnums = tuple(range(len(inputs)))
     with quiet():
@@ -284,10 +284,10 @@ def test_random_programs(program: Program) -> None:
 
 
 def refusals(n: str) -> dict[str, list[str]]:
-    """Checks the samples of an op; gives why some are refused, for each order of elimination."""
+    """Checks the samples of an op; gives the kinds of refusals for each order of elimination."""
     reasons: dict[str, set[str]] = {order: set() for order in ORDERS}
     for case in cases(n)[:SAMPLES]:
-        torch.manual_seed(0)  # of what is compared
+        torch.manual_seed(0)  # the oracle draws the same numbers
         f, tensors = realized(case), case.tensors
         argnums = tuple(range(len(tensors)))
         plain = [x.detach() for x in tensors]
@@ -302,32 +302,34 @@ def refusals(n: str) -> dict[str, list[str]]:
             try:
                 plan, _ = plan_of(f, *plain, argnums=argnums, orders=(order,))
             except (CaptureRefused, PlanRefused, RuntimeError) as refusal:
-                # Where all cancels, rounding decides.
+                # Where all terms cancel, rounding decides.
                 if not isinstance(refusal, Disagrees) and "rounding" not in str(refusal):
                     reasons[order].add(type(refusal).__name__)
                 continue
             for point, want in () if n in TORCH_DISAGREES else wanted:
                 agrees(run(plan, f, *point, argnums=argnums), want)
         if wanted and n not in TORCH_DISAGREES:
-            in_other_kinds(f, plain, argnums, wanted[0][1])
+            check_sparse_and_single(f, plain, argnums, wanted[0][1])
     return {order: sorted(names) for order, names in reasons.items() if names}
 
 
-def in_other_kinds(f: Function, plain: list[Tensor], argnums: tuple[int, ...], want: Any) -> None:
-    """Law: a sparse result, and one in single precision, say the same; or are refused."""
+def check_sparse_and_single(
+    f: Function, plain: list[Tensor], argnums: tuple[int, ...], want: Any
+) -> None:
+    """Law: plans for a sparse result and for float32 agree with the oracle, or are refused."""
     refused = (CaptureRefused, PlanRefused, RuntimeError)
     with contextlib.suppress(*refused):
         _, J = plan_of(f, *plain, argnums=argnums, layout=torch.sparse_csr)
         blocks = zip(pytree.tree_leaves(J), pytree.tree_leaves(want), strict=True)
         agrees([b.to_dense().reshape(w.shape) for b, w in blocks], pytree.tree_leaves(want))
     single = [x.float() for x in plain]
-    with contextlib.suppress(*refused):  # what it closes over may be in double precision
+    with contextlib.suppress(*refused):  # constants of the function may be in double precision
         _, J = plan_of(f, *single, argnums=argnums)
         agrees(J, oracle_jacobian(f, argnums)(*single))
 
 
 def agrees(got: Any, want: Any) -> None:
-    """Law: the same but for rounding, where the plan gives anything."""
+    """Law: equal up to rounding, where the plan gives a result."""
     if got is None:
         return
     for x, y in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
@@ -348,10 +350,10 @@ def test_operations(n: str) -> None:
 
 
 class TestJacobian:
-    """The engine behind the public call."""
+    """Accumulated Jacobians behind the public call."""
 
     def ran(self, J: Any, *args: Any, calls: int = 400) -> bool:
-        """Whether it comes into use."""
+        """Whether the plan comes into use."""
         for _ in range(calls):
             J(*args)
             if torchjac.last_run().engine == "accumulate":
@@ -359,7 +361,7 @@ class TestJacobian:
         return False
 
     def test_planning_says_nothing(self, recwarn: pytest.WarningsRecorder, capfd: Any) -> None:
-        """Of operations that torch.vmap loops over while a plan is made: neither Python nor C++."""
+        """No warning of Python or C++ for operations that torch.vmap loops over while planning."""
         J = torchjac.jacobian(lambda x: torch.view_as_real(torch.fft.ihfft2(x)), compile=True)
         J(value(3, 4))
         assert not recwarn.list
@@ -379,7 +381,7 @@ class TestJacobian:
     def test_what_is_read_is_not_looked_at_before_that_is_needed(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It takes longer than a small Jacobian: at the first call, and when a plan is due."""
+        """A guard takes longer than a small Jacobian: built at the first call, then for a plan."""
 
         def f(x: Tensor) -> Tensor:
             for _ in range(60):
@@ -391,7 +393,7 @@ class TestJacobian:
         entries = J._dispatcher._entries
         before = entries.before
         monkeypatch.setattr(entries, "before", lambda call: (seen.append(1), before(call))[1])
-        for _ in range(5):  # less than planning takes
+        for _ in range(5):  # less work than planning takes
             J(value(3))
             assert torchjac.last_run().engine == "plain"
         assert len(seen) == 1
@@ -405,7 +407,7 @@ class TestJacobian:
         assert got.nnz == J.pattern(x).nnz
 
     def test_what_the_function_reads_may_change(self) -> None:
-        """A plan is not used for a function that is another one now."""
+        """A plan is not used after a change of the values that the function reads."""
         scale = {"k": 2.0}
         J = torchjac.jacobian(f := lambda x: scale["k"] * pairs(x))
         x = value(24)
@@ -463,7 +465,7 @@ class TestJacobian:
         same(J(x), oracle_jacobian(pairs)(x))
 
     def test_rows_of_a_matrix(self) -> None:
-        """Arguments that do not begin where their memory does."""
+        """Arguments that are views into the middle of their memory."""
         J = torchjac.jacobian(f := lambda q: (q.view(6, 4).T @ q.view(6, 4)).sin().sum(0))
         assert self.ran(J, value(24))
         for row in value(5, 24, seed=3):
@@ -479,7 +481,7 @@ class TestJacobian:
         same(J(x), oracle_jacobian(net)(x))
 
     def test_the_value_is_what_the_function_gives(self) -> None:
-        """It may differentiate inside, or ask whether its argument requires a gradient."""
+        """A function may differentiate inside, or ask whether its argument requires a gradient."""
 
         def f(x: Tensor) -> Tensor:
             slope = torch.autograd.grad(pairs(x).square().sum(), x, create_graph=True)[0]
@@ -550,7 +552,7 @@ class TestJacobian:
         ],
     )
     def test_tensors_without_an_operation(self, hidden: Function) -> None:
-        """A gain of zero hides them from any comparison, here but not elsewhere."""
+        """A gain of zero hides them from a comparison at these inputs, not at other ones."""
 
         def f(x: Tensor, gain: Tensor) -> Tensor:
             return gain * hidden(x) * x + x**3
@@ -559,7 +561,7 @@ class TestJacobian:
             plan_of(f, value(4), torch.zeros((), dtype=torch.float64))
 
     def test_structural_zeros_stay_zero(self) -> None:
-        """Where autograd makes 0 times infinity NaN, an entry that is structurally zero is zero."""
+        """A structural zero stays zero, also where autograd computes 0 times infinity."""
         plan, _ = plan_of(f := lambda x: x.sqrt()[1:], torch.ones(3, dtype=torch.float64))
         J = run(plan, f, torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64))
         expected = torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.0, 0.25]], dtype=torch.float64)
@@ -585,7 +587,7 @@ class TestJacobian:
         assert y.grad is not None
 
     def test_random_numbers_that_do_not_matter_are_drawn(self) -> None:
-        """Or what is drawn after it is something else."""
+        """Otherwise later random numbers would change."""
         J = torchjac.jacobian(lambda x: (x * x).sin() + 0 * torch.rand(1, dtype=x.dtype))
         x = value(50)
         states = set()
@@ -608,7 +610,7 @@ class TestJacobian:
 
     @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_csr, torch.sparse_coo])
     def test_results_are_the_callers(self, layout: torch.layout) -> None:
-        """Constant entries, entries that are an argument, entries that are the same twice."""
+        """Constant entries, entries that are an argument, and equal entries."""
 
         def f(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
             return torch.cat([3 * (x + y), w * (x + y), (x + y).sin()])
@@ -643,7 +645,7 @@ class TestJacobian:
 
 
 class TestCompiled:
-    """The same through Inductor, which is for what has no kernel."""
+    """Programs without a kernel, compiled by Inductor."""
 
     @pytest.fixture(autouse=True)
     def without_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,7 +667,7 @@ class TestCompiled:
     @pytest.mark.slow
     @pytest.mark.parametrize("name", PROBLEMS)
     def test_every_program_compiled(self, name: str) -> None:
-        """What Inductor makes of it, whether that is faster or not."""
+        """The program compiled by Inductor, faster or not."""
         f, shape = PROBLEMS[name]
         x = value(*shape)
         plan, _ = plan_of(f, x)

@@ -22,12 +22,12 @@ CALLS = 25
 
 @pytest.fixture(autouse=True)
 def plans_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not when calls have taken long enough: how long that is depends on the machine."""
+    """Compiles at the first call: the work that pays for compiling depends on the machine."""
     monkeypatch.setattr(Dispatcher, "_is_eager", True)
 
 
 def used(J: Any, *args: Any) -> bool:
-    """Calls until the accumulate engine answers; whether it does."""
+    """Calls until a plan answers; False if none does."""
     for _ in range(CALLS):
         J(*args)
         record = torchjac.last_run()
@@ -111,7 +111,7 @@ def test_third_derivatives() -> None:
 
 
 def test_parameters_learn_through_it() -> None:
-    """A penalty on the Jacobian trains what the function reads, as it does by passes."""
+    """A penalty on the Jacobian trains the parameters of the function, as by passes."""
 
     def losses(uses_plan: bool) -> list[float]:
         torch.manual_seed(0)
@@ -211,7 +211,7 @@ STOPS: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", STOPS)
 def test_where_gradients_stop_passes_do_it(name: str) -> None:
-    """The operations of the plan would say something else of the derivative."""
+    """The operations of the plan would have another derivative."""
     f = STOPS[name]
     J = torchjac.jacobian(f, create_graph=True)
     x = value(4).requires_grad_()
@@ -241,7 +241,7 @@ FILLS: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", FILLS)
 def test_what_is_filled_stops_nothing(name: str) -> None:
-    """Tensors that take only the shape of others."""
+    """Tensors that take only the shape of another tensor."""
     f = FILLS[name]
     x = value(4)
     plan, _ = graph_plan_of(f, x)
@@ -253,7 +253,7 @@ def test_what_is_filled_stops_nothing(name: str) -> None:
 
 
 def test_hooks_are_for_passes() -> None:
-    """They run in the second backward pass too."""
+    """Hooks run in the second backward pass too."""
 
     def f(x: Tensor) -> Tensor:
         y = x.sin()
@@ -265,7 +265,7 @@ def test_hooks_are_for_passes() -> None:
 
 
 def test_without_a_graph_to_keep() -> None:
-    """Nothing requires a gradient: neither does the result of a plan."""
+    """If no input requires a gradient, the result of a plan does not either."""
     J = torchjac.jacobian(lambda x: x.sin() * x.sum(), create_graph=True)
     x = value(5)
     assert used(J, x)
@@ -285,7 +285,7 @@ AUXILIARY: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", AUXILIARY)
 def test_what_does_not_matter_here_may_matter_elsewhere(name: str) -> None:
-    """A gain of zero while the plan is made hides all that is behind it from any comparison."""
+    """A gain of zero during planning hides all operations behind it from a comparison."""
 
     def f(x: Tensor, gain: Tensor) -> Tensor:
         return x * x.roll(1) + gain * AUXILIARY[name](x)
@@ -300,7 +300,7 @@ def test_what_does_not_matter_here_may_matter_elsewhere(name: str) -> None:
 
 
 def test_results_may_be_written_to() -> None:
-    """What the graph has saved is not the result itself."""
+    """The tensor saved by the graph is not the result itself."""
     J = torchjac.jacobian(lambda x: x.exp().sum(), create_graph=True)
     x = value(3).requires_grad_()
     assert used(J, x)
