@@ -41,7 +41,7 @@ def apply_opaque(
     dtype: torch.dtype,
     most: int,
 ) -> Adjoint:
-    """The adjoint of the result of an operation, by running it on all columns at once.
+    """The adjoint of an operation's result: the operation runs on all columns at once.
 
     Args:
         map_: The local Jacobian, whose factors are not known.

@@ -32,13 +32,12 @@ from torchjac.errors import PlanRefused
 from torchjac.linear.maps import Shape
 from torchjac.linear.maps.factors import on_support
 
-# A value is a bottleneck if so many rows meet in an element on average, as a multiple of the
-# elements of a sample, and at least.
-_NARROW = 2
-_LEAST_ROWS = 4
-# Below this many entries splitting costs more than it saves, unless the adjoint is dense
+# A value is a bottleneck if, on average, at least this many rows meet in an element:
+_NARROW = 2  # for each element of a sample
+_LEAST_ROWS = 4  # however few elements a sample has
+# Below this many entries splitting costs more than it saves, unless the adjoint is dense and J large.
 _FEW_ENTRIES = 4096
-_LARGE_BLOCK = 2**15  # and J has this many entries a sample.
+_LARGE_BLOCK = 2**15  # entries of J, of one sample: above, J is large
 _DENSE = 0.6  # share of all entries above which an adjoint counts as dense
 
 

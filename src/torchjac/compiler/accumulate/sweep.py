@@ -134,7 +134,7 @@ def _remaining_operations(nodes: list[fx.Node]) -> dict[fx.Node, int]:
     Args:
         nodes: Linear nodes, in order.
     """
-    sets: dict[fx.Node, int] = {}  # bit sets: the node itself and all that depend on it
+    sets: dict[fx.Node, int] = {}  # bit sets: the node itself and all its dependents
     for number, node in reversed(list(enumerate(nodes))):
         sets[node] = 0
         for user in node.users:
@@ -183,7 +183,7 @@ class Sweep:
         limit: float,
         samples: int = 1,
     ):
-        """Binds a program and the tensors to run it on.
+        """Binds a program and its inputs.
 
         Args:
             derivative: The traced backward pass.
@@ -353,7 +353,7 @@ class Sweep:
         return product
 
     def _location(self, node: fx.Node) -> str:
-        """An operation, and the user's line that it comes from, if known."""
+        """An operation, and the line of the user's code, if known."""
         line = self._derivative.lines.get(sequence_of(node) or -1)
         return f"{node.target}, {line}" if line else str(node.target)
 
