@@ -35,7 +35,7 @@ from torchjac.linear.maps.factors import on_support
 # A value is a bottleneck if, on average, at least this many rows meet in an element:
 _NARROW = 2  # for each element of a sample
 _LEAST_ROWS = 4  # however few elements a sample has
-# Below this many entries splitting costs more than it saves, unless the adjoint is dense and J large.
+# Below this many entries splitting costs more than it saves, unless the adjoint is dense, J large.
 _FEW_ENTRIES = 4096
 _LARGE_BLOCK = 2**15  # entries of J, of one sample: above, J is large
 _DENSE = 0.6  # share of all entries above which an adjoint counts as dense
