@@ -13,13 +13,13 @@ from torch import Tensor
 import captured
 import programs
 import test_accumulate
+import test_bottlenecks
 import test_factors
 import test_kernel
 import test_layers
 import test_pattern_cases
 import test_sparse
 import test_strips
-import test_bottlenecks
 from benchmarks.workloads import QUICK, build
 from laws import value
 from test_benchmarks import SMALL
