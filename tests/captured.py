@@ -366,12 +366,12 @@ def keeps_its_input() -> Case:
 @case
 def keeps_its_input_in_a_closure() -> Case:
     last: Any = None
-    store: dict[str, Any] = {}
+    found: dict[str, Any] = {}
 
     def f(x: Tensor) -> Tensor:
         nonlocal last
         last = x
-        store["x"] = x
+        found["x"] = x
         return x.sin()
 
-    return Case(f, keeps=[store, f.__closure__])
+    return Case(f, keeps=[found, f.__closure__])

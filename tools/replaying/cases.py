@@ -13,13 +13,13 @@ from torch import Tensor
 import captured
 import programs
 import test_accumulate
-import test_bottlenecks
 import test_factors
 import test_kernel
 import test_layers
 import test_pattern_cases
 import test_sparse
 import test_strips
+import test_waists
 from benchmarks.workloads import QUICK, build
 from laws import value
 from test_benchmarks import SMALL
@@ -98,8 +98,8 @@ def _problems() -> Iterator[Case]:
         yield Case(f"sparse {name}", _fixed(f, x), GRAPH + PLAIN)
     exported = ("export", "export csr")  # compiling its Hessian takes minutes
     yield Case("kernel mesh", _fixed(test_kernel.mesh, value(40)), GRAPH + PLAIN + exported)
-    for name, (f, _) in test_bottlenecks.CASES.items():
-        yield Case(f"waist {name}", _fixed(f, value(test_bottlenecks.N)), ("compile",))
+    for name, (f, _) in test_waists.CASES.items():
+        yield Case(f"waist {name}", _fixed(f, value(test_waists.N)), ("compile",))
 
 
 def _batches() -> Iterator[Case]:
