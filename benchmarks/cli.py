@@ -130,20 +130,20 @@ def versions(peers_python: str | None) -> dict[str, str]:
     """Of Python and every package compared."""
     import torch
 
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    by_package = {"python": platform.python_version(), "torch": torch.__version__}
     try:
-        found["torchjac"] = metadata.version("torchjac")
+        by_package["torchjac"] = metadata.version("torchjac")
     except metadata.PackageNotFoundError:
-        found["torchjac"] = "source tree"
+        by_package["torchjac"] = "source tree"
     if peers_python:
         code = "import sys, importlib.metadata as m; [print(p, m.version(p)) for p in sys.argv[1:]]"
         done = subprocess.run(
             [peers_python, "-c", code, *PACKAGES], capture_output=True, text=True, check=False
         )
-        found.update(
+        by_package.update(
             {f"peers {name}": v for name, v in (x.split() for x in done.stdout.splitlines())}
         )
-    return found
+    return by_package
 
 
 def _make_importable() -> None:
@@ -199,12 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         titles={m.key: m.title for m in methods},
     )
     _warn_if_busy(run.machine["load_at_start"])
-    with progress(len(specs)) as note:
+    with progress(len(specs)) as announce:
         for spec in specs:
-            row = _row(spec, methods, settings, note)
+            row = _row(spec, methods, settings, announce)
             run.rows.append(row)
             run.save(args.out / "benchmark.json")  # an interrupted run keeps what it has
-            note(f"{row.name}: done", advance=True)
+            announce(f"{row.name}: done", advance=True)
     print(markdown(run))
     _report(run, args.out, args.update_readme)
     wrong = [f"{r.name}/{k}" for r in run.rows for k, m in r.measurements.items() if _bad(m)]
@@ -217,10 +217,10 @@ def _bad(m: Measurement) -> bool:
     return m.status == "wrong"
 
 
-def _row(spec: str, methods: Sequence[Method], settings: Settings, note: Any) -> Row:
+def _row(spec: str, methods: Sequence[Method], settings: Settings, announce: Any) -> Row:
     """One workload; if even its reference fails, a row that says so."""
     try:
-        return measure(spec, methods, settings, lambda text: note(f"{spec}: {text}"))
+        return measure(spec, methods, settings, lambda text: announce(f"{spec}: {text}"))
     except RuntimeError as exc:
         w = build(spec)
         failed = {m.key: Measurement("error", detail=f"no reference: {exc}") for m in methods}

@@ -63,7 +63,7 @@ class Settings:
     seed: int = 0
 
 
-Note = Callable[[str], None]
+Announce = Callable[[str], None]
 
 
 def peer_applies(port_set: frozenset[str], key: str) -> Callable[[Workload], bool]:
@@ -85,25 +85,27 @@ def all_methods() -> dict[str, Method]:
     return {m.key: m for m in METHODS} | peers
 
 
-def measure(spec: str, methods: Sequence[Method], settings: Settings, note: Note) -> Row:
+def measure(spec: str, methods: Sequence[Method], settings: Settings, announce: Announce) -> Row:
     """The row of one workload."""
     w = build(spec)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(spec, settings.seed, Path(folder), settings.memory)
         export(w, job)
-        note("reference")
+        announce("reference")
         expected: Reference = ask_reference(job)
-        found: dict[str, Measurement] = {}
+        measured: dict[str, Measurement] = {}
         for method in methods:
-            note(f"{method.key}: alone")
+            announce(f"{method.key}: alone")
             if method.applies(w) and (method.prepare or settings.peers_python):
-                found[method.key] = probe(method, job, settings, expected)
+                measured[method.key] = probe(method, job, settings, expected)
             else:
-                found[method.key] = Measurement("absent")
-        fast = [m for m in methods if found[m.key].status == "ok" and found[m.key].seconds < SLOW]
-        note("side by side")
-        found |= side_by_side(fast, found, replace(job, memory=0), settings)
-    return Row(w.name, spec, w.shape, w.stands_for, found)
+                measured[method.key] = Measurement("absent")
+        fast = [
+            m for m in methods if measured[m.key].status == "ok" and measured[m.key].seconds < SLOW
+        ]
+        announce("side by side")
+        measured |= side_by_side(fast, measured, replace(job, memory=0), settings)
+    return Row(w.name, spec, w.shape, w.stands_for, measured)
 
 
 def start(method: Method, job: Job, settings: Settings) -> Worker:
@@ -150,7 +152,7 @@ def probe(method: Method, job: Job, settings: Settings, expected: Reference) -> 
 
 def side_by_side(
     methods: Sequence[Method],
-    found: dict[str, Measurement],
+    probed: dict[str, Measurement],
     job: Job,
     settings: Settings,
 ) -> dict[str, Measurement]:
@@ -169,7 +171,7 @@ def side_by_side(
         plans = {
             m.key: plan
             for m in methods
-            if (plan := _warm(m, workers[m.prepare is not None], found[m.key], settings))
+            if (plan := _warm(m, workers[m.prepare is not None], probed[m.key], settings))
         }
         alive = [m for m in methods if m.key in plans]
         for turn in range(settings.rounds):
@@ -185,7 +187,7 @@ def side_by_side(
                         if "seconds" in reply:
                             samples[m.key].append(reply["seconds"])
     return {
-        key: replace(found[key], samples=tuple(times), rounds=True)
+        key: replace(probed[key], samples=tuple(times), rounds=True)
         for key, times in samples.items()
         if times
     }

@@ -135,8 +135,8 @@ def functional_jacobian(**options: Any) -> Callable[[Workload, Arguments], Call]
 
 def graph_of(w: Workload, args: Arguments) -> tuple[Tensor, Arguments]:
     """The output and the differentiated inputs with a graph between them."""
-    taken = [x.detach().requires_grad_() if i in w.positions else x for i, x in enumerate(args)]
-    return w.f(*taken), tuple(taken[i] for i in w.positions)
+    leaves = [x.detach().requires_grad_() if i in w.positions else x for i, x in enumerate(args)]
+    return w.f(*leaves), tuple(leaves[i] for i in w.positions)
 
 
 def seeds(w: Workload, out: Tensor) -> Tensor:

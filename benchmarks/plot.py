@@ -26,16 +26,16 @@ def plot(run: Run, path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    others = [key for key in run.titles if key != BASE]
-    rows = [r for r in run.rows if any(_ratio(r, k) is not None for k in others)]
+    peers = [key for key in run.titles if key != BASE]
+    rows = [r for r in run.rows if any(_ratio(r, k) is not None for k in peers)]
     if not rows:
         return False
     rows = [r for r in run.rows if _get(r, BASE).status == "ok"]
     figure = Figure(figsize=(9.5, 1.8 + 0.34 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for i, key in enumerate(others):
+    for i, key in enumerate(peers):
         _dots(axes, rows, key, run.titles[key], i)
-    _missing(axes, rows, others)
+    _missing(axes, rows, peers)
     axes.axvline(1.0, color="black", linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [f"{r.name}  ({r.shape})" for r in rows], fontsize=8)
@@ -73,12 +73,12 @@ def _dots(axes: Any, rows: list[Row], key: str, title: str, index: int) -> None:
         axes.scatter(x, y, s=34, alpha=0.85, label=title, linewidths=0, **_style(key, index))
 
 
-def _missing(axes: Any, rows: list[Row], others: list[str]) -> None:
+def _missing(axes: Any, rows: list[Row], peers: list[str]) -> None:
     """Methods without a time: how long they had, or that memory ran out."""
-    edge = 2 * max(f for row in rows for k in others if (f := _ratio(row, k)) is not None)
+    edge = 2 * max(f for row in rows for k in peers if (f := _ratio(row, k)) is not None)
     for y, row in enumerate(rows):
         base = _get(row, BASE).seconds
-        for i, key in enumerate(others):
+        for i, key in enumerate(peers):
             style, status = _style(key, i), _get(row, key).status
             if status == "timeout":
                 bound = CALL_LIMIT / base

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 
-class Note(Protocol):
+class Announce(Protocol):
     """Says what is running; `advance` when a workload is done."""
 
     def __call__(self, text: str, advance: bool = False) -> None:
@@ -17,8 +17,8 @@ class Note(Protocol):
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Note]:
-    """A `Note` for `total` workloads; on a terminal with rich a live bar."""
+def progress(total: int) -> Iterator[Announce]:
+    """An `Announce` for `total` workloads; on a terminal with rich a live bar."""
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeElapsedColumn as Elapsed
@@ -33,20 +33,20 @@ def progress(total: int) -> Iterator[Note]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("start", total=total)
 
-        def note(text: str, advance: bool = False) -> None:
+        def announce(text: str, advance: bool = False) -> None:
             bar.update(task, description=text, advance=1 if advance else 0)
 
-        yield note
+        yield announce
 
 
-def _lines(total: int) -> Note:
+def _lines(total: int) -> Announce:
     start, done = time.monotonic(), 0
 
-    def note(text: str, advance: bool = False) -> None:
+    def announce(text: str, advance: bool = False) -> None:
         nonlocal done
         if advance:
             done += 1
             seconds = time.monotonic() - start
             print(f"[{done}/{total}] {seconds:6.1f} s  {text}", file=sys.stderr, flush=True)
 
-    return note
+    return announce

@@ -73,8 +73,8 @@ def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _table(run: Run, keys: Sequence[str], show: Callable[[Row, str], str]) -> str:
     """Workloads against methods; methods and workloads with nothing to show are left out."""
     used = [k for k in keys if any(_get(r, k).status != "absent" for r in run.rows)]
-    others = [k for k in used if k != BASE]
-    rows = [r for r in run.rows if any(_get(r, k).status != "absent" for k in others or used)]
+    peers = [k for k in used if k != BASE]
+    rows = [r for r in run.rows if any(_get(r, k).status != "absent" for k in peers or used)]
     head = ["workload", "J", *(run.titles[k] for k in used)]
     return _grid(head, [[r.name, r.shape, *(show(r, k) for k in used)] for r in rows])
 

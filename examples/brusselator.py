@@ -27,7 +27,7 @@ import torchjac
 A, B = 3.4, 1.0  # above A = 1 + B² the clock ticks
 DIFFUSION = 0.1
 STEP = 0.05
-TOLERANCE = 1e-10  # of a Newton step, which is about the square of the one before
+TOLERANCE = 1e-10  # largest change in the last Newton step, about the square of the one before
 ITERATIONS = 20
 
 # A function from concentrations to their Jacobian, in SciPy's form or dense.
@@ -41,13 +41,13 @@ def axes(size: int) -> tuple[Tensor, Tensor]:
 
 
 def fed(size: int) -> Tensor:
-    """What is fed into the first concentration from outside: a disk."""
+    """Inflow of the first concentration: a disk."""
     x, y = axes(size)
     return 5.0 * ((x - 0.3) ** 2 + (y - 0.6) ** 2 <= 0.1**2).to(torch.float64)
 
 
 def rates(size: int) -> Callable[[Tensor], Tensor]:
-    """Change of the concentrations with time, both `(2, size, size)`."""
+    """Rate of change of the concentrations; both are `(2, size, size)`."""
     source, spread = fed(size), DIFFUSION * size**2
 
     def diffused(u: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ def start(size: int) -> Tensor:
 
 @dataclass
 class Run:
-    """Where the steps led, and what they took.
+    """States and durations of a simulation.
 
     Attributes:
         states: Concentrations before the first step and after each.
         in_jacobians: Seconds of every Jacobian, one for each Newton iteration.
-        seconds: Seconds of everything.
+        seconds: Seconds of the whole simulation.
     """
 
     states: list[Tensor]
@@ -116,10 +116,10 @@ def walk(
 
 
 def imbalance(states: list[Tensor], step: float = STEP) -> float:
-    """What the steps made of nothing, as a share of what is there.
+    """Largest error of the mass balance in a step, relative to the mass.
 
-    Reaction and diffusion only move: u + v grows by what is fed and shrinks by u, and implicit
-    Euler keeps to that exactly.
+    Reaction and diffusion only move mass: u + v grows by the inflow and shrinks by u, and implicit
+    Euler conserves this balance exactly.
     """
     worst = 0.0
     for old, new in pairwise(states):
@@ -134,24 +134,24 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=24)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--alone", action="store_true", help="torchjac only: dense does not fit")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
-    f, state = rates(given.size), start(given.size)
+    f, state = rates(arguments.size), start(arguments.size)
     ways: dict[str, Jacobian] = {"torchjac": torchjac.jacobian(f, layout=csc_array)}
-    if not given.alone:
+    if not arguments.alone:
         ways |= {"jacrev": torch.func.jacrev(f), "jacfwd": torch.func.jacfwd(f)}
     print(" " * 8 + "  seconds  Jacobians  in these  median each")
-    found: dict[str, Run] = {}
+    runs: dict[str, Run] = {}
     for name, jacobian in ways.items():
-        run = found[name] = walk(f, jacobian, state, given.steps)
+        run = runs[name] = walk(f, jacobian, state, arguments.steps)
         print(
             f"{name:8}  {run.seconds:7.2f}  {len(run.in_jacobians):9}  "
             f"{sum(run.in_jacobians):8.2f}  {1e3 * median(run.in_jacobians):8.2f} ms"
         )
-    ends = {name: run.states[-1] for name, run in found.items()}
+    ends = {name: run.states[-1] for name, run in runs.items()}
     apart = max(float((end - ends["torchjac"]).abs().max()) for end in ends.values())
     print(f"concentrations differ by {apart:.1e} at most")
-    print(f"balance of what is fed and used: off by {imbalance(found['torchjac'].states):.1e}")
+    print(f"balance of what is fed and used: off by {imbalance(runs['torchjac'].states):.1e}")
 
 
 if __name__ == "__main__":

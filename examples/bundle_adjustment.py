@@ -1,4 +1,4 @@
-"""Bundle adjustment: where cameras stood and what they saw, from pixels, by Levenberg-Marquardt.
+"""Bundle adjustment: poses of cameras and positions of points, by Levenberg-Marquardt.
 
 The cameras are those of ADBench, with 11 parameters each. A residual depends on one camera and one
 point, so both Jacobians, by all cameras and by all points, are nearly empty: torchjac returns them
@@ -6,8 +6,8 @@ as sparse matrices of SciPy, and the points are eliminated from the normal equat
 complement). The same loop runs with torch's own Jacobians, which are dense, and ends at the same
 cameras.
 
-The scene is made up: cameras around a cloud of points, pixels with noise. What the noise leaves as
-residuals is known, and the loop has to end there.
+The scene is synthetic: cameras around a cloud of points, pixels with noise. The noise determines
+the final residuals, and the loop has to end there.
 
 Run: python examples/bundle_adjustment.py [--cameras N] [--points N] [--alone]
 """
@@ -55,13 +55,13 @@ def project(camera: Tensor, point: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is known, and where to start.
+    """The observations, and an initial guess.
 
     Attributes:
         which_camera: The camera of each observation.
-        which_point: The point of each.
-        pixels: Where it was seen, `(observations, 2)`.
-        weights: How sure that is, `(observations, 1)`: one over the standard deviation.
+        which_point: The point of each observation.
+        pixels: Observed pixels, `(observations, 2)`.
+        weights: One over the standard deviation of each observation, `(observations, 1)`.
         cameras: A first guess, `(cameras, 11)`.
         points: A first guess, `(points, 3)`.
     """
@@ -84,7 +84,7 @@ class Scene:
         return math.sqrt(cost / (self.pixels.numel() - unknowns))
 
 
-def look(centers: Array, targets: Array) -> Array:
+def orientations(centers: Array, targets: Array) -> Array:
     """Axis times angle of cameras that stand at the centers and look at the targets."""
     forward = targets - centers
     forward /= np.linalg.norm(forward, axis=-1, keepdims=True)
@@ -101,14 +101,14 @@ def make(cameras: int, points: int) -> Scene:
     around = 2 * np.pi * np.arange(cameras) / cameras
     centers = 5 * np.stack([np.cos(around), np.sin(around), 0 * around], -1)
     centers += 0.5 * random.normal(size=(cameras, 3))
-    turns = look(centers, 0.3 * random.normal(size=(cameras, 3)))
-    # Focal length, principal point, radial distortion: what is usual, and how they vary.
+    turns = orientations(centers, 0.3 * random.normal(size=(cameras, 3)))
+    # Focal length, principal point, radial distortion: mean and standard deviation.
     usual, vary = np.array([[600, 0, 0, -0.1, 0.02], [20, 5, 5, 0.02, 0.01]])
     lens = usual + vary * random.normal(size=(cameras, 5))
     true_cameras = torch.from_numpy(np.concatenate([turns, centers, lens], -1))
     true_points = torch.from_numpy(random.uniform(-1.5, 1.5, (points, 3)))
 
-    # By turns, so that every camera sees as much as every other.
+    # Cameras take turns, so that all see the same number of points.
     first = np.arange(points)[:, None] * VIEWS
     which_camera = torch.from_numpy((first + np.arange(min(VIEWS, cameras))).ravel() % cameras)
     which_point = torch.arange(points).repeat_interleave(min(VIEWS, cameras))
@@ -118,7 +118,7 @@ def make(cameras: int, points: int) -> Scene:
 
     off = np.array([*[0.02] * 3, *[0.1] * 3, 20, *[0] * 4])
     guess = true_cameras + torch.from_numpy(off * random.normal(size=(cameras, 11)))
-    guess[:, 7:] = 0  # nothing is known of principal point and distortion
+    guess[:, 7:] = 0  # principal point and distortion start unknown
     cloud = true_points + torch.from_numpy(0.1 * random.normal(size=(points, 3)))
     return Scene(which_camera, which_point, pixels, 1 / deviation, guess, cloud)
 
@@ -134,7 +134,7 @@ def solve(
     """Solves (J'J + damping diag(J'J)) s = -J'r for the steps of cameras and of points.
 
     Points meet only in cameras: their part of J'J is a 3 x 3 block for each. With these inverted,
-    what is left is a small dense system for the cameras.
+    a small dense system for the cameras remains.
     """
     more = 1 + damping * np.eye(3)
     blocks = (by_point.T @ by_point).tobsr((3, 3))
@@ -151,15 +151,15 @@ def solve(
 
 @dataclass
 class Run:
-    """Where the iterations led, and what they took.
+    """Result and durations of an adjustment.
 
     Attributes:
         cameras: The last cameras.
         points: The last points.
         costs: Sum of squared residuals, before the first step and after each that lowered it.
-        iterations: Steps, also those that were taken back.
-        in_jacobians: Seconds of every Jacobian, one for each step that was kept.
-        seconds: Seconds of everything.
+        iterations: Number of steps, accepted and rejected.
+        in_jacobians: Seconds of every Jacobian, one for each accepted step.
+        seconds: Seconds of the whole adjustment.
     """
 
     cameras: Tensor
@@ -207,25 +207,25 @@ def main() -> None:
     parser.add_argument("--cameras", type=int, default=6)
     parser.add_argument("--points", type=int, default=100)
     parser.add_argument("--alone", action="store_true", help="torchjac only: dense does not fit")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
-    scene = make(given.cameras, given.points)
+    scene = make(arguments.cameras, arguments.points)
     ways: dict[str, Jacobians] = {
         "torchjac": torchjac.jacobian(scene.residuals, argnums=(0, 1), layout=csr_array)
     }
-    if not given.alone:
+    if not arguments.alone:
         ways["jacrev"] = torch.func.jacrev(scene.residuals, argnums=(0, 1))
         ways["jacfwd"] = torch.func.jacfwd(scene.residuals, argnums=(0, 1))
     print(" " * 8 + "  seconds  iterations  Jacobians  in these  median each  residuals / noise")
-    found: dict[str, Run] = {}
+    runs: dict[str, Run] = {}
     for name, jacobians in ways.items():
-        run = found[name] = adjust(scene, jacobians)
+        run = runs[name] = adjust(scene, jacobians)
         print(
             f"{name:8}  {run.seconds:7.2f}  {run.iterations:10}  {len(run.in_jacobians):9}  "
             f"{sum(run.in_jacobians):8.2f}  {1e3 * median(run.in_jacobians):8.2f} ms  "
             f"{scene.spread(run.costs[0]):8.1f} -> {scene.spread(run.costs[-1]):.3f}"
         )
-    ends = [scene.residuals(run.cameras, run.points) for run in found.values()]
+    ends = [scene.residuals(run.cameras, run.points) for run in runs.values()]
     apart = max(float((end - ends[0]).abs().max()) for end in ends)
     print(f"residuals differ by {apart:.1e} of the noise at most")
 

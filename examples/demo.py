@@ -1,4 +1,4 @@
-"""What `make demo` runs: the rows that come back summed, then a robot arm, timed and drawn.
+"""The demo: `autograd.grad` sums rows, torchjac does not; then a robot arm, timed and drawn.
 
 python examples/demo.py --poses 4096 --out demo.png
 """
@@ -32,7 +32,7 @@ except ImportError:
 class Timing(NamedTuple):
     name: str
     seconds: float
-    note: str = ""
+    remark: str = ""
 
 
 def heading(text: str) -> None:
@@ -76,7 +76,7 @@ def row_loop(q: Tensor) -> Tensor:
 
 
 def routes(q: Tensor) -> list[tuple[str, Callable[[], Any], float, str]]:
-    """Name, call, factor on the seconds, note. The last one is measured on few poses and scaled."""
+    """Name, call, factor on the seconds, remark. The last is measured on few poses, and scaled."""
     J = torchjac.jacobian(arm.flange, batched=True)
     few = q[: min(32, len(q))]
     pose_loop = (lambda: [functional.jacobian(arm.flange, one) for one in few], len(q) / len(few))
@@ -106,9 +106,9 @@ def routes(q: Tensor) -> list[tuple[str, Callable[[], Any], float, str]]:
 
 
 def measure(q: Tensor, rounds: int = 9, limit: float = 8.0) -> list[Timing]:
-    """Median times. All routes take turns, so that whatever else runs here slows them all alike."""
+    """Median times. All routes take turns, so that a busy machine slows them equally."""
     todo = routes(q)
-    taken: list[list[float]] = [[] for _ in todo]
+    times_of_routes: list[list[float]] = [[] for _ in todo]
     status: AbstractContextManager[Any] = nullcontext()
     if Console is not None:
         status = Console().status("timing")
@@ -117,26 +117,28 @@ def measure(q: Tensor, rounds: int = 9, limit: float = 8.0) -> list[Timing]:
         for k in range(rounds + 1):  # round 0 warms up
             if k > 2 and time.perf_counter() > end:
                 break
-            for (name, run, *_), times in zip(todo, taken, strict=True):
+            for (name, run, *_), times in zip(todo, times_of_routes, strict=True):
                 if spinner is not None:
                     spinner.update(f"timing, round {k} of {rounds}: {name}")
                 elif times == []:
                     print(f"timing: {name}", flush=True)
                 times.append(seconds_of(run))
     return [
-        Timing(name, median(times[1:]) * factor, note)
-        for (name, _, factor, note), times in zip(todo, taken, strict=True)
+        Timing(name, median(times[1:]) * factor, remark)
+        for (name, _, factor, remark), times in zip(todo, times_of_routes, strict=True)
     ]
 
 
 def show(timings: list[Timing]) -> None:
     """The table: milliseconds, and the ratio to torchjac's."""
     ours = timings[0].seconds
-    rows = [(t.name, f"{t.seconds * 1e3:.1f}", f"{t.seconds / ours:.2f}×", t.note) for t in timings]
+    rows = [
+        (t.name, f"{t.seconds * 1e3:.1f}", f"{t.seconds / ours:.2f}×", t.remark) for t in timings
+    ]
     if Console is None:
         print(f"{'route':38}{'ms':>10}{'ratio':>10}")
-        for name, ms, ratio, note in rows:
-            print(f"{name:38}{ms:>10}{ratio:>10}  {note}")
+        for name, ms, ratio, remark in rows:
+            print(f"{name:38}{ms:>10}{ratio:>10}  {remark}")
         return
     table = Table(header_style="bold", box=SIMPLE_HEAD)
     table.add_column("route", no_wrap=True)

@@ -128,11 +128,11 @@ def draw_timings(axes: Axes, timings: Sequence[Timing], poses: int) -> None:
         shown = "" if ratio == 1 else f"  ({ratio:,.{0 if ratio >= 10 else 1}f}×)"
         axes.text(values[k] * 1.08, k, f"{format_ms(values[k])}{shown}", va="center", fontsize=10)
         bold = "bold" if ratio == 1 else "normal"
-        note = f"   {timing.note}" if timing.note else ""
+        remark = f"   {timing.remark}" if timing.remark else ""
         axes.text(
             min(values) * 0.34,
             k + 0.4,
-            timing.name + note,
+            timing.name + remark,
             va="center",
             fontsize=9.5,
             fontweight=bold,

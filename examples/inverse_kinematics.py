@@ -28,7 +28,7 @@ def solve(
     start: Tensor,
     steps: int,
 ) -> tuple[Tensor, float]:
-    """Angles that reach the targets, and the seconds that Jacobians took."""
+    """Angles that reach the targets, and the seconds of all Jacobians."""
     q, spent = start.clone(), 0.0
     eye = DAMPING * torch.eye(3, dtype=q.dtype)
     for _ in range(steps):
@@ -36,22 +36,22 @@ def solve(
         begun = perf_counter()
         J = jacobian(q)
         spent += perf_counter() - begun
-        # (J'J + d I)^-1 J' = J' (J J' + d I)^-1, and the latter is 3 x 3.
+        # (J'J + d I)^-1 J' = J' (J J' + d I)^-1, of which the second inverse is 3 x 3.
         q = q + (J.mT @ torch.linalg.solve(J @ J.mT + eye, error))[..., 0]
     return q, spent
 
 
 def main() -> None:
-    """Solves twice, and compares."""
+    """Solves with every kind of Jacobian, and compares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=40)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
     def tip(q: Tensor) -> Tensor:
         return chain(q)[0][-1]
 
-    start = sample(given.targets)
+    start = sample(arguments.targets)
     generator = torch.Generator().manual_seed(1)
     targets = tip(start + 0.3 * torch.randn(start.shape, dtype=start.dtype, generator=generator))
     ways = {
@@ -59,19 +59,19 @@ def main() -> None:
         "vmap(jacrev)": torch.vmap(torch.func.jacrev(tip)),
         "vmap(jacfwd)": torch.vmap(torch.func.jacfwd(tip)),
     }
-    found = {}
+    solutions = {}
     for name, jacobian in ways.items():
         begun = perf_counter()
         jacobian(start)  # tracing and compiling
         first = perf_counter() - begun
-        found[name], seconds = solve(tip, jacobian, targets, start, given.steps)
-        missed = (tip(found[name]) - targets).norm(dim=-1)
+        solutions[name], seconds = solve(tip, jacobian, targets, start, arguments.steps)
+        missed = (tip(solutions[name]) - targets).norm(dim=-1)
         reached = float((missed < 1e-6).double().mean())
         print(
-            f"{name:14} {1e3 * seconds / given.steps:8.2f} ms a step "
-            f"(first call {first:.2f} s), {reached:.1%} of {given.targets} targets reached"
+            f"{name:14} {1e3 * seconds / arguments.steps:8.2f} ms a step "
+            f"(first call {first:.2f} s), {reached:.1%} of {arguments.targets} targets reached"
         )
-    apart = max(float((q - found["torchjac"]).abs().max()) for q in found.values())
+    apart = max(float((q - solutions["torchjac"]).abs().max()) for q in solutions.values())
     print(f"angles differ by {apart:.1e} at most")
 
 

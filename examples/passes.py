@@ -1,4 +1,4 @@
-"""What a Jacobian costs each way: the numbers of docs/why-rows-are-summed.md.
+"""Costs of a Jacobian by several methods: the numbers of docs/why-rows-are-summed.md.
 
 python examples/passes.py
 """
@@ -41,10 +41,10 @@ class Meter(TorchDispatchMode):
         self.known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
+        known = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         storages = [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)]
-        fresh = [s for s in storages if s._cdata not in given]
+        fresh = [s for s in storages if s._cdata not in known]
         self.launches += bool(fresh) or func._schema.is_mutable
         for storage in fresh:
             self.watch(storage)
@@ -65,7 +65,7 @@ class Meter(TorchDispatchMode):
 
 
 def one_pass(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Not a Jacobian: the rows come back summed. The least that reverse mode can cost."""
+    """The sum of all rows, not a Jacobian: a lower bound on the cost of reverse mode."""
     x = x.requires_grad_()
     y = f(x)
     return grad(y, x, torch.ones_like(y))[0]
@@ -105,7 +105,7 @@ def columns_of_backward(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def copies(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Row i is asked of copy i, so no two rows meet: one ordinary pass gives them all."""
+    """Row i is the gradient of output i by copy i of the input: one ordinary pass for all rows."""
     m = f(x.detach()).numel()
     stack = x.detach().expand(m, -1).clone().requires_grad_()
     return grad(f(stack).diagonal().sum(), stack)[0]
@@ -139,13 +139,13 @@ def problems() -> list[Problem]:
 def microseconds(run: Callable[[], Any], seconds: float) -> float:
     """Median time of a call; the first call warms up and is not counted."""
     run()
-    taken: list[float] = []
+    times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(taken) < 3 or time.perf_counter() < end:
+    while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
-        taken.append(time.perf_counter() - start)
-    return median(taken) * 1e6
+        times.append(time.perf_counter() - start)
+    return median(times) * 1e6
 
 
 def main() -> None:

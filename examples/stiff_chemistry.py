@@ -54,7 +54,7 @@ AIR = """
 SPECIES = [line.split()[0] for line in AIR.strip().splitlines()]
 START, END = np.array([line.split()[1:] for line in AIR.strip().splitlines()], dtype=float).T
 
-# A rate constant (per minute, or per ppm and minute), what is consumed, and what is made.
+# Rate constant (per minute, or per ppm and minute), consumed species, produced species.
 REACTIONS = """
     0.35      NO2         -> NO + O3P
     26.6      NO + O3     -> NO2
@@ -85,21 +85,21 @@ REACTIONS = """
 
 
 def mechanism() -> Callable[[Tensor], Tensor]:
-    """Change of the concentrations a minute, by reactions at rate x reactant (x reactant)."""
+    """Change of the concentrations per minute, by reactions at rate x reactant (x reactant)."""
     lines = [line.split(maxsplit=1) for line in REACTIONS.strip().splitlines()]
     rates = torch.tensor([float(rate) for rate, _ in lines], dtype=torch.float64)
     change = torch.zeros(len(lines), len(SPECIES), dtype=torch.float64)
     reactants = []
     for number, (_, reaction) in enumerate(lines):
-        used, made = (
+        used, products = (
             [SPECIES.index(name.strip()) for name in side.split("+")]
             for side in reaction.split("->")
         )
         for species in used:
             change[number, species] -= 1
-        for species in made:
+        for species in products:
             change[number, species] += 1
-        # Where there is no second reactant, the one behind the last: a concentration of one.
+        # A missing second reactant is the species after the last: its concentration is one.
         reactants.append([*used, len(SPECIES)][:2])
     first, second = torch.tensor(reactants).T
 
@@ -111,23 +111,23 @@ def mechanism() -> Callable[[Tensor], Tensor]:
 
 
 def air(boxes: int) -> Array:
-    """The published start, and others with up to three times more or less of everything."""
+    """The published start, and starts with up to three times more or less of each species."""
     spread = np.random.default_rng(0).uniform(-0.5, 0.5, (boxes, len(SPECIES)))
     spread[0] = 0
-    given: Array = START * 10**spread
-    return given
+    concentrations: Array = START * 10**spread
+    return concentrations
 
 
 @dataclass
 class Run:
-    """What following all boxes gave and took.
+    """Results and durations of following all boxes.
 
     Attributes:
         ends: Concentrations after the hour, `(boxes, species)`.
-        seconds: Time of everything.
-        in_jacobians: Time of every call of `jac`, of that.
-        jacobians: Jacobians that the solver asked for.
-        slopes: Calls of the right-hand side, finite differences included.
+        seconds: Seconds of the whole run.
+        in_jacobians: Seconds of every call of `jac`.
+        jacobians: Number of Jacobians that the solver asked for.
+        slopes: Number of calls of the right-hand side, with those for finite differences.
     """
 
     ends: Array
@@ -166,7 +166,7 @@ def follow(
             start,
             method=method,
             rtol=rtol,
-            atol=1e-6 * rtol,  # radicals matter, and there is little of them
+            atol=1e-6 * rtol,  # concentrations of radicals are tiny, and matter
             jac=None if jacobian is None else jac,
         )
         assert done.success, done.message
@@ -182,24 +182,24 @@ def main() -> None:
     parser.add_argument("--boxes", type=int, default=30)
     parser.add_argument("--method", choices=("BDF", "Radau"), default="Radau")
     parser.add_argument("--rtol", type=float, default=1e-6)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
-    slope, starts = mechanism(), air(given.boxes)
-    # A small Jacobian that is asked for a thousand times: worth a compiler from the start.
+    slope, starts = mechanism(), air(arguments.boxes)
+    # A small Jacobian, computed a thousand times: compiling pays from the first call.
     ways: dict[str, Callable[[Tensor], Tensor] | None] = {
         "torchjac": torchjac.jacobian(slope, compile=True),
         "jacrev": torch.func.jacrev(slope),
         "differences": None,
     }
     print(" " * 12 + " seconds  Jacobians  in these  median each  right-hand sides")
-    found: dict[str, Run] = {}
+    runs: dict[str, Run] = {}
     for name, jacobian in ways.items():
-        run = found[name] = follow(slope, jacobian, starts, given.method, given.rtol)
+        run = runs[name] = follow(slope, jacobian, starts, arguments.method, arguments.rtol)
         row = f"{name:12} {run.seconds:7.2f}  {run.jacobians:9}  "
         if run.in_jacobians:
             row += f"{sum(run.in_jacobians):8.2f}  {1e3 * median(run.in_jacobians):8.2f} ms"
         print(f"{row:55}{run.slopes:16}")
-    ends = {name: run.ends for name, run in found.items()}
+    ends = {name: run.ends for name, run in runs.items()}
     apart = max(np.abs(other / ends["torchjac"] - 1).max() for other in ends.values())
     print(f"concentrations differ by {apart:.1e} of themselves at most")
     off = np.abs(ends["torchjac"][0] / END - 1).max()

@@ -39,15 +39,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out all but a share of the OpInfo tests, the same ones on every run."""
     share = config.getoption("--opinfo-share")
 
-    def kept(item: pytest.Item) -> bool:
+    def selected(item: pytest.Item) -> bool:
         swept = "opinfo" in item.nodeid or "test_accumulate.py::test_operations" in item.nodeid
         one_of_many = swept and "[" in item.nodeid
         return not one_of_many or zlib.crc32(item.nodeid.encode()) % share == 0
 
-    left_out = [item for item in items if not kept(item)]
+    left_out = [item for item in items if not selected(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if kept(item)]
+        items[:] = [item for item in items if selected(item)]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -144,12 +144,12 @@ class Program:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Runs the steps; outputs count from the last tensor made."""
-        made = list(inputs)
+        tensors = list(inputs)
         for step in self.steps:
-            x, y = made[-1 - step.x % len(made)], made[-1 - step.y % len(made)]
+            x, y = tensors[-1 - step.x % len(tensors)], tensors[-1 - step.y % len(tensors)]
             out = OPS[step.op](x, y, step.a, step.b)
-            made.append(out.reshape(-1)[:LIMIT] if out.numel() > LIMIT else out)
-        return tuple(made[-1 - k % len(made)] for k in self.outputs)
+            tensors.append(out.reshape(-1)[:LIMIT] if out.numel() > LIMIT else out)
+        return tuple(tensors[-1 - k % len(tensors)] for k in self.outputs)
 
     def inputs(self) -> tuple[Tensor, ...]:
         """The same random values for the same shapes."""

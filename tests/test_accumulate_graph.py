@@ -22,12 +22,12 @@ CALLS = 25
 
 @pytest.fixture(autouse=True)
 def plans_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not when calls have taken long enough: how long that is depends on the machine."""
+    """Compiles at the first call: the work that pays for compiling depends on the machine."""
     monkeypatch.setattr(Dispatcher, "_is_eager", True)
 
 
 def used(J: Any, *args: Any) -> bool:
-    """Calls until the accumulate engine answers; whether it does."""
+    """Calls until a plan answers; False if none does."""
     for _ in range(CALLS):
         J(*args)
         record = torchjac.last_run()
@@ -76,9 +76,9 @@ def test_comes_into_use() -> None:
     J = torchjac.jacobian(f, create_graph=True)
     x = value(24).requires_grad_()
     assert used(J, x)
-    found = J(x)
-    assert found.requires_grad
-    (got,) = torch.autograd.grad(found.square().sum(), x)
+    jacobian = J(x)
+    assert jacobian.requires_grad
+    (got,) = torch.autograd.grad(jacobian.square().sum(), x)
     want = torch.func.grad(lambda x: torch.func.jacrev(f)(x).square().sum())(x.detach())
     same(got, want)
 
@@ -111,14 +111,14 @@ def test_third_derivatives() -> None:
 
 
 def test_parameters_learn_through_it() -> None:
-    """A penalty on the Jacobian trains what the function reads, as it does by passes."""
+    """A penalty on the Jacobian trains the parameters of the function, as by passes."""
 
     def losses(uses_plan: bool) -> list[float]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
         J = torchjac.jacobian(net, create_graph=True)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        found, engines = [], set()
+        history, engines = [], set()
         x = value(3)
         for _ in range(CALLS):
             optimizer.zero_grad()
@@ -135,9 +135,9 @@ def test_parameters_learn_through_it() -> None:
             loss = (jacobian - 1).square().sum() + net(x).square().sum()
             loss.backward()
             optimizer.step()
-            found.append(float(loss.detach()))
+            history.append(float(loss.detach()))
         assert not uses_plan or "accumulate" in engines
-        return found
+        return history
 
     torch.testing.assert_close(losses(True), losses(False), rtol=1e-9, atol=1e-12)
 
@@ -211,13 +211,13 @@ STOPS: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", STOPS)
 def test_where_gradients_stop_passes_do_it(name: str) -> None:
-    """The operations of the plan would say something else of the derivative."""
+    """The operations of the plan would have another derivative."""
     f = STOPS[name]
     J = torchjac.jacobian(f, create_graph=True)
     x = value(4).requires_grad_()
     for _ in range(CALLS):
-        found = J(x)
-        (got,) = torch.autograd.grad(found.square().sum(), x)
+        jacobian = J(x)
+        (got,) = torch.autograd.grad(jacobian.square().sum(), x)
     leaf = x.detach().requires_grad_()
     y = f(leaf)
     rows = [torch.autograd.grad(v, leaf, create_graph=True)[0] for v in y]
@@ -241,7 +241,7 @@ FILLS: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", FILLS)
 def test_what_is_filled_stops_nothing(name: str) -> None:
-    """Tensors that take only the shape of others."""
+    """Tensors that take only the shape of another tensor."""
     f = FILLS[name]
     x = value(4)
     plan, _ = graph_plan_of(f, x)
@@ -253,7 +253,7 @@ def test_what_is_filled_stops_nothing(name: str) -> None:
 
 
 def test_hooks_are_for_passes() -> None:
-    """They run in the second backward pass too."""
+    """Hooks run in the second backward pass too."""
 
     def f(x: Tensor) -> Tensor:
         y = x.sin()
@@ -265,7 +265,7 @@ def test_hooks_are_for_passes() -> None:
 
 
 def test_without_a_graph_to_keep() -> None:
-    """Nothing requires a gradient: neither does the result of a plan."""
+    """If no input requires a gradient, the result of a plan does not either."""
     J = torchjac.jacobian(lambda x: x.sin() * x.sum(), create_graph=True)
     x = value(5)
     assert used(J, x)
@@ -285,7 +285,7 @@ AUXILIARY: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", AUXILIARY)
 def test_what_does_not_matter_here_may_matter_elsewhere(name: str) -> None:
-    """A gain of zero while the plan is made hides all that is behind it from any comparison."""
+    """A gain of zero during planning hides all operations behind it from a comparison."""
 
     def f(x: Tensor, gain: Tensor) -> Tensor:
         return x * x.roll(1) + gain * AUXILIARY[name](x)
@@ -300,17 +300,17 @@ def test_what_does_not_matter_here_may_matter_elsewhere(name: str) -> None:
 
 
 def test_results_may_be_written_to() -> None:
-    """What the graph has saved is not the result itself."""
+    """The tensor saved by the graph is not the result itself."""
     J = torchjac.jacobian(lambda x: x.exp().sum(), create_graph=True)
     x = value(3).requires_grad_()
     assert used(J, x)
-    found = J(x)
-    found.mul_(2)
-    (got,) = torch.autograd.grad(found.sum(), x)
+    jacobian = J(x)
+    jacobian.mul_(2)
+    (got,) = torch.autograd.grad(jacobian.sum(), x)
     same(got, 2 * x.detach().exp())
 
 
-def test_results_can_be_differentiated_whatever_is_given() -> None:
+def test_results_can_be_differentiated_whatever_the_input() -> None:
     """As by passes: also where no input requires a gradient."""
     J = torchjac.jacobian(lambda x: x * x, create_graph=True)
     x = value(3)

@@ -1,4 +1,4 @@
-"""Laws that tie accumulated Jacobians to each other, and graphs that nobody writes by hand."""
+"""Laws between accumulated Jacobians, and graphs of extreme shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VECTORS = {
 
 
 def matrix(f: Function, x: Tensor, order: Mode = "reverse") -> Tensor:
-    """The Jacobian as a matrix; passes where there is no plan."""
+    """The Jacobian as a matrix, by passes where the plan is refused."""
     try:
         _, J = plan_of(f, x, orders=(order,))
     except PlanRefused:
@@ -82,7 +82,7 @@ class TestAdversarial:
     """Graphs that are deep, wide, or fill in."""
 
     def test_ten_thousand_operations_deep(self) -> None:
-        """No recursion, and what planning would take is not spent in vain."""
+        """No recursion, and no time spent on a plan that is refused in the end."""
 
         def f(x: Tensor) -> Tensor:
             for k in range(5000):
@@ -108,7 +108,7 @@ class TestAdversarial:
         check(f, value(5))
 
     def test_very_wide(self) -> None:
-        """Two thousand branches, put together."""
+        """Two thousand branches, stacked."""
 
         def f(x: Tensor) -> Tensor:
             return torch.stack([(x * (k + 1)).sum() for k in range(2000)])
@@ -181,7 +181,7 @@ class TestAdversarial:
         same(run(plan, f, x + 1), oracle_jacobian(f)(x + 1))
 
     def test_fill_in_is_not_accumulated(self) -> None:
-        """A stencil applied so often that every cell meets every other."""
+        """A stencil applied so often that all cells depend on each other."""
 
         def f(x: Tensor) -> Tensor:
             for _ in range(60):

@@ -163,7 +163,7 @@ def test_detached_backward(dtype: torch.dtype) -> None:
 
 
 @BOTH
-def test_small_output_beside_a_large_one(dtype: torch.dtype) -> None:
+def test_small_output_next_to_a_large_one(dtype: torch.dtype) -> None:
     """The check measured errors by the largest entry of all outputs: a small one could be zeros."""
     weight, scale = value(200, 2, dtype=dtype, seed=1), 1e5 if dtype == torch.float32 else 1e13
     for small in (Apart.apply, lambda x: hooked(x, torch.relu), lambda x: x.sin()):
@@ -205,17 +205,17 @@ def test_small_jacobians_are_checked() -> None:
 @pytest.mark.parametrize("place", ["custom function", "tensor hook"])
 def test_backward_that_keeps_what_it_saw(place: str) -> None:
     """Recording a backward pass left the user's own buffer with a graph that grew call by call."""
-    kept, weight = torch.zeros(3, dtype=torch.float64), value(200, 3)
+    buffer, weight = torch.zeros(3, dtype=torch.float64), value(200, 3)
 
     def keep(g: Tensor) -> Tensor:
-        kept.copy_(g.detach() if torch._C._functorch.is_batchedtensor(g) else g)
+        buffer.copy_(g.detach() if torch._C._functorch.is_batchedtensor(g) else g)
         return g * 1
 
     for seed in range(CALLS):
         x = leaf(3, seed=seed)
         with quiet():
             same(torchjac.jac(weight @ PLACES[place](x, keep), x), weight)
-        assert not kept.requires_grad
+        assert not buffer.requires_grad
 
 
 READS_DATA = """
@@ -289,7 +289,7 @@ COUPLED: dict[str, Function] = {
 @pytest.mark.parametrize("size", [2, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("case", COUPLED)
-def test_coupling_is_found_at_every_precision(case: str, dtype: torch.dtype, size: int) -> None:
+def test_coupling_is_detected_at_every_precision(case: str, dtype: torch.dtype, size: int) -> None:
     """A tolerance in units of half precision (780 %) or of the largest row hid any coupling."""
     f, x = COUPLED[case], leaf(size, 3, dtype=dtype)
     with pytest.raises(torchjac.CoupledBatchError):
@@ -303,7 +303,7 @@ def test_coupling_is_found_at_every_precision(case: str, dtype: torch.dtype, siz
 
 @pytest.mark.parametrize("other", [torch.bfloat16, torch.float32, torch.float64])
 @BOTH
-def test_coupling_of_one_input_beside_another(dtype: torch.dtype, other: torch.dtype) -> None:
+def test_coupling_of_one_input_next_to_another(dtype: torch.dtype, other: torch.dtype) -> None:
     """A large or a coarse input must not lend its tolerance to the coupled one."""
     x, y = value(5, 3, dtype=dtype), value(5, 3, dtype=other, seed=1)
     for f in (
@@ -315,7 +315,7 @@ def test_coupling_of_one_input_beside_another(dtype: torch.dtype, other: torch.d
             torchjac.jacobian(f, (0, 1), batched=True)(x, y)
 
 
-def test_coupling_beside_samples_that_are_all_rounding() -> None:
+def test_coupling_next_to_samples_that_are_all_rounding() -> None:
     """Only the samples that disagreed most were looked at: four noisy ones hid the others."""
 
     def f(x: Tensor) -> Tensor:

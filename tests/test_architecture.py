@@ -120,15 +120,15 @@ def room_of(path: Path) -> str:
 def imports(path: Path) -> list[str]:
     """Absolute names of everything a file imports, wherever in the file."""
     package = ["torchjac", *path.relative_to(ROOT).parts[:-1]]
-    found = []
+    absolute = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            absolute += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found += [f"{module}.{alias.name}" for alias in node.names]
-    return found
+            absolute += [f"{module}.{alias.name}" for alias in node.names]
+    return absolute
 
 
 def imported(path: Path) -> set[str]:

@@ -186,7 +186,7 @@ def test_coupling_is_an_error(case: str, dtype: torch.dtype, size: int, entry: s
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_one_pair_is_found_always(seed: int) -> None:
+def test_one_pair_is_always_detected(seed: int) -> None:
     """A probe is random; a single coupled pair among many samples has to show in every run."""
     torch.manual_seed(seed)
     with pytest.raises(torchjac.CoupledBatchError):
@@ -219,7 +219,7 @@ def test_weak_coupling_of_one_pair(dtype: torch.dtype, weight: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_coupling_beside_a_large_derivative_is_found(dtype: torch.dtype) -> None:
+def test_coupling_next_to_a_large_derivative_is_detected(dtype: torch.dtype) -> None:
     """One sample with huge derivatives must not hide the coupling of two others."""
 
     def f(x: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ def test_bad_derivative_in_one_sample_is_not_coupling() -> None:
     assert J[1].isinf().all()
 
 
-def test_coupling_beside_a_bad_sample_is_found() -> None:
+def test_coupling_next_to_a_bad_sample_is_detected() -> None:
     """A NaN must not hide a real coupling of the others."""
     x = value(8, 3)
     x[5] = float("nan")

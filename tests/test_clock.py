@@ -56,9 +56,9 @@ def test_an_error_in_the_replacement_is_the_callers() -> None:
 
 
 def test_it_is_the_clock_of_the_process() -> None:
-    found = []
+    times = []
     with clock(stands_at(-1.0)):
-        thread = threading.Thread(target=lambda: found.append(now()))
+        thread = threading.Thread(target=lambda: times.append(now()))
         thread.start()
         thread.join()
-    assert found == [-1.0]
+    assert times == [-1.0]

@@ -39,12 +39,12 @@ def test_after_an_error() -> None:
     assert gc.get_threshold() == USUAL
 
 
-@pytest.mark.parametrize("others", [(0, 10, 10), (500_000, 5, 5)])
-def test_what_is_rarer_stays(others: tuple[int, int, int]) -> None:
-    gc.set_threshold(*others)
+@pytest.mark.parametrize("thresholds", [(0, 10, 10), (500_000, 5, 5)])
+def test_what_is_rarer_stays(thresholds: tuple[int, int, int]) -> None:
+    gc.set_threshold(*thresholds)
     with gc_paused():
-        assert gc.get_threshold() == others
-    assert gc.get_threshold() == others
+        assert gc.get_threshold() == thresholds
+    assert gc.get_threshold() == thresholds
 
 
 def test_what_somebody_sets_meanwhile_stays() -> None:

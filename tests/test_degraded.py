@@ -58,7 +58,7 @@ class TestOperators:
         """Each that torchjac names, one at a time."""
         assert told("operators", *NAMED[part::PARTS]) == ""
 
-    def test_names_are_found(self) -> None:
+    def test_names_lead_to_operators(self) -> None:
         assert len(NAMED) > 400
         assert aten.sin.default is torch.ops.aten.sin.default
         assert aten.add.Tensor is torch.ops.aten.add.Tensor
@@ -279,7 +279,7 @@ class TestPytree:
 
     def test_named_tuples(self) -> None:
         own = hidden.importlib.import_module("torchjac._torch.containers")
-        made = torch.zeros(2, 2).max(0)
-        leaves, spec = own.tree_flatten(made)
+        result = torch.zeros(2, 2).max(0)
+        leaves, spec = own.tree_flatten(result)
         assert len(leaves) == 1  # no Python class of a named tuple: as a leaf
         assert spec.is_leaf()

@@ -89,8 +89,8 @@ class TestLaws:
     EYE = np.stack([np.arange(4), np.arange(4)])
 
     def test_counts_what_is_lacking(self):
-        found = laws(self.W, self.EYE, self.FULL, self.FULL)
-        assert found == Laws(numeric=16, missed=12, asdex_missed=0, beyond=0)
+        counts = laws(self.W, self.EYE, self.FULL, self.FULL)
+        assert counts == Laws(numeric=16, missed=12, asdex_missed=0, beyond=0)
         assert laws(self.W, self.FULL, self.EYE, self.EYE) == Laws(4, 0, 0, 12)
 
     def test_without_peers_and_without_numbers(self):
@@ -107,16 +107,16 @@ class TestLaws:
 
 class TestReport:
     def test_ratios_are_paired_by_round(self):
-        found = entry(samples={"detect": (1.0, 10.0, 1.0), "asdex": (2.0, 20.0, 2.0)})
-        assert found.ratio("detect") == 2.0
-        assert found.ratio("whole") is None
-        assert found.seconds("capture") is None
+        timed = entry(samples={"detect": (1.0, 10.0, 1.0), "asdex": (2.0, 20.0, 2.0)})
+        assert timed.ratio("detect") == 2.0
+        assert timed.ratio("whole") is None
+        assert timed.seconds("capture") is None
 
     def test_targets(self):
         samples = {"detect": (1e-3,), "asdex": (5e-3,)}
-        found = entry(faster=10, within=2e-3, samples=samples).targets
-        assert [good for good, _ in found] == [False, True]
-        assert "5x faster than asdex, to reach 10x" in found[0][1]
+        targets = entry(faster=10, within=2e-3, samples=samples).targets
+        assert [good for good, _ in targets] == [False, True]
+        assert "5x faster than asdex, to reach 10x" in targets[0][1]
         assert not entry(faster=10, within=2e-3).targets
 
     def test_table(self):
@@ -142,9 +142,9 @@ class TestReport:
         assert "**asdex failed**\n\n- toy: no rule" in text
 
     def test_json_round_trip(self, tmp_path):
-        made = report(entry(samples={"detect": (1.0, 2.0)}, laws=Laws(1, 0, None, 2)))
-        made.save(tmp_path / "run.json")
-        assert Report.load(tmp_path / "run.json") == made
+        original = report(entry(samples={"detect": (1.0, 2.0)}, laws=Laws(1, 0, None, 2)))
+        original.save(tmp_path / "run.json")
+        assert Report.load(tmp_path / "run.json") == original
 
 
 class TestCommandLine:
@@ -156,9 +156,9 @@ class TestCommandLine:
     def test_runs_quick_without_peers(self, tmp_path, capsys):
         args = ["--quick", "--only", "heat(n=5)", "--rounds", "1", "--out", str(tmp_path)]
         assert cli.main(args) == 0
-        (found,) = Report.load(tmp_path / "detection.json").entries
-        assert (found.nnz, found.laws) == (13, Laws(numeric=13, missed=0))
-        assert {k: len(v) for k, v in found.samples.items()} == dict.fromkeys(
+        (heat,) = Report.load(tmp_path / "detection.json").entries
+        assert (heat.nnz, heat.laws) == (13, Laws(numeric=13, missed=0))
+        assert {k: len(v) for k, v in heat.samples.items()} == dict.fromkeys(
             ("capture", "detect", "whole"), 1
         )
         assert "| heat-5 | 5 x 5 | 13 |" in capsys.readouterr().out

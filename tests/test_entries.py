@@ -57,7 +57,7 @@ class TestEntries:
             assert ran(ticks, J, "3" * 5) == "kernel*4 fast", "found again, not made again"
             same(J(INPUTS["3"]), oracle_jacobian(f)(INPUTS["3"]))
 
-    def test_a_tensor_written_to_in_place_is_not_found_again(self) -> None:
+    def test_a_tensor_written_to_in_place_misses_its_entry(self) -> None:
         w = value(3)
 
         def f(x: Tensor) -> Tensor:
@@ -99,14 +99,14 @@ class TestRejected:
     @pytest.mark.parametrize(
         ("f", "why"), [(drawing, "draws random numbers"), (branching, "depends on the values")]
     )
-    def test_the_reason_is_kept(self, f: Callable[..., Any], why: str) -> None:
+    def test_the_reason_stays(self, f: Callable[..., Any], why: str) -> None:
         with ticking(**USUAL) as ticks:
             J = torchjac.jacobian(f, compile=True)
             assert ran(ticks, J, "3" * 5) == "+passes passes*4"
             for _ in range(2):
                 assert why in dict(J.explain(INPUTS["3"]).refusals)["accumulate"]
 
-    def test_it_is_found_again(self) -> None:
+    def test_it_hits_again(self) -> None:
         draws = True
 
         def f(x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class TestRejected:
             draws = True
             assert ran(ticks, J, "33") == "passes*2"
 
-    def test_a_plan_that_disagrees_when_it_is_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_plan_that_disagrees_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         disagree(monkeypatch)
         with ticking(**USUAL) as ticks:
             J = torchjac.jacobian(product, compile=True)
@@ -204,14 +204,14 @@ class TestStates:
             inner = torchjac.jacobian(product, compile=True)
 
             def f(x: Tensor) -> Tensor:
-                found: Tensor = inner(x)
-                return found.sum(0)
+                jacobian: Tensor = inner(x)
+                return jacobian.sum(0)
 
             J = torchjac.jacobian(f, compile=True)
             assert ran(ticks, J, "3" * 9) == joined(f"{TRIAL} fast*2")
             assert ran(ticks, inner, "3") == "+kernel", "what the outer one did left nothing"
 
-    def test_values_beside(self) -> None:
+    def test_values_and_jacobian(self) -> None:
         """The same entry; f runs for its value, and there is no fast path."""
         with ticking(**USUAL) as ticks:
             J = torchjac.jacobian(product, compile=True)

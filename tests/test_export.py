@@ -50,11 +50,13 @@ def ran(
     kind = {torch.float64: "double", torch.float32: "float"}
     dtype = next(iter(inputs.values())).dtype
     numbers = {n: [*x.flatten().tolist(), 0.0] for n, x in inputs.items()}  # C has no empty arrays
-    given = [
+    declarations = [
         f"  const {kind[x.dtype]} {n}[] = {{{', '.join(map(float.hex, numbers[n]))}}};"
         for n, x in inputs.items()
     ]
-    made = [f"  {kind[dtype]} *{n} = malloc(sizeof(*{n}) * {k});" for n, k in outputs.items()]
+    allocations = [
+        f"  {kind[dtype]} *{n} = malloc(sizeof(*{n}) * {k});" for n, k in outputs.items()
+    ]
     prints = [
         f'  for (int i = 0; i < {k}; i++) printf("%a\\n", (double){n}[i]);\n  free({n});'
         for n, k in outputs.items()
@@ -64,8 +66,8 @@ def ran(
         MAIN.format(
             name=name,
             WORK=f"{name.upper()}_WORK",
-            inputs="\n".join(given),
-            outputs="\n".join(made),
+            inputs="\n".join(declarations),
+            outputs="\n".join(allocations),
             arguments=first + ", ".join([*inputs, *outputs]),
             prints="\n".join(prints),
         )
@@ -93,22 +95,22 @@ def check(folder: Path, f: Callable[..., Any], x: Tensor, **how: Any) -> None:
     same(got["value"].view(value_.shape), value_)
     if sparse:
         rows, columns = arrays(files[0].read_text())
-        found = torch.sparse_csr_tensor(
+        jacobian = torch.sparse_csr_tensor(
             rows, columns, got["jacobian"], entries.shape, check_invariants=True
         ).to_dense()
-        same(found.reshape(want.shape), want)
+        same(jacobian.reshape(want.shape), want)
     else:
         same(got["jacobian"].view(want.shape), want)
 
 
 def arrays(text: str) -> tuple[Tensor, Tensor]:
     """The pattern, as it stands in the file."""
-    found = []
+    tables = []
     for label in ("row_starts", "columns"):
         begin = text.index(f"const int made_{label}[] = {{") + len(f"const int made_{label}[] = {{")
         numbers = text[begin : text.index("}", begin)].split(",")
-        found.append(torch.tensor([int(n) for n in numbers]))
-    return found[0], found[1]
+        tables.append(torch.tensor([int(n) for n in numbers]))
+    return tables[0], tables[1]
 
 
 NAMES = ["the question", "pairs", "edges twice", "stencil", "softmax", "norm", "conv"]
@@ -215,8 +217,8 @@ def test_package(tmp_path: Path) -> None:
     (file,) = torchjac.jacobian(f).export(tmp_path / "made.pt2", x)
     loaded = torch._inductor.aoti_load_package(str(file))
     for point in (x, 0.5 * x + 1):
-        found, J = loaded(point)
-        same(found, f(point))
+        result, J = loaded(point)
+        same(result, f(point))
         same(J, oracle_jacobian(f)(point))
 
 
@@ -226,7 +228,7 @@ def awkward(value: Tensor, value_: Tensor, Value: Tensor, template: Tensor) -> T
 
 
 @pytest.mark.parametrize("stem", ["template", "sin", "memcpy", "NULL", "true", "é", "_", "class"])
-def test_names_that_are_taken(tmp_path: Path, stem: str) -> None:
+def test_names_that_are_reserved(tmp_path: Path, stem: str) -> None:
     """By C, C++, the C library, or each other."""
     args = [value(2, seed=k) for k in range(4)]
     files = torchjac.jacobian(awkward).export(tmp_path / f"{stem}.c", *args)

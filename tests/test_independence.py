@@ -85,7 +85,7 @@ def test_a_branch_on_values_is_tested() -> None:
     assert independence(torchjac.jacobian(f, batched=True), value(5, 3)) == "tested"
 
 
-def test_a_function_that_becomes_coupled_is_found() -> None:
+def test_a_function_that_becomes_coupled_is_detected() -> None:
     """What the proof was made for has changed: a global variable, a mode, a permutation."""
     state = {"order": torch.arange(5)}
     jacobian = torchjac.jacobian(lambda x: x + x[state["order"]], batched=True)
@@ -95,7 +95,7 @@ def test_a_function_that_becomes_coupled_is_found() -> None:
         jacobian(value(5, 3))
 
 
-def test_a_permutation_written_in_place_is_found() -> None:
+def test_a_permutation_written_in_place_is_detected() -> None:
     order = torch.arange(5)
     jacobian = torchjac.jacobian(lambda x: x + x[order], batched=True)
     assert independence(jacobian, value(5, 3)) == "proved"
@@ -104,7 +104,7 @@ def test_a_permutation_written_in_place_is_found() -> None:
         jacobian(value(5, 3))
 
 
-def test_training_mode_is_found() -> None:
+def test_training_mode_is_detected() -> None:
     norm = nn.BatchNorm1d(3).double().eval()
     jacobian = torchjac.jacobian(norm, batched=True)
     assert independence(jacobian, value(5, 3)) == "proved"

@@ -44,24 +44,26 @@ def refusal(n: str) -> str | None:
         for dtype in (torch.float64, torch.float32):
             torch.manual_seed(0)
             points = [tensors, *(elsewhere(tensors, k) for k in range(2))]
-            given = [tuple(x.detach().to(dtype) for x in point) for point in points]
-            made = plan(f, *given[0], argnums=argnums) if all(map(_filled, given[0])) else None
-            if made is None:
+            inputs = [tuple(x.detach().to(dtype) for x in point) for point in points]
+            compiled = (
+                plan(f, *inputs[0], argnums=argnums) if all(map(_filled, inputs[0])) else None
+            )
+            if compiled is None:
                 continue
-            call = Call(f, argnums, False, given[0], {})
+            call = Call(f, argnums, False, inputs[0], {})
             try:
-                made = replace(
-                    made, emitted=with_kernel(made.programs, arguments(call), None, 20.0)
+                compiled = replace(
+                    compiled, emitted=with_kernel(compiled.programs, arguments(call), None, 20.0)
                 )
             except PlanRefused as refused:
                 why = why or re.sub(r"\d+", "n", str(refused).split("; ")[0])
                 continue
-            for point in () if n in TORCH_DISAGREES else given:
+            for point in () if n in TORCH_DISAGREES else inputs:
                 try:
                     want = oracle_jacobian(f, argnums)(*point)
                 except RuntimeError:  # not defined there
                     continue
-                agrees(run(made, f, *point, argnums=argnums), want)
+                agrees(run(compiled, f, *point, argnums=argnums), want)
     return why
 
 
@@ -73,9 +75,9 @@ def _filled(x: torch.Tensor) -> bool:
 def test_operations(n: str) -> None:
     """Its largest small sample, in double and single precision, here and elsewhere."""
     with quiet():
-        found, counted = refusal(n), board(SCOREBOARD)
+        reason, counted = refusal(n), board(SCOREBOARD)
     if counted is not None:
-        assert found == counted.get(n)
+        assert reason == counted.get(n)
 
 
 def test_refusals_are_meant() -> None:

@@ -36,7 +36,7 @@ def wide(*sizes: int, dtype: torch.dtype) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def made(f: Function, *args: Any) -> Any:
+def plan_with_products(f: Function, *args: Any) -> Any:
     """The plan, which keeps products whole."""
     plan, _ = plan_of(f, *args)
     plan = kernel_of(plan, f, *args)
@@ -55,7 +55,7 @@ def test_networks(name: str, frozen: bool, dtype: torch.dtype) -> None:
     def f(x: Tensor) -> Tensor:
         return batched(x[None])[0]
 
-    plan = made(f, value(inputs, dtype=dtype))
+    plan = plan_with_products(f, value(inputs, dtype=dtype))
     y = value(inputs, seed=1, dtype=dtype)
     with quiet():
         same(run(plan, f, y), oracle_jacobian(f)(y))
@@ -137,7 +137,7 @@ def test_any_network(widths: list[int], act: Any, bias: bool) -> None:
 def test_parameters_are_read_anew() -> None:
     net, inputs = trained("silu")
     x = value(inputs)
-    plan = made(net, x)
+    plan = plan_with_products(net, x)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -152,9 +152,9 @@ def test_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[s
     files = torchjac.jacobian(net).export(tmp_path / "net.c", value(inputs))
     assert "torchjac_strip" in files[0].read_text()
     monkeypatch.setattr("test_export.SANITIZED", [*flags, "-fsanitize=address,undefined"])
-    found = ran(files, {"x": y}, {"jacobian": 15, "value": 5})
-    same(found["jacobian"].view(5, 3), oracle_jacobian(net)(y))
-    same(found["value"], net(y).detach())
+    results = ran(files, {"x": y}, {"jacobian": 15, "value": 5})
+    same(results["jacobian"].view(5, 3), oracle_jacobian(net)(y))
+    same(results["value"], net(y).detach())
 
 
 class TestFusedAttention:

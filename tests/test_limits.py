@@ -96,17 +96,17 @@ def living() -> int:
     """Bytes of all tensors that Python can reach."""
     gc.collect()
     tensors = (o for o in gc.get_objects() if issubclass(type(o), Tensor))
-    found = {}
+    sizes = {}
     for tensor in tensors:
         with contextlib.suppress(NotImplementedError, RuntimeError):  # what other tests left
             memory = tensor.untyped_storage()
             if memory.device.type != "meta":
-                found[memory._cdata] = memory.nbytes()
-    return sum(found.values())
+                sizes[memory._cdata] = memory.nbytes()
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("batched", [True, False])
-def test_nothing_the_size_of_an_output_is_kept(batched: bool) -> None:
+def test_nothing_the_size_of_an_output_stays(batched: bool) -> None:
     """Random cotangents were remembered per shape: 64 tensors of the size of the outputs."""
     torch.manual_seed(0)
     J = torchjac.jacobian(nn.Linear(2, 20).double() if batched else torch.sin, batched=batched)
@@ -278,7 +278,7 @@ def test_what_leads_to_no_input_does_not_count(kind: str) -> None:
         backbone = backbone.sin()
     weight = leaf(4, 10)
 
-    def found(x: Tensor) -> list[tuple[str, float]]:
+    def costs(x: Tensor) -> list[tuple[str, float]]:
         if kind == "before the input":
             h = x * 1
             return seen_candidates((weight.detach() @ h).tanh(), h)
@@ -288,7 +288,7 @@ def test_what_leads_to_no_input_does_not_count(kind: str) -> None:
         return seen_candidates((weight.detach()[:, :5] @ h + x[5:9]).tanh(), h)
 
     bare = backbone.detach().requires_grad_(kind != "before a constant")
-    assert found(backbone) == found(bare)
+    assert costs(backbone) == costs(bare)
 
 
 class Counting(nn.Module):

@@ -33,7 +33,7 @@ from torchjac.jit.entry import Entry
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache directory, and a process that knows nothing yet."""
     monkeypatch.setenv("TORCHJAC_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(machines, "_known", {})
@@ -41,9 +41,9 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class TestCostModel:
-    def test_measured_once_and_kept(self, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_measured_once_and_stored(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = calibrated()
-        (file,) = kept.iterdir()
+        (file,) = cache.iterdir()
         assert json.loads(file.read_text())["operation"] == first.operation
         machines._known.clear()
         monkeypatch.setattr(machines, "measured", lambda: pytest.fail("measured again"))
@@ -55,11 +55,11 @@ class TestCostModel:
         assert 1e7 < costs.memory < 1e13
         assert 1e7 < costs.product < 1e15
 
-    def test_the_default_without_measuring(self, kept: Path) -> None:
+    def test_the_default_without_measuring(self, cache: Path) -> None:
         assert cost_model() is DEFAULT
-        assert not kept.exists() or not list(kept.iterdir())
+        assert not cache.exists() or not list(cache.iterdir())
 
-    def test_deterministic(self, kept: Path) -> None:
+    def test_deterministic(self, cache: Path) -> None:
         calibrated()
         torch.use_deterministic_algorithms(True)
         try:
@@ -79,9 +79,9 @@ class TestCostModel:
             json.dumps({"version": 1, **asdict(DEFAULT), "more": 1}),
         ],
     )
-    def test_files_that_make_no_sense(self, text: str, kept: Path) -> None:
+    def test_files_that_make_no_sense(self, text: str, cache: Path) -> None:
         calibrated()
-        (file,) = kept.iterdir()
+        (file,) = cache.iterdir()
         file.write_text(text)
         machines._known.clear()
         assert cost_model() is DEFAULT
@@ -120,15 +120,17 @@ class TestCostModel:
 
 
 class TestDisk:
-    def test_bytes_come_back(self, kept: Path) -> None:
+    def test_bytes_come_back(self, cache: Path) -> None:
         assert disk.read("a") is None
         assert disk.write("a", b"one")
         assert disk.write("a", b"two")
         assert disk.read("a") == b"two"
-        assert [f.name for f in kept.iterdir()] == ["a"]
-        assert kept.stat().st_mode & 0o077 == 0
+        assert [f.name for f in cache.iterdir()] == ["a"]
+        assert cache.stat().st_mode & 0o077 == 0
 
-    def test_nothing_is_kept_where_that_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_is_stored_where_that_is_asked_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("TORCHJAC_CACHE_DIR", "")
         assert disk.directory() is None
         assert not disk.write("a", b"one")
@@ -142,23 +144,23 @@ class TestDisk:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         assert disk.directory() == tmp_path / "home" / ".cache" / "torchjac"
 
-    def test_a_directory_that_others_can_write_to(self, kept: Path) -> None:
+    def test_a_directory_that_anybody_can_write_to(self, cache: Path) -> None:
         disk.write("a", b"one")
-        kept.chmod(0o777)
+        cache.chmod(0o777)
         assert disk.read("a") is None
         assert not disk.write("a", b"two")
 
-    def test_a_file_that_others_can_write_to(self, kept: Path) -> None:
+    def test_a_file_that_anybody_can_write_to(self, cache: Path) -> None:
         disk.write("a", b"one")
-        (kept / "a").chmod(0o666)
+        (cache / "a").chmod(0o666)
         assert disk.read("a") is None
 
-    def test_a_file_in_its_place(self, kept: Path) -> None:
-        kept.write_text("in the way")
+    def test_a_file_in_its_place(self, cache: Path) -> None:
+        cache.write_text("in the way")
         assert disk.directory() is None
         assert not disk.write("a", b"one")
 
-    def test_many_processes_at_once(self, kept: Path) -> None:
+    def test_many_processes_at_once(self, cache: Path) -> None:
         """Whoever reads gets all of somebody's bytes."""
         context = multiprocessing.get_context("fork")
         writers = [context.Process(target=_write, args=(k,)) for k in range(8)]
@@ -171,19 +173,19 @@ class TestDisk:
         assert data is not None
         assert len(data) == 100_000
         assert len(set(data)) == 1
-        assert [f.name for f in kept.iterdir()] == ["shared"]
+        assert [f.name for f in cache.iterdir()] == ["shared"]
 
 
 def _write(k: int) -> None:
     for _ in range(20):
         assert disk.write("shared", bytes([k]) * 100_000)
-        found = disk.read("shared")
-        assert found is not None
-        assert len(set(found)) == 1
+        data = disk.read("shared")
+        assert data is not None
+        assert len(set(data)) == 1
     os._exit(0)
 
 
-def test_both_orders_are_looked_at() -> None:
+def test_both_orders_are_measured() -> None:
     """The record says what was predicted and measured, and what there are to tell of it."""
 
     def f(x: torch.Tensor) -> torch.Tensor:
@@ -193,16 +195,16 @@ def test_both_orders_are_looked_at() -> None:
     x = value(1000)
     plan, first = plan_of(f, x)
     same(first, torch.func.jacrev(f)(x))
-    found = Entry.of(plan, False).record(plan, "jacobian", torch.strided, 1e-3)
-    assert {c.name for c in found.candidates} == {
+    record = Entry.of(plan, False).record(plan, "jacobian", torch.strided, 1e-3)
+    assert {c.name for c in record.candidates} == {
         "accumulate reverse",
         "accumulate forward",
         "passes",
     }
-    assert found.counts is not None
-    assert found.counts.waists
-    assert "5 at aten" in found.counts.waists[0]
-    assert "waist" in str(found)
+    assert record.counts is not None
+    assert record.counts.waists
+    assert "5 at aten" in record.counts.waists[0]
+    assert "waist" in str(record)
 
 
 WIDE = value(5, 1000) / 30

@@ -42,7 +42,7 @@ ROOTED = re.compile(
 )
 
 # Names that lead nowhere, and why they may stand in a text.
-MADE_UP = {
+FICTIONAL = {
     "torchjac.changes_detours": "a logger of a test: loggers need no module",
     "torchjac.passes.race.foretell": "what the test of this test must find",
 }
@@ -50,17 +50,17 @@ MADE_UP = {
 
 def is_there(name: str) -> bool:
     """Whether a dotted name after `torchjac` is a module, or an attribute of something there."""
-    found: Any = torchjac
+    value: Any = torchjac
     path = "torchjac"
     for part in name.strip(".").split("."):
         path = f"{path}.{part}"
-        if hasattr(found, part):
-            found = getattr(found, part)
-        elif part in getattr(found, "__dataclass_fields__", ()):
+        if hasattr(value, part):
+            value = getattr(value, part)
+        elif part in getattr(value, "__dataclass_fields__", ()):
             return True
         else:
             try:
-                found = importlib.import_module(path)
+                value = importlib.import_module(path)
             except ImportError:
                 return False
     return True
@@ -69,16 +69,16 @@ def is_there(name: str) -> bool:
 @functools.cache
 def files() -> frozenset[str]:
     """Paths of files and folders, from the root and from the package on, and last parts of both."""
-    found = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/"}
+    paths = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/"}
     for top in (*FOLDERS, "docs"):
         for path in (ROOT / top).rglob("*"):
             if "__pycache__" in path.parts:
                 continue
             name = path.relative_to(ROOT).as_posix() + "/" * path.is_dir()
-            found |= {name, f"{top}/"}
+            paths |= {name, f"{top}/"}
             parts = name.removeprefix("src/torchjac/").split("/")
-            found |= {"/".join(parts[k:]) for k in range(len(parts))}
-    return frozenset(found)
+            paths |= {"/".join(parts[k:]) for k in range(len(parts))}
+    return frozenset(paths)
 
 
 @functools.cache
@@ -103,16 +103,16 @@ def texts(path: Path) -> Iterator[str]:
 def lost(path: Path) -> set[str]:
     """Names in the texts of a file that lead nowhere."""
     ours = path.suffix != ".py" or SOURCE in path.parents
-    found = set()
+    names = set()
     for text in texts(path):
-        found |= {f"torchjac{m[1]}" for m in ABSOLUTE.finditer(text) if not is_there(m[1])}
+        names |= {f"torchjac{m[1]}" for m in ABSOLUTE.finditer(text) if not is_there(m[1])}
         if not ours:
             continue
         relative = {m[1] for m in RELATIVE.finditer(text)}
-        found |= {n for n in relative if n.split(".")[0] in parts() and not is_there(n)}
+        names |= {n for n in relative if n.split(".")[0] in parts() and not is_there(n)}
         named = [*FILE.finditer(text), *ROOTED.finditer(text)]
-        found |= {m[1] for m in named if m[1] not in files()}
-    return found
+        names |= {m[1] for m in named if m[1] not in files()}
+    return names
 
 
 def file_id(path: Path) -> str:
@@ -121,10 +121,10 @@ def file_id(path: Path) -> str:
 
 @pytest.mark.parametrize("path", [*PAGES, *SETTINGS, *SOURCES], ids=file_id)
 def test_names_lead_somewhere(path: Path) -> None:
-    assert lost(path) - MADE_UP.keys() == set()
+    assert lost(path) - FICTIONAL.keys() == set()
 
 
-def test_names_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+def test_names_that_lead_nowhere_are_reported(tmp_path: Path) -> None:
     """One of each kind, beside one that is there."""
     page = tmp_path / "page.md"
     page.write_text(
@@ -138,4 +138,4 @@ def test_names_that_lead_nowhere_are_found(tmp_path: Path) -> None:
 
 def test_exceptions_are_needed() -> None:
     everything = {name for path in SOURCES for name in lost(path)}
-    assert MADE_UP.keys() <= everything
+    assert FICTIONAL.keys() <= everything

@@ -96,11 +96,13 @@ def cases(n: str, dtype: torch.dtype = torch.float64) -> list[Case]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         samples = op.sample_inputs("cpu", dtype, requires_grad=True, set_seed=True)
-        found = [Case(op, s) for s in itertools.islice(samples, LOOKED_AT)]
+        samples_of_op = [Case(op, s) for s in itertools.islice(samples, LOOKED_AT)]
     if dtype.is_complex:
-        return found[:1]
-    found = [c for c in found if c.places]
-    small = [c for c in found if c.size <= ENTRIES] or sorted(found, key=lambda c: c.size)[:1]
+        return samples_of_op[:1]
+    samples_of_op = [c for c in samples_of_op if c.places]
+    small = [c for c in samples_of_op if c.size <= ENTRIES] or sorted(
+        samples_of_op, key=lambda c: c.size
+    )[:1]
     step = max(1, len(small) // COMPARED)
     return small[::step][:COMPARED]
 
@@ -154,12 +156,12 @@ def test_op_matches_the_row_loop(n: str) -> None:
         with pytest.raises(RuntimeError):
             [trusted(case) for case in cases(n)]
         return
-    found = cases(n)
-    assert found, "no sample with a float tensor: list the op with its reason"
+    samples = cases(n)
+    assert samples, "no sample with a float tensor: list the op with its reason"
     if n in RESEEDED_DIFFERS:
-        assert any(not repeatable(c) for c in found), "repeats itself now: take it off the list"
+        assert any(not repeatable(c) for c in samples), "repeats itself now: take it off the list"
         return
-    checked = [(case, trusted(case)) for case in found]
+    checked = [(case, trusted(case)) for case in samples]
     if n in TORCH_DISAGREES:
         with pytest.raises(AssertionError):
             [every_output_matches(*pair) or every_plan_matches(*pair) for pair in checked]

@@ -59,7 +59,7 @@ FILLED_FACTS = (Fact.FILL, Fact.UNIFORM, Fact.SHAPE_ONLY, Fact.ZEROS, Fact.ONES)
 X = torch.arange(1.0, 7.0).reshape(2, 3)
 PLACES = torch.tensor([[1, 0, 1], [0, 0, 1]])
 # Arguments by the names of parameters that have no default.
-GIVEN: dict[str, Any] = {
+ARGUMENTS: dict[str, Any] = {
     "self": X,
     "tensors": [X, X + 6],
     "src": X + 6,
@@ -103,11 +103,11 @@ NUMBERS = {"number": 0.5, "Scalar": 0.5, "bool": False}
 def ran(operator: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors that an operator is given here, and those that it gives."""
     needed = {a.name for a in operator._schema.arguments if not a.has_default_value()}
-    args = {name: x for name, x in GIVEN.items() if name in needed} | SPECIAL.get(operator, {})
+    args = {name: x for name, x in ARGUMENTS.items() if name in needed} | SPECIAL.get(operator, {})
     result = operator(**args)
     lists = [a if isinstance(a, list) else [a] for a in args.values()]
-    given = [x for one in lists for x in one if isinstance(x, Tensor)]
-    return given, list(result) if isinstance(result, (list, tuple)) else [result]
+    tensors = [x for one in lists for x in one if isinstance(x, Tensor)]
+    return tensors, list(result) if isinstance(result, (list, tuple)) else [result]
 
 
 def having_any(*facts: Fact) -> list[Any]:
@@ -146,7 +146,7 @@ class TestTable:
 
     def test_no_facts_elsewhere(self) -> None:
         """Sets of operators stand in `ops`, but for those of the tracer and of rules."""
-        found = set()
+        sets = set()
         for path in ROOT.rglob("*.py"):
             place = path.relative_to(ROOT).as_posix()
             if place == "ops.py" or place.startswith(("_torch/", "linear/rules/")):
@@ -154,8 +154,8 @@ class TestTable:
             for node in ast.parse(path.read_text()).body:
                 if isinstance(node, (ast.Assign, ast.AnnAssign)) and _is_set(node.value):
                     target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-                    found.add(f"{place}: {ast.unparse(target)}")
-        assert found == ELSEWHERE
+                    sets.add(f"{place}: {ast.unparse(target)}")
+        assert sets == ELSEWHERE
 
 
 def _is_set(value: ast.expr | None) -> bool:
@@ -181,19 +181,19 @@ class TestAgainstTorch:
 
     @pytest.mark.parametrize("operator", having_any(Fact.VIEW), ids=str)
     def test_views_begin_where_their_argument_does(self, operator: Any) -> None:
-        given, (made,) = ran(operator)
-        assert made.data_ptr() == given[0].data_ptr()
+        arguments, (result,) = ran(operator)
+        assert result.data_ptr() == arguments[0].data_ptr()
 
     @pytest.mark.parametrize("operator", having_any(Fact.MOVE), ids=str)
     def test_moves(self, operator: Any) -> None:
         """All numbers of results are numbers of arguments, or the one that fills."""
         if operator in having(Fact.UNINITIALIZED):
             return
-        given, made = ran(operator)
+        arguments, results = ran(operator)
         if operator in having(Fact.FILL):
-            assert numbers(made) <= {0.0, GIVEN["fill_value"]}
+            assert numbers(results) <= {0.0, ARGUMENTS["fill_value"]}
         else:
-            assert numbers(made) <= numbers(given) | {GIVEN["value"]}
+            assert numbers(results) <= numbers(arguments) | {ARGUMENTS["value"]}
 
     @pytest.mark.parametrize(
         "operator",
@@ -219,9 +219,9 @@ class TestAgainstTorch:
 
     def test_fresh(self) -> None:
         for operator in having(Fact.FRESH):
-            first, *others = operator._schema.arguments
+            first, *rest = operator._schema.arguments
             assert first.name == "size"
-            assert all(a.kwarg_only for a in others)
+            assert all(a.kwarg_only for a in rest)
             assert operator in having(Fact.ZEROS) | having(Fact.UNINITIALIZED)
 
     @pytest.mark.parametrize("operator", having_any(Fact.MOVE, Fact.BY_STRIDES), ids=str)
@@ -230,7 +230,7 @@ class TestAgainstTorch:
         if operator in having(Fact.FILL):
             return
         _, before = ran(operator)
-        monkeypatch.setitem(GIVEN, "self", X.t().contiguous().t())
+        monkeypatch.setitem(ARGUMENTS, "self", X.t().contiguous().t())
         try:
             same = all(map(torch.equal, before, ran(operator)[1]))
         except RuntimeError:
@@ -255,8 +255,8 @@ class TestAgainstTorch:
                 of(tensors[a.name]) if str(a.type) == "Tensor" else NUMBERS[str(a.type)]
                 for a in operator._schema.arguments
             ]
-            made = operator(*args)
-            return list(made) if isinstance(made, tuple) else [made]
+            results = operator(*args)
+            return list(results) if isinstance(results, tuple) else [results]
 
         moved = result(lambda x: x[order] if x.ndim else x)
         for before, after in zip(result(lambda x: x), moved, strict=True):

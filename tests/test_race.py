@@ -32,7 +32,7 @@ def run(race: Race, seconds: dict[tuple[str, int], float], calls: int) -> Counte
 REVERSE, FORWARD, LOOP = ("reverse", 8), ("forward", 8), ("reverse", 1)
 
 
-def test_the_fastest_is_kept() -> None:
+def test_the_fastest_stays() -> None:
     ran = run(race(), {REVERSE: 2e-3, FORWARD: 1e-3, LOOP: 9e-3}, 29)
     assert ran[FORWARD] > 20
     assert ran[LOOP] == 0
@@ -43,7 +43,7 @@ def test_ties_go_to_the_prediction() -> None:
     assert ran[REVERSE] > 20
 
 
-def test_a_choice_made_at_a_bad_moment_is_looked_at_again() -> None:
+def test_a_choice_at_a_bad_moment_is_measured_again() -> None:
     """While it was measured, the machine was busy."""
     one = race()
     assert run(one, {REVERSE: 1.9e-3, FORWARD: 1e-3, LOOP: 9e-3}, 29)[FORWARD] > 20

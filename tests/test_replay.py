@@ -82,8 +82,8 @@ def apart(folder: Path, seed: str) -> dict[str, dict[str, list[str]]]:
     command = [sys.executable, str(ROOT / "tools" / "replay.py"), "--out", str(out), "-k", CHEAP]
     env = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=env, check=True, capture_output=True, timeout=300)
-    found: dict[str, dict[str, list[str]]] = json.loads(out.read_text(encoding="utf-8"))
-    return found
+    hashes: dict[str, dict[str, list[str]]] = json.loads(out.read_text(encoding="utf-8"))
+    return hashes
 
 
 @pytest.mark.slow
@@ -117,8 +117,8 @@ class TestCompare:
 
     def sides(self, folder: Path, before: str, after: str) -> None:
         for side, text in (("before", before), ("after", after)):
-            found = {"case: way": {"c": [text]}, f"only {side}": {"c": []}}
-            (folder / f"{side}.json").write_text(json.dumps(found), encoding="utf-8")
+            hashes = {"case: way": {"c": [text]}, f"only {side}": {"c": []}}
+            (folder / f"{side}.json").write_text(json.dumps(hashes), encoding="utf-8")
             (folder / side).mkdir()
             (folder / side / "case-way.c.txt").write_text(f"{text}\n", encoding="utf-8")
 

@@ -33,15 +33,15 @@ def module_of(f: Function, *args: Tensor) -> torch.nn.Module | None:
 @pytest.mark.parametrize("name", ONE)
 def test_programs(name: str) -> None:
     f = ONE[name]
-    made = module_of(f, value(40, 4))
-    assert made is not None
+    resized = module_of(f, value(40, 4))
+    assert resized is not None
     for samples in (1, 2, 7, 39, 101):
         x = value(samples, 4, seed=samples)
         want = oracle_jacobian(f, 0, batched=True)(x)
         values = f(x)
         expected = [*(values if isinstance(values, tuple) else [values])]
         expected += [*(want if isinstance(want, tuple) else [want])]
-        for got, w in zip(made(x), expected, strict=True):
+        for got, w in zip(resized(x), expected, strict=True):
             same(got.reshape(w.shape), w)
 
 
@@ -51,11 +51,11 @@ def test_workloads(spec: str) -> None:
     x = w.make(0)
     plan, _ = plan_of(w.f, *x, batched=True)
     with torch.no_grad():
-        made = _for_any_number(Call(w.f, 0, False, x, {}), plan)
-    assert made is not None
+        resized = _for_any_number(Call(w.f, 0, False, x, {}), plan)
+    assert resized is not None
     for samples in (1, 12, 33):
         y = tuple(t[:samples] for t in x)
-        _, got = made(*y)
+        _, got = resized(*y)
         same(got, oracle_jacobian(w.f, 0, batched=True)(*y))
 
 
@@ -89,13 +89,13 @@ def test_what_depends_on_how_many_there_are(f: Function) -> None:
     "f", [lambda x: x.sum(1), lambda x: (x.sin(), x.sum(1)), lambda x: x[:, ::2] + x[:, 1::2]]
 )
 def test_constant_jacobians(f: Function) -> None:
-    made = module_of(f, value(40, 4))
-    assert made is not None
+    resized = module_of(f, value(40, 4))
+    assert resized is not None
     for samples in (1, 33):
         x = value(samples, 4, seed=samples)
         want = oracle_jacobian(f, 0, batched=True)(x)
         wanted = want if isinstance(want, tuple) else (want,)
-        for got, w in zip(made(x)[len(wanted) :], wanted, strict=True):
+        for got, w in zip(resized(x)[len(wanted) :], wanted, strict=True):
             same(got.reshape(w.shape), w)
 
 
@@ -131,8 +131,8 @@ def test_recordings_that_differ(f: Function, reason: str) -> None:
         x = value(n, 4)
 
         class Run:
-            def __call__(self, given: Tensor) -> tuple[Tensor]:
-                return (f(given),)
+            def __call__(self, argument: Tensor) -> tuple[Tensor]:
+                return (f(argument),)
 
         recordings.append(recording_of(Run(), [x]))  # type: ignore[arg-type]
     with pytest.raises(NotResizable, match=reason):

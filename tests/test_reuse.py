@@ -63,11 +63,11 @@ class TestReusedBuffer:
         give = ReusedBuffer(zeros=False)
         first = give(SIZE, dtype=torch.float64)
         where = first.data_ptr()
-        kept = held(first)
+        holder = held(first)
         del first
         gc.collect()
         assert give(SIZE, dtype=torch.float64).data_ptr() != where
-        del kept
+        del holder
 
     @pytest.mark.parametrize(
         "done",
@@ -142,7 +142,7 @@ def test_results_keep_their_numbers(f: Any) -> None:
     """Whatever is held, written to, or dropped between calls."""
     x = value(N, seed=1)
     plan, first = plan_of(f, x)
-    kept = [(x, first)]
+    results = [(x, first)]
     for k in range(4):
         point = x + 0.1 * k
         J = run(plan, f, point)
@@ -150,10 +150,10 @@ def test_results_keep_their_numbers(f: Any) -> None:
             J.fill_(5)  # the caller's, to do what he likes with
             del J
         else:
-            kept.append((point, J))
-    for point, J in kept:
+            results.append((point, J))
+    for point, J in results:
         same(J, torchjac.jacobian(f)(point))
-    for point, J in kept:
+    for point, J in results:
         same(run(plan, f, point), J)
 
 

@@ -31,10 +31,10 @@ def rotated(x: Tensor) -> Tensor:
     """Products of small matrices."""
     c, s = x.cos(), x.sin()
     turns = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], -2)
-    found = turns[:, 0]
+    total = turns[:, 0]
     for k in range(1, x.shape[1]):
-        found = found @ turns[:, k]
-    return found.reshape(-1, 4)
+        total = total @ turns[:, k]
+    return total.reshape(-1, 4)
 
 
 MATRIX = value(5, 4, seed=9)
@@ -55,7 +55,7 @@ ONE = {
 }
 
 
-def made(f: Function, *args: Tensor, **how: Any) -> Any:
+def plan_of_sample(f: Function, *args: Tensor, **how: Any) -> Any:
     """The plan, which is for one sample."""
     plan, J = plan_of(f, *args, batched=True, **how)
     assert plan.emitted.samples is not None, plan.tried
@@ -68,7 +68,7 @@ def made(f: Function, *args: Tensor, **how: Any) -> Any:
 def test_gives_what_passes_give(name: str, samples: int, dtype: torch.dtype) -> None:
     f = ONE[name]
     x = value(samples, 4, dtype=dtype)
-    plan, J = made(f, x)
+    plan, J = plan_of_sample(f, x)
     want = oracle_jacobian(f, 0, batched=True)
     with quiet():
         same(J, want(x))
@@ -84,7 +84,7 @@ def test_other_arguments() -> None:
         return scale * (x - target) ** 2 * weights[:4] * weights[6]
 
     x, target, scale, weights = value(50, 4), value(50, 4, seed=1), value(1), value(7, seed=2)
-    plan, J = made(f, x, target, scale=scale, weights=weights)
+    plan, J = plan_of_sample(f, x, target, scale=scale, weights=weights)
     want = oracle_jacobian(f, 0, batched=True)
     same(J, want(x, target, scale=scale, weights=weights))
     other = dict(scale=2 + scale, weights=value(7, seed=3))
@@ -96,7 +96,7 @@ def test_two_inputs() -> None:
         return x * y.sum(-1, keepdim=True), y.sin()
 
     x, y = value(40, 3), value(40, 2, seed=1)
-    plan, _ = made(f, x, y, argnums=(0, 1))
+    plan, _ = plan_of_sample(f, x, y, argnums=(0, 1))
     want = oracle_jacobian(f, (0, 1), batched=True)
     same(run(plan, f, x + 1, y - 1, argnums=(0, 1)), want(x + 1, y - 1))
 
@@ -106,14 +106,14 @@ def test_a_network_that_is_trained() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x = value(64, 3)
-    plan, _ = made(net, x)
+    plan, _ = plan_of_sample(net, x)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.3)
     same(run(plan, net, x), oracle_jacobian(net, 0, batched=True)(x))
 
 
-OTHERS = [value(50, 4, seed=k) for k in range(2)]
+POINTS = [value(50, 4, seed=k) for k in range(2)]
 WEIGHTS = [nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2)]
 
 
@@ -146,7 +146,7 @@ NOT_ONE = {
     "size as a float": lambda x: x.sin() / float(len(x)),
     "size as a threshold": by_threshold,
     "size as an exponent": lambda x: x ** (len(x) % 5),
-    "constants of samples": lambda x: x * OTHERS[0],
+    "constants of samples": lambda x: x * POINTS[0],
     "another parameter": lambda x: x * WEIGHTS[len(x) > 30].exp() + x**2,
     # From here on what shows only where x is positive.
     "a part of a constant": lambda x: torch.where(x > 0, x * LONG[: len(x)], x.sin()),
@@ -264,8 +264,8 @@ def test_packaged(tmp_path: Path) -> None:
     run_it = torch._inductor.aoti_load_package(str(file))
     for samples in (40, 1, 3, 77):
         y = value(samples, 4, seed=samples)
-        found, jacobian = run_it(y)
-        same(found, f(y))
+        result, jacobian = run_it(y)
+        same(result, f(y))
         same(jacobian, oracle_jacobian(f, 0, batched=True)(y))
 
 
@@ -281,7 +281,7 @@ class TestThreads:
     @pytest.mark.parametrize("name", ["matrices", "outer"])
     def test_results(self, name: str, count: int) -> None:
         f = ONE[name]
-        plan, _ = made(f, value(count, 4))
+        plan, _ = plan_of_sample(f, value(count, 4))
         want = oracle_jacobian(f, 0, batched=True)
         for seed in range(6):
             y = value(count, 4, seed=seed)

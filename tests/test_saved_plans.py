@@ -104,7 +104,7 @@ def test_parameters_are_those_of_now(tmp_path: Path) -> None:
     same(fresh(path, other, x)[0], other.weight.detach())
 
 
-OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+CHANGED: dict[str, Callable[[Tensor], Tensor]] = {
     "a constant": lambda x: torch.tanh((WIDE + 1e-12) @ x) * x.roll(1) + x.square().mean(),
     "a branch not taken here": lambda x: (
         torch.tanh(WIDE @ x.clamp(max=100)) * x.roll(1) + x.square().mean()
@@ -113,15 +113,15 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", CHANGED)
 def test_another_function_has_another_plan(name: str, tmp_path: Path) -> None:
     """Even where its Jacobian is the same at this point."""
     path = tmp_path / "plan"
     torchjac.jacobian(f).save(path, value(6))
-    J = torchjac.jacobian(OTHERS[name]).load(path)
+    J = torchjac.jacobian(CHANGED[name]).load(path)
     x = value(6, seed=2)
-    same(J(x), torch.func.jacrev(OTHERS[name])(x))
-    same(J(200 * x), torch.func.jacrev(OTHERS[name])(200 * x))
+    same(J(x), torch.func.jacrev(CHANGED[name])(x))
+    same(J(200 * x), torch.func.jacrev(CHANGED[name])(200 * x))
 
 
 def test_other_shapes_are_as_if_it_were_not_there(tmp_path: Path) -> None:
@@ -275,12 +275,14 @@ class TestCheckedOnDemand:
                 same(J(x + k), torch.func.jacrev(f)(x + k))
                 assert torchjac.last_run().engine == "accumulate"
 
-    def test_a_plan_gone_wrong_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_plan_gone_wrong_is_dropped(self, monkeypatch: pytest.MonkeyPatch) -> None:
         J = torchjac.jacobian(f, compile=True)
         x = value(6)
         J(x)
         good = Compiled.parts
-        monkeypatch.setattr(Compiled, "parts", lambda *given: [p + 1e-3 for p in good(*given)])
+        monkeypatch.setattr(
+            Compiled, "parts", lambda *arguments: [p + 1e-3 for p in good(*arguments)]
+        )
         with torchjac.testing.check_plans():
             same(J(x), torch.func.jacrev(f)(x))
         record = J.explain(x)

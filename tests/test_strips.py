@@ -50,8 +50,8 @@ class Gated(nn.Module):
         self.last = nn.Linear(40, 40)
 
     def forward(self, x: Tensor) -> Tensor:
-        made = self.last(self.one(x).sigmoid() * self.other(x))
-        return torch.stack([made.sum(-1), (made * made).mean(-1), x[:, 0] * made[:, 3]], -1)
+        hidden = self.last(self.one(x).sigmoid() * self.other(x))
+        return torch.stack([hidden.sum(-1), (hidden * hidden).mean(-1), x[:, 0] * hidden[:, 3]], -1)
 
 
 def network(*sizes: int, act: Callable[[], nn.Module] = nn.Tanh, **how: Any) -> nn.Module:
@@ -117,7 +117,7 @@ def with_numbers(net: nn.Module) -> Function:
     return lambda x: torch.func.functional_call(net, numbers, (x,))
 
 
-def made(f: Function, *args: Any) -> Any:
+def plan_of_strips(f: Function, *args: Any) -> Any:
     """The plan, which is for strips of samples."""
     plan, J = plan_of(f, *args, batched=True)
     assert plan.emitted.samples is not None, plan.tried
@@ -132,7 +132,7 @@ def test_gives_what_passes_give(name: str, frozen: bool, dtype: torch.dtype) -> 
     """With parameters that may change, and with numbers that stay."""
     net, inputs = trained(name, dtype)
     f = with_numbers(net) if frozen else net
-    plan, J = made(f, value(37, inputs, dtype=dtype))
+    plan, J = plan_of_strips(f, value(37, inputs, dtype=dtype))
     want = oracle_jacobian(f, 0, batched=True)
     with quiet():
         same(J, want(value(37, inputs, dtype=dtype)))
@@ -146,16 +146,16 @@ def test_any_number_of_samples(samples: int, dtype: torch.dtype) -> None:
     """The last strip may be short."""
     net, inputs = trained("tanh", dtype)
     x = value(samples, inputs, dtype=dtype)
-    plan, _ = made(net, x)
+    plan, _ = plan_of_strips(net, x)
     same(run(plan, net, -x), oracle_jacobian(net, 0, batched=True)(-x))
 
 
-def test_memory_as_it_is_found_is_no_table() -> None:
+def test_memory_that_is_not_initialized_is_no_table() -> None:
     """Memory that `silu`'s backward asks for, to be filled, is not read: it is in no text."""
-    found = [value(7, 48, seed=k) for k in range(64)]  # memory that holds something
-    del found
+    garbage = [value(7, 48, seed=k) for k in range(64)]  # memory that holds something
+    del garbage
     net, inputs = trained("silu")
-    plan, _ = made(net, value(37, inputs))
+    plan, _ = plan_of_strips(net, value(37, inputs))
     assert {t.dtype.kind for t in plan.emitted.kernel.source.tables} <= {"i"}
 
 
@@ -163,7 +163,7 @@ def test_parts_of_the_samples() -> None:
     """Threads take parts that begin anywhere, each with memory of its own."""
     net, inputs = trained("silu")
     x = value(101, inputs)
-    plan, want = made(net, x)
+    plan, want = plan_of_strips(net, x)
     kernel = plan.emitted.kernel
     for cuts in ([0, 101], [0, 1, 50, 101], [0, 7, 8, 93, 101]):
         kernel._divided = lambda run, c=cuts: all([run(a, b) for a, b in pairwise(c)])
@@ -173,7 +173,7 @@ def test_parts_of_the_samples() -> None:
 def test_what_is_not_finite() -> None:
     """A sample that overflows is left to passes, in a strip that is not full too."""
     net, inputs = trained("tanh")
-    plan, _ = made(net, value(35, inputs))
+    plan, _ = plan_of_strips(net, value(35, inputs))
     x = value(35, inputs)
     x[34, 0] = float("nan")
     assert run(plan, net, x) is None
@@ -183,7 +183,7 @@ def test_parameters_are_read_anew() -> None:
     """Training changes them in place."""
     net, inputs = trained("normed")
     x = value(40, inputs)
-    plan, _ = made(net, x)
+    plan, _ = plan_of_strips(net, x)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -220,9 +220,9 @@ def test_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[s
     files = torchjac.jacobian(net, batched=True).export(tmp_path / "net.c", x)
     y = value(21, inputs, seed=3)
     monkeypatch.setattr("test_export.SANITIZED", [*flags, "-fsanitize=address,undefined"])
-    found = ran(files, {"x": y}, {"jacobian": 21 * 15, "value": 21 * 5}, "21, ")
-    same(found["jacobian"].view(21, 5, 3), oracle_jacobian(net, 0, batched=True)(y))
-    same(found["value"].view(21, 5), net(y).detach())
+    results = ran(files, {"x": y}, {"jacobian": 21 * 15, "value": 21 * 5}, "21, ")
+    same(results["jacobian"].view(21, 5, 3), oracle_jacobian(net, 0, batched=True)(y))
+    same(results["value"].view(21, 5), net(y).detach())
 
 
 def test_faster_than_it_was_is_chosen() -> None:

@@ -37,9 +37,9 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 def parts(f: Callable[..., Any], *args: Tensor, layout: torch.layout = torch.strided) -> Executable:
     """A kernel whose loops are divided."""
     plan, _ = plan_of(f, *args, layout=layout)
-    made = with_kernel(plan.programs, args, None).kernel
-    assert isinstance(made, Executable)
-    return made
+    kernel = with_kernel(plan.programs, args, None).kernel
+    assert isinstance(kernel, Executable)
+    return kernel
 
 
 class TestResults:
@@ -56,16 +56,16 @@ class TestResults:
     ) -> None:
         w = build(name)
         x = w.make(0)
-        made = parts(w.f, *x, layout=layout)
-        assert made.source.text.count("TORCHJAC_WAIT") > 0
+        kernel = parts(w.f, *x, layout=layout)
+        assert kernel.source.text.count("TORCHJAC_WAIT") > 0
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        want, _ = made.run(x)
+        want, _ = kernel.run(x)
         seen: list[int] = []
-        monkeypatch.setattr(made, "_threads", lambda go: go(seen.append(count) or count))
+        monkeypatch.setattr(kernel, "_threads", lambda go: go(seen.append(count) or count))
         for _ in range(8):  # threads meet in other ways each time
-            found, fine = made.run(x)
+            got, fine = kernel.run(x)
             assert fine
-            for a, b in zip(found, want, strict=True):
+            for a, b in zip(got, want, strict=True):
                 assert torch.equal(a, b)
         assert seen == [count] * 8
 
@@ -77,10 +77,10 @@ class TestResults:
             plan = kernel_of(plan_of(f, x)[0], f, x)
         except PlanRefused as refusal:
             pytest.skip(f"no kernel: {refusal}")
-        made = plan.emitted.kernel
-        assert isinstance(made, Executable)
-        if made._threads is not None:
-            monkeypatch.setattr(made, "_threads", lambda go: go(3))
+        kernel = plan.emitted.kernel
+        assert isinstance(kernel, Executable)
+        if kernel._threads is not None:
+            monkeypatch.setattr(kernel, "_threads", lambda go: go(3))
         same(run(plan, f, x), oracle_jacobian(f, 0)(x))
         y = x.clone()
         y.view(-1)[0] = float("nan")
@@ -94,14 +94,14 @@ class TestResults:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
         w = build("finite_volume(19, 17)")
         inputs = [w.make(seed) for seed in range(6)]
-        made = parts(w.f, *inputs[0], layout=torch.sparse_csr)
-        want = [made.run(x)[0] for x in inputs]
+        kernel = parts(w.f, *inputs[0], layout=torch.sparse_csr)
+        want = [kernel.run(x)[0] for x in inputs]
         wrong: list[int] = []
 
         def work(k: int) -> None:
             for _ in range(50):
-                found, _ = made.run(inputs[k])
-                if not all(map(torch.equal, found, want[k])):
+                got, _ = kernel.run(inputs[k])
+                if not all(map(torch.equal, got, want[k])):
                     wrong.append(k)
 
         every = [threading.Thread(target=work, args=(k,)) for k in range(6)]
@@ -174,20 +174,20 @@ def test_little_work_is_for_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [1] * 9
 
 
-def _in_child(made: Executable, x: tuple[Tensor, ...], want: Tensor) -> None:
+def _in_child(kernel: Executable, x: tuple[Tensor, ...], want: Tensor) -> None:
     used: list[int] = []
-    run = made._run
+    run = kernel._run
 
-    def noted(*arguments: int) -> bool:
+    def counted(*arguments: int) -> bool:
         used.append(arguments[-1])
         return run(*arguments)
 
-    made._run = noted
+    kernel._run = counted
 
     def work() -> None:
         for _ in range(6):
-            (found,), _ = made.run(x)
-            assert torch.equal(found, want)
+            (got,), _ = kernel.run(x)
+            assert torch.equal(got, want)
 
     work()
     assert used == [1] * 6
@@ -202,11 +202,11 @@ def test_after_a_fork(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     w = build("finite_volume(19, 17)")
     x = w.make(0)
-    made = parts(w.f, *x, layout=torch.sparse_csr)
+    kernel = parts(w.f, *x, layout=torch.sparse_csr)
     for _ in range(6):
-        (want,), _ = made.run(x)
+        (want,), _ = kernel.run(x)
     context = multiprocessing.get_context("fork")
-    child = context.Process(target=_in_child, args=(made, x, want))
+    child = context.Process(target=_in_child, args=(kernel, x, want))
     child.start()
     child.join(30)
     assert child.exitcode == 0
@@ -223,8 +223,8 @@ def test_a_compiler_without_openmp(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     w = build("nbody(19)")
     x = w.make(0)
-    made = parts(w.f, *x)
+    kernel = parts(w.f, *x)
     want = oracle_jacobian(w.f, 0)(*x)
     for _ in range(6):
-        (found,), _ = made.run(x)
-        same(found.view_as(want), want)
+        (got,), _ = kernel.run(x)
+        same(got.view_as(want), want)

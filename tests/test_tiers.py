@@ -146,7 +146,7 @@ class TestWarmUp:
         state, _ = step(state, Compiled())
         assert state.refusals == 0  # type: ignore[union-attr]
 
-    def test_nothing_is_given_up_for_ever(self) -> None:
+    def test_nothing_is_abandoned_for_ever(self) -> None:
         state: State = WARMING
         for _ in range(100):
             state, _ = step(state, Refused("no"))
@@ -194,7 +194,7 @@ def settled(state: State, seconds: dict[Tier, float], runs: int = 50) -> tuple[S
 
 
 class TestTrial:
-    def test_the_faster_tier_is_kept(self) -> None:
+    def test_the_faster_tier_stays(self) -> None:
         for program, winner in [(1e-3, Tier.PROGRAM), (4e-3, Tier.PASSES)]:
             trial = begin(Tier.PROGRAM, 1e-3, 1e-3)
             state, ran = settled(trial, {Tier.PROGRAM: program, Tier.PASSES: 2e-3})

@@ -64,10 +64,10 @@ class TestOtherVersions:
             assert (ROOT / "tests" / name.split("::")[0]).exists(), name
 
     def test_an_interpreter(self) -> None:
-        assert try_version.found_python(sys.executable) == sys.executable
+        assert try_version.find_python(sys.executable) == sys.executable
         own = f"3.{sys.version_info.minor}"
         assert try_version.version(sys.executable) == own
-        assert try_version.found_python("newest")
+        assert try_version.find_python("newest")
 
     def test_what_cannot_be_had_is_skipped(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

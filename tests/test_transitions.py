@@ -246,20 +246,20 @@ def rows(x: Tensor) -> Tensor:
 
 def candidates(calls: int) -> str:
     """Which candidate among passes answers each of some calls."""
-    J, found = torchjac.jacobian(rows), []
+    J, engines = torchjac.jacobian(rows), []
     for _ in range(calls):
         J(INPUTS["3"])
         record = torchjac.last_run()
         assert record is not None
         assert record.engine == "plain"
-        found.append("loop" if record.chunk == 1 else f"{record.mode}-{record.chunk}")
-    return told(found)
+        engines.append("loop" if record.chunk == 1 else f"{record.mode}-{record.chunk}")
+    return told(engines)
 
 
 class TestRace:
     """Candidates among passes: the first calls take turns, then the fastest is kept."""
 
-    def test_the_fastest_is_kept(self) -> None:
+    def test_the_fastest_stays(self) -> None:
         with ticking(backward=1e-4, batched=2e-3):
             assert candidates(25) == "reverse-3*3 loop*22"
 
@@ -316,7 +316,7 @@ class TestDefects:
             assert "plan" in history(ticks, J, [INPUTS["3"]] * 20)[10:]
 
     @defect("a later change removes the wall-clock deadlines")
-    def test_planning_does_not_look_at_the_clock(self) -> None:
+    def test_planning_does_not_read_the_clock(self) -> None:
         with ticking(**USUAL, trace=100.0) as ticks:
             J = torchjac.jacobian(product, compile=True)
             assert ran(ticks, J, "3") == "+kernel"

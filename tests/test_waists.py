@@ -1,4 +1,4 @@
-"""Waists: multiplications of branchy programs against those of the best order by hand."""
+"""Bottlenecks: multiplications of branchy programs against those of the best order by hand."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def normed(x: Tensor) -> Tensor:
     return decoded((h - h.mean()) / h.std())
 
 
-# Multiplications of matrices: down to the waist from one side, up to it from the other, and the
-# product of both; `ONE` takes 250 (300 + 300) 10 + 300 300 10.
+# Multiplications of matrices: down to the bottleneck from one side, up to it from the other, and
+# the product of both; `ONE` takes 250 (300 + 300) 10 + 300 300 10.
 _ONE = 250 * 600 * 10 + N * N * 10
 _OTHER = 200 * N * 15 + 150 * N * 15 + N * N * 15
 CASES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
@@ -75,10 +75,10 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_near_the_best_order(name: str) -> None:
-    """Within an eighth of it: waists are found in every branch, and stay factored."""
+    """Within an eighth of the best order: every branch is split at its bottleneck."""
     f, best = CASES[name]
     plan, J = plan_of(f, value(N))
     same(J, oracle_jacobian(f)(value(N)))
-    found = min(way.work.multiplications for way in plan.programs)
-    assert found < 1.125 * best + 20 * N
+    fewest = min(way.work.multiplications for way in plan.programs)
+    assert fewest < 1.125 * best + 20 * N
     assert plan.emitted.waists

@@ -29,18 +29,9 @@ FOLDERS = ("src", "tests", "tools", "benchmarks", "examples")
 # Folders whose names have not been gone through yet. None may be added.
 UNREAD = {
     "src/torchjac",
-    "src/torchjac/compiler/accumulate",
     "src/torchjac/jit",
     "src/torchjac/passes",
-    "benchmarks",
-    "benchmarks/detection",
-    "benchmarks/peers",
-    "benchmarks/workloads",
-    "examples",
-    "examples/cpp",
     "tests",
-    "tools",
-    "tools/replaying",
 }
 
 

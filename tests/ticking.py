@@ -123,8 +123,8 @@ class _Metered(torch.autograd.Function):
 
 def metered(x: Tensor) -> Tensor:
     """The same tensor; a backward pass through it is heard."""
-    found: Tensor = _Metered.apply(x)  # type: ignore[no-untyped-call]
-    return found
+    result: Tensor = _Metered.apply(x)  # type: ignore[no-untyped-call]
+    return result
 
 
 def answered(ticks: Ticking, J: Any, *args: Any, **kwargs: Any) -> str:

@@ -33,7 +33,7 @@ def board(name: str, version: Version = TORCH) -> dict[str, Any] | None:
     return _read(name, version) if version in COUNTED else None
 
 
-def write_board(name: str, found: dict[str, Any], lines: bool = False) -> None:
+def write_board(name: str, results: dict[str, Any], lines: bool = False) -> None:
     """Writes a board, or how this version differs from the one counted before it.
 
     Args:
@@ -48,23 +48,23 @@ def write_board(name: str, found: dict[str, Any], lines: bool = False) -> None:
         raise ValueError(f"torch {torch.__version__} is not counted: add it to COUNTED first")
     if COUNTED[0] != TORCH:
         before = _read(name, COUNTED[COUNTED.index(TORCH) - 1])
-        keys = sorted({*before, *found})
-        found = {n: found.get(n) for n in keys if before.get(n) != found.get(n)}
+        keys = sorted({*before, *results})
+        results = {n: results.get(n) for n in keys if before.get(n) != results.get(n)}
     if lines:
-        entries = [f"{json.dumps(n)}: {json.dumps(found[n])}" for n in sorted(found)]
+        entries = [f"{json.dumps(n)}: {json.dumps(results[n])}" for n in sorted(results)]
         text = "{\n" + ",\n".join(entries) + "\n}\n"
     else:
-        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        text = json.dumps(results, indent=1, sort_keys=True) + "\n"
     _path(name, TORCH).write_text(text)
 
 
 def _read(name: str, version: Version) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for counted in COUNTED:
         path = _path(name, counted)
         if counted <= version and path.exists():
-            found |= json.loads(path.read_text())
-    return {n: entry for n, entry in found.items() if entry is not None}
+            results |= json.loads(path.read_text())
+    return {n: entry for n, entry in results.items() if entry is not None}
 
 
 def _path(name: str, version: Version) -> Path:

@@ -1,12 +1,11 @@
-"""Replays known programs, and says whether two revisions make the same of them.
+"""Replays known programs, and compares their C, programs and records between two revisions.
 
     python tools/replay.py --out now.json --texts now
     python tools/replay.py --against main~1
 
 Collected are the C of every kernel, every program of tensor operations, and the record of every
-call, as text in which names are numbered and times are left out. Decisions are those of a clock
-that only readings move, so two runs of one revision give the same. Results are not compared: tests
-do that.
+call, as text in which names are numbered and times are left out. Decisions follow a clock that
+moves only when read, so two runs of one revision agree. Results are not compared: tests do that.
 """
 
 from __future__ import annotations
@@ -27,25 +26,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Processes at once.
-_WORKERS = 2
-# Texts that differ of which the difference is shown, and lines of each.
-_SHOWN, _LINES = 4, 30
-# Cases that are named because they took longest.
-_SLOWEST = 12
+_WORKERS = 2  # processes at once
+_SHOWN = 4  # differences to show
+_LINES = 30  # lines of each difference
+_SLOWEST = 12  # slowest cases to name
 
-# What each case gave: hashes of texts, or the texts, by kind.
-Found = dict[str, dict[str, list[str]]]
+# Texts of each case, or hashes of them, by kind.
+Texts = dict[str, dict[str, list[str]]]
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Replays; 0 if all is well, 1 if revisions differ or a case crashed, 2 if nothing ran."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Replays; 0 if all agree, 1 if revisions differ or a case crashed, 2 if nothing ran."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, help="file for the hashes, as JSON")
     parser.add_argument("--texts", type=Path, help="folder for the texts")
     parser.add_argument("--against", metavar="REV", help="a revision to compare with")
     parser.add_argument("-k", metavar="SUBSTRING", default="", help="cases with this in the name")
-    asked = parser.parse_args(given)
+    asked = parser.parse_args(arguments)
     if asked.against is None:
         return _one(asked)
     return _against(asked)
@@ -54,27 +51,27 @@ def main(given: Sequence[str] | None = None) -> int:
 def _one(asked: argparse.Namespace) -> int:
     """Replays this revision."""
     started = time.perf_counter()
-    found, crashed = replay(asked.k)
-    if not found and not crashed:
+    texts, crashed = replay(asked.k)
+    if not texts and not crashed:
         _say(f"no case has {asked.k!r} in its name")
         return 2
     if asked.texts is not None:
-        _write_texts(asked.texts, found)
-    hashes = json.dumps(_hashes(found), indent=1, sort_keys=True) + "\n"
+        _write_texts(asked.texts, texts)
+    hashes = json.dumps(_hashes(texts), indent=1, sort_keys=True) + "\n"
     if asked.out is not None:
         asked.out.write_text(hashes, encoding="utf-8")
-    kinds = {k: sum(len(f[k]) for f in found.values()) for k in ("c", "program", "record")}
-    _say(f"{len(found)} cases, {kinds}, {time.perf_counter() - started:.0f} s")
+    kinds = {k: sum(len(f[k]) for f in texts.values()) for k in ("c", "program", "record")}
+    _say(f"{len(texts)} cases, {kinds}, {time.perf_counter() - started:.0f} s")
     for name in crashed:
         _say(f"crashed: {name}")
     return int(bool(crashed))
 
 
-def replay(part: str) -> tuple[Found, list[str]]:
-    """The texts of all cases with this in their name, and the cases that crashed.
+def replay(part: str) -> tuple[Texts, list[str]]:
+    """The texts of all cases with `part` in their name, and the cases that crashed.
 
-    Each case has a process of its own, copied from one that is warm: no case sees what another one
-    has left behind.
+    Each case has a process of its own, forked from one that is warm: no case sees traces of another
+    case.
     """
     _prepare()
     from replaying.cases import cases
@@ -82,7 +79,7 @@ def replay(part: str) -> tuple[Found, list[str]]:
 
     warm_up()
     waiting = [case for case in cases() if part in case.name]
-    found: Found = {}
+    texts: Texts = {}
     crashed: list[str] = []
     running: dict[int, tuple[str, Path, float]] = {}
     took: dict[str, float] = {}
@@ -98,11 +95,11 @@ def replay(part: str) -> tuple[Found, list[str]]:
             if status:
                 crashed.append(name)
             else:
-                found.update(json.loads(file.read_text(encoding="utf-8")))
+                texts.update(json.loads(file.read_text(encoding="utf-8")))
             _say(f"{total - len(waiting) - len(running)}/{total} {name}", end="\r")
     slowest = sorted(took, key=lambda name: -took[name])[:_SLOWEST]
     _say(f"\nslowest: {', '.join(f'{name} {took[name]:.1f} s' for name in slowest)}")
-    return found, crashed
+    return texts, crashed
 
 
 def _prepare() -> None:
@@ -118,7 +115,7 @@ def _prepare() -> None:
 
 
 def _started(case: Any, file: Path) -> int:
-    """A process that replays a case and writes what it gave to a file."""
+    """A process that replays a case and writes its texts to a file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python: there may be threads
         process = os.fork()
@@ -136,19 +133,19 @@ def _started(case: Any, file: Path) -> int:
         os._exit(status)  # nothing of the parent's is cleaned up twice
 
 
-def _hashes(found: Found) -> Found:
+def _hashes(texts_of_cases: Texts) -> Texts:
     from replaying.normal import digest
 
     return {
         case: {kind: list(map(digest, texts)) for kind, texts in about.items()}
-        for case, about in found.items()
+        for case, about in texts_of_cases.items()
     }
 
 
-def _write_texts(folder: Path, found: Found) -> None:
+def _write_texts(folder: Path, texts_of_cases: Texts) -> None:
     """A file for each case and kind."""
     folder.mkdir(parents=True, exist_ok=True)
-    for case, about in found.items():
+    for case, about in texts_of_cases.items():
         for kind, texts in about.items():
             if texts:
                 text = "\n\n".join(f"-- {i}\n{t}" for i, t in enumerate(texts))
@@ -199,7 +196,7 @@ def _checkout(revision: str, tree: Path) -> Iterator[Path]:
 
 
 def _run(tree: Path, folder: Path, side: str, part: str) -> bool:
-    """Runs a checkout's own replay; whether no case crashed."""
+    """Runs a checkout's own replay; True if no case crashed."""
     out, texts = folder / f"{side}.json", folder / side
     command = [sys.executable, str(tree / "tools" / "replay.py")]
     command += ["--out", str(out), "--texts", str(texts), "-k", part]
@@ -209,7 +206,7 @@ def _run(tree: Path, folder: Path, side: str, part: str) -> bool:
 
 
 def compare(folder: Path) -> int:
-    """Prints in what `before` and `after` in a folder differ; 1 if they do."""
+    """Prints the differences of `before` and `after` in a folder; 1 if there are any."""
     before, after = (
         json.loads((folder / f"{side}.json").read_text(encoding="utf-8"))
         for side in ("before", "after")

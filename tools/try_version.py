@@ -5,8 +5,8 @@
     python tools/try_version.py --python oldest --torch oldest   the oldest of both
 
 It installs torchjac as its users do (`pip install .`), runs the first screen of the README, and a
-part of the tests that takes some minutes. Where that Python or that torch cannot be had here, it
-says so and ends well: nothing was tried. It needs nothing but the standard library.
+part of the tests that takes some minutes. If that Python or torch is unavailable, the script says
+so and ends with 0. It needs only the standard library.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Minor versions of Python 3 that are looked for; tried are those that pyproject.toml allows.
-NEWEST_MINOR = 16
+NEWEST_MINOR = 16  # newest minor version of Python 3 to search for
 # Contracts; the README's snippets; one file or more for each stage; a tenth of OpInfo.
 TESTS = (
     *("test_torch_contracts.py", "test_tracing_contracts.py", "test_native.py", "test_degraded.py"),
@@ -33,22 +32,22 @@ TESTS = (
     *("test_opinfo.py", "test_patterns_opinfo.py", "test_kernel_opinfo.py"),
     "test_accumulate.py::test_operations",
 )
-SHARE = 10
+SHARE = 10  # one of so many OpInfo tests runs
 
 
 class Unavailable(Exception):
-    """A Python or a torch that cannot be had here."""
+    """A Python or a torch is not available on this machine."""
 
 
 def main() -> int:
-    """Tries one combination; 0 if all is well or it cannot be had, else what pytest says."""
+    """Tries one combination; 0 if tests pass or it is unavailable, else pytest's exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--python", default=sys.executable, help="a command, `newest` or `oldest`")
     parser.add_argument("--torch", default="newest", help="a version, `newest` or `oldest`")
     parser.add_argument("--keep", action="store_true", help="keep the environment for another run")
     asked = parser.parse_args()
     try:
-        python = found_python(asked.python)
+        python = find_python(asked.python)
         with Environment(python, asked.torch, asked.keep) as folder:
             return tried(folder)
     except Unavailable as reason:
@@ -60,15 +59,15 @@ def lower_bound(of: str) -> str:
     """The oldest version that pyproject.toml allows, of `torch` or `python`."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     pattern = r'requires-python = ">=([\d.]+)"' if of == "python" else r'"torch>=([\d.]+)"'
-    (found,) = re.findall(pattern, text)
-    return str(found)
+    (version_text,) = re.findall(pattern, text)
+    return str(version_text)
 
 
-def found_python(asked: str) -> str:
+def find_python(asked: str) -> str:
     """The command of an interpreter.
 
     Raises:
-        Unavailable: There is none.
+        Unavailable: No interpreter of that name or version runs.
     """
     if asked not in ("newest", "oldest"):
         command = shutil.which(asked)
@@ -85,11 +84,11 @@ def found_python(asked: str) -> str:
 
 
 def candidates(minor: int) -> list[str]:
-    """Where an interpreter may be: on the path, and where pyenv keeps its own."""
+    """Commands of an interpreter: on the path, and among the versions of pyenv."""
     name = f"python3.{minor}"
-    kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    others = sorted(kept.glob(f"3.{minor}.*/bin/{name}"), key=_patch, reverse=True)
-    return [*filter(None, [shutil.which(name)]), *map(str, others)]
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    managed = sorted(versions.glob(f"3.{minor}.*/bin/{name}"), key=_patch, reverse=True)
+    return [*filter(None, [shutil.which(name)]), *map(str, managed)]
 
 
 def _patch(path: Path) -> int:
@@ -109,7 +108,7 @@ def version(command: str) -> str | None:
 
 
 class Environment:
-    """A virtual environment with torch and torchjac, removed at the end unless it is to be kept."""
+    """A virtual environment with torch and torchjac, removed at the end unless `keep` is set."""
 
     def __init__(self, python: str, torch: str, keep: bool):
         self.python, self.torch, self.keep = python, torch, keep
@@ -117,7 +116,7 @@ class Environment:
         self.folder = ROOT / ".venv-other" / name if keep else Path(tempfile.mkdtemp()) / name
 
     def __enter__(self) -> Path:
-        """Sets it up.
+        """Installs torch and torchjac.
 
         Raises:
             Unavailable: torch cannot be installed.
@@ -141,7 +140,7 @@ class Environment:
         return self.folder
 
     def __exit__(self, *_: object) -> None:
-        """Removes it."""
+        """Removes the environment."""
         if not self.keep:
             shutil.rmtree(self.folder.parent, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Says which build of torch is installed, as one line for whoever waits for a set-up."""
+"""Prints which build of torch is installed, in one line of the set-up."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def described(torch: str, platform: str = sys.platform) -> str:
     """A line about a version of torch.
 
     Args:
-        torch: Such as `2.13.0+cpu`.
-        platform: As `sys.platform`.
+        torch: A version, like `2.13.0+cpu`.
+        platform: A value of `sys.platform`.
     """
     if "+cpu" in torch or not platform.startswith("linux"):
         return f"torch {torch}: the build for CPUs"

@@ -43,13 +43,13 @@ def chosen(only: Sequence[str] | None, quick: bool) -> list[list[Problem]]:
     """
     known = QUICK if quick else (*TIMED, *SMALL)
     if only:
-        found: list[Problem] = []
+        problems: list[Problem] = []
         for wanted in only:
             fits = [p for p in known if fnmatch(p.spec, wanted)]
             if not fits:
                 build(wanted)  # a family call, or an error that lists the families
-            found += fits or [Problem(wanted)]
-        known = tuple(dict.fromkeys(found))
+            problems += fits or [Problem(wanted)]
+        known = tuple(dict.fromkeys(problems))
     if quick:
         return [list(known)]
     alone = [[p] for p in known if p.timed]
@@ -82,14 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         options={"quick": args.quick, "seed": args.seed},
     )
     _warn_if_busy(report.machine["load_at_start"])
-    with progress(sum(map(len, groups))) as note:
+    with progress(sum(map(len, groups))) as announce:
         for group in groups:
             done = 0
             try:
-                for entry in measure(group, settings, note):
+                for entry in measure(group, settings, announce):
                     report.entries.append(entry)
                     report.save(args.out / "detection.json")  # an interrupted run keeps what it has
-                    note(f"{entry.name}: done", advance=True)
+                    announce(f"{entry.name}: done", advance=True)
                     done += 1
             except (WorkerDied, WorkerTimeout) as exc:
                 report.entries.extend(_failed(problem, exc) for problem in group[done:])

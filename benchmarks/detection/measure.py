@@ -22,7 +22,7 @@ LIMIT = 300.0
 """Seconds that any one call may take."""
 
 Array = np.ndarray[Any, Any]
-Note = Callable[[str], None]
+Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Sides:
         return self.numbers.setdefault(problem.spec, str(len(self.numbers)))
 
 
-def measure(problems: Sequence[Problem], settings: Settings, note: Note) -> Iterator[Entry]:
+def measure(problems: Sequence[Problem], settings: Settings, announce: Announce) -> Iterator[Entry]:
     """The entries of problems that share their processes, one by one.
 
     A timed problem is best alone: what another one left in memory would blur its peak.
@@ -71,7 +71,7 @@ def measure(problems: Sequence[Problem], settings: Settings, note: Note) -> Iter
             asdex = stack.enter_context(asdex_worker(job, settings.peers_python))
         sides = _Sides(folder, stack.enter_context(stages_worker(job)), asdex)
         for problem in problems:
-            note(problem.spec)
+            announce(problem.spec)
             yield _entry(problem, sides, settings)
 
 
@@ -113,9 +113,9 @@ def _pattern(worker: Worker, method: str, folder: Path) -> tuple[Array | None, d
         return None, {"failure": str(exc)}
     if "failure" in reply:
         return None, reply
-    found = np.load(path)
+    pattern = np.load(path)
     path.unlink()
-    return found, reply
+    return pattern, reply
 
 
 def laws(w: Workload, ours: Array, theirs: Array | None, numeric: Array | None) -> Laws:

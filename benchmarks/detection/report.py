@@ -72,37 +72,37 @@ class Entry:
 
     def seconds(self, stage: str) -> float | None:
         """The median."""
-        found = self.samples.get(stage)
-        return statistics.median(found) if found else None
+        samples = self.samples.get(stage)
+        return statistics.median(samples) if samples else None
 
     def ratio(self, stage: str) -> float | None:
         """How many times longer asdex takes: the median over rounds."""
         pairs = zip(self.samples.get("asdex", ()), self.samples.get(stage, ()), strict=False)
-        found = [a / b for a, b in pairs]
-        return statistics.median(found) if found else None
+        ratios = [a / b for a, b in pairs]
+        return statistics.median(ratios) if ratios else None
 
     @property
     def targets(self) -> list[tuple[bool, str]]:
         """Whether each target was reached, and what came of it; without those not measured."""
-        found = []
+        reached = []
         ratio, seconds = self.ratio("detect"), self.seconds("detect")
         if self.faster is not None and ratio is not None:
             text = f"{self.name}: {times(ratio)} faster than asdex, to reach {times(self.faster)}"
-            found.append((ratio >= self.faster, text))
+            reached.append((ratio >= self.faster, text))
         if self.within is not None and seconds is not None:
             text = f"{self.name}: {duration(seconds)}, to reach {duration(self.within)}"
-            found.append((seconds <= self.within, text))
-        return found
+            reached.append((seconds <= self.within, text))
+        return reached
 
     @property
     def breaches(self) -> list[str]:
         """Laws that do not hold: soundness, and no more entries than asdex."""
-        found = [f"{self.name}: {self.failure}"] if self.failure else []
+        broken = [f"{self.name}: {self.failure}"] if self.failure else []
         if self.laws.missed:
-            found.append(f"{self.name}: the pattern lacks {self.laws.missed} nonzeros")
+            broken.append(f"{self.name}: the pattern lacks {self.laws.missed} nonzeros")
         if self.asdex_nnz is not None and self.nnz > self.asdex_nnz:
-            found.append(f"{self.name}: {self.nnz} entries, asdex has {self.asdex_nnz}")
-        return found
+            broken.append(f"{self.name}: {self.nnz} entries, asdex has {self.asdex_nnz}")
+        return broken
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def nonzeros(w: Workload, seed: int) -> Array:
     rows = torch.arange(w.m)
     if w.m * w.n > ALL_ROWS:
         rows = torch.randperm(w.m, generator=generator(seed))[:ROWS]
-    found = []
+    keys_of_rows = []
     for point in range(POINTS):
         args = [a.requires_grad_(i in w.positions) for i, a in enumerate(w.make(seed + point))]
         inputs = [args[i] for i in w.positions]
@@ -89,8 +89,8 @@ def nonzeros(w: Workload, seed: int) -> Array:
                 out[i], inputs, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             (columns,) = torch.cat([g.reshape(-1) for g in grads]).nonzero(as_tuple=True)
-            found.append(i * w.n + columns)
-    keys = np.unique(torch.cat(found).numpy())
+            keys_of_rows.append(i * w.n + columns)
+    keys = np.unique(torch.cat(keys_of_rows).numpy())
     return np.stack([keys // w.n, keys % w.n])
 
 

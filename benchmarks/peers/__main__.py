@@ -130,7 +130,7 @@ class PeerBackend:
                     return values.reshape(batch, n, m).transpose(0, 2, 1)
                 return np.array(ca.DM(pattern, values))
 
-            kept = (function, buffer, args, values)  # the trigger holds bare pointers to them
+            references = (function, buffer, args, values)  # the trigger holds bare pointers to them
 
         result = Result()
 

@@ -86,8 +86,8 @@ def reaction_network(species: int, reactions: int) -> dict[str, Tensor]:
     for reactant in (first, second):
         change[rows, reactant] -= 1
     for r in range(reactions):
-        made = torch.randperm(species, generator=gen)[: 1 + r % 3]
-        change[r, made] += 1
+        products = torch.randperm(species, generator=gen)[: 1 + r % 3]
+        change[r, products] += 1
     rates = 10 ** uniform(gen, reactions, low=-4.0, high=5.0)
     return {"first": first, "second": second, "change": change[:, :species], "rates": rates}
 

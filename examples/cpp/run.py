@@ -1,5 +1,5 @@
 """Exports a 7-joint arm as C, and a small function as C and as a package; builds the programs
-beside this file, runs them, and compares.
+next to this file, runs them, and compares.
 
 Run: python examples/cpp/run.py [folder]   (needs cmake and a C++ compiler)
 """
@@ -51,7 +51,7 @@ def arm(q: Tensor) -> Tensor:
 
 
 def question(q: Tensor) -> Tensor:
-    """What torchjac began with."""
+    """The question that torchjac answers."""
     return torch.cat([2 * q, 4 * q * q], -1)
 
 
@@ -62,18 +62,18 @@ def build(folder: Path) -> None:
     J, two = torchjac.jacobian(question), torch.zeros(2, dtype=torch.float64)
     files += J.export(folder / "question", two) + J.export(folder / "question.pt2", two)
     print("exported", *[file.name for file in files])
-    made = folder / "build"
+    target = folder / "build"
     settings = [
         f"-DEXPORTED={folder}",
         f"-DTORCHJAC_INCLUDE={Path(torchjac.__file__).parent / 'include'}",
         f"-DTORCH_FOLDER={Path(torch.__file__).parent}",
     ]
-    subprocess.run(["cmake", "-S", HERE, "-B", made, *settings], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", made], check=True, capture_output=True)
+    subprocess.run(["cmake", "-S", HERE, "-B", target, *settings], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", target], check=True, capture_output=True)
 
 
 def main(folder: Path) -> None:
-    """Builds and runs; the numbers are those of Python."""
+    """Builds and runs; the numbers must be those of Python."""
     build(folder)
     q = torch.linspace(-1, 1, len(AXES), dtype=torch.float64)
     words = [float.hex(x) for x in q.tolist()]
@@ -81,9 +81,9 @@ def main(folder: Path) -> None:
         [folder / "build" / "plain", *words], check=True, capture_output=True, text=True
     )
     numbers = [float.fromhex(line) for line in ran.stdout.split()]
-    found = torch.tensor(numbers, dtype=torch.float64)
+    numbers_of_c = torch.tensor(numbers, dtype=torch.float64)
     value, J = torchjac.jacobian(arm).value_and(q)
-    apart = (found - torch.cat([value, J.flatten()])).abs().max()
+    apart = (numbers_of_c - torch.cat([value, J.flatten()])).abs().max()
     print(ran.stderr.strip())
     print(f"largest difference from Python: {float(apart):.1e}")
     assert apart < 1e-14, "C and Python disagree"

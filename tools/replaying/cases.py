@@ -1,4 +1,4 @@
-"""The programs that are replayed: those of the tests and of the benchmarks, each in some ways."""
+"""The programs to replay: those of the tests and of the benchmarks, each in several ways."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from benchmarks.workloads import QUICK, build
 from laws import value
 from test_benchmarks import SMALL
 
-# Ways to ask for a Jacobian; `collect.py` says what each is.
+# Ways to ask for a Jacobian (`collect.py` has their options).
 GRAPH = ("graph", "graph csr")
 PLAIN = ("calls", "calls csr", "compile", "compile csr")
 BATCHED = ("batched graph", "batched calls", "batched compile")
 MORE = ("hessian", "keeps graph", "forward first", "export", "export csr")
-# Workloads of the real sizes that take seconds, not minutes.
+# Workloads of real sizes that replay in seconds.
 LARGER = ("arm30", "arm7-x4096", "residuals-576x84", "volumes-600", "bundle_full(2, 12, 30)")
 
 
 @dataclass(frozen=True)
 class Use:
-    """A function and how it is called, made anew for each way.
+    """A function and the arguments of its call, built anew for each way.
 
     Attributes:
         f: The function.
-        args: Its arguments.
-        argnums: Which are differentiated.
+        args: Positional arguments.
+        argnums: Positions of the differentiated arguments.
         kwargs: Keyword arguments.
     """
 
@@ -52,12 +52,12 @@ class Use:
 
 @dataclass(frozen=True)
 class Case:
-    """A program that is replayed.
+    """A program to replay.
 
     Attributes:
         name: Family and name.
-        make: Makes the use.
-        ways: How it is asked for.
+        make: Builds the function and its arguments.
+        ways: Ways to ask for its Jacobian.
     """
 
     name: str
@@ -66,8 +66,8 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All of them; names are unique."""
-    found = [
+    """All cases; names are unique."""
+    every = [
         *_problems(),
         *_batches(),
         *_captured(),
@@ -76,8 +76,8 @@ def cases() -> list[Case]:
         *_layers(),
         *_workloads(),
     ]
-    assert len({c.name for c in found}) == len(found), "two cases have one name"
-    return found
+    assert len({c.name for c in every}) == len(every), "two cases have one name"
+    return every
 
 
 def _fixed(f: Callable[..., Any], *args: Any) -> Callable[[], Use]:
@@ -85,7 +85,7 @@ def _fixed(f: Callable[..., Any], *args: Any) -> Callable[[], Use]:
 
 
 def _problems() -> Iterator[Case]:
-    """What the accumulate engine is tested with, in every way."""
+    """Test problems of the accumulation, in every way."""
     for name, (f, shape) in test_accumulate.PROBLEMS.items():
         yield Case(f"problem {name}", _fixed(f, value(*shape)), GRAPH + PLAIN + MORE)
     for name in test_accumulate.SINGLE:
@@ -94,16 +94,16 @@ def _problems() -> Iterator[Case]:
         yield Case(f"float32 {name}", _fixed(f, single), PLAIN[2:])
     for name, (f, shape, _) in test_pattern_cases.CASES.items():
         yield Case(f"pattern {name}", _fixed(f, value(*shape)), GRAPH + PLAIN)
-    for name, (f, given) in test_sparse.CASES.items():
-        yield Case(f"sparse {name}", _fixed(f, given), GRAPH + PLAIN)
-    exported = ("export", "export csr")  # its Hessian takes minutes to write down
+    for name, (f, x) in test_sparse.CASES.items():
+        yield Case(f"sparse {name}", _fixed(f, x), GRAPH + PLAIN)
+    exported = ("export", "export csr")  # compiling its Hessian takes minutes
     yield Case("kernel mesh", _fixed(test_kernel.mesh, value(40)), GRAPH + PLAIN + exported)
     for name, (f, _) in test_waists.CASES.items():
         yield Case(f"waist {name}", _fixed(f, value(test_waists.N)), ("compile",))
 
 
 def _batches() -> Iterator[Case]:
-    """Batches of few samples, and of many, which get a kernel of one sample."""
+    """Batches of few samples, and of many: many get a kernel of one sample."""
     for name, f in test_accumulate.BATCHED.items():
         for samples in (7, 40):
             ways = (*BATCHED, *(("batched export",) if samples > 7 else ()))
@@ -118,7 +118,7 @@ def _batches() -> Iterator[Case]:
 
 
 def _captured() -> Iterator[Case]:
-    """Functions that are hard to capture: they write, count, or keep what they were given."""
+    """Functions that are hard to capture: they write, count, or keep their arguments."""
     for name, make in captured.CASES.items():
 
         def use(make: Callable[[], captured.Case] = make) -> Use:
@@ -129,7 +129,7 @@ def _captured() -> Iterator[Case]:
 
 
 def _steps() -> Iterator[Case]:
-    """Each operation of the random programs by itself, and some programs of several."""
+    """Each operation of the random programs alone, and random programs of several."""
     for name in programs.OPS:
         steps = (programs.Step("sin", 0, 0, 1, 2), programs.Step(name, 0, 1, 1, 2))
         yield _program(f"step {name}", programs.Program(((2, 3), (3,)), steps, (0,)))
@@ -150,8 +150,8 @@ def _knobs(chosen: random.Random) -> tuple[int, int, int, int]:
 
 def _program(name: str, program: programs.Program) -> Case:
     def make() -> Use:
-        given = program.inputs()
-        return Use(program, given, tuple(range(len(given))))
+        inputs = program.inputs()
+        return Use(program, inputs, tuple(range(len(inputs))))
 
     return Case(name, make)
 
@@ -184,13 +184,13 @@ def _layers() -> Iterator[Case]:
 
 
 def _workloads() -> Iterator[Case]:
-    """What is timed, small, and some of it as it is timed."""
+    """Workloads of the benchmarks, all in small sizes and some in their own."""
     for spec in dict.fromkeys((*SMALL, *QUICK, *LARGER)):
         workload = build(spec)
 
         def make(spec: str = spec) -> Use:
-            made = build(spec)
-            return Use(made.f, made.make(0), made.argnums)
+            fresh = build(spec)
+            return Use(fresh.f, fresh.make(0), fresh.argnums)
 
         ways = BATCHED if workload.batched else GRAPH + PLAIN
         if spec in LARGER:

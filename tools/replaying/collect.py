@@ -1,4 +1,4 @@
-"""One case, replayed: what torchjac makes on the way to its Jacobian, as text."""
+"""Replays one case: C, programs and records on the way to its Jacobian, as text."""
 
 from __future__ import annotations
 
@@ -24,19 +24,17 @@ from .normal import normal_c, normal_words
 # Texts of one way to ask for one Jacobian, by kind: `c`, `program`, `record`.
 Texts = dict[str, list[str]]
 
-# A call's first readings of the clock are as far apart as this, later ones much less, so that a few
-# calls are worth a plan and a kernel, and no deadline passes while these are made. Powers of two:
-# differences are exact.
-_FIRST, _EARLY, _LATE = 8, 2.0**-4, 2.0**-12
-# What each reading adds to the next step, as a share of it: of two ways that are timed the first
-# one is the faster, or the second.
-_DRIFT = 2.0**-20
-# Calls until a plan was made, a kernel of it, and the short way to that.
-_CALLS = 24
-_BUDGET = 2**28
+# Steps of the clock are large at the start of a call, so that a few calls pay for a plan and a
+# kernel, and small afterwards, so that no deadline passes while these are compiled.
+_FIRST = 8  # readings with large steps
+_EARLY = 2.0**-4  # seconds: a large step; a power of two, so that differences are exact
+_LATE = 2.0**-12  # seconds: a small step
+_DRIFT = 2.0**-20  # growth of the step per reading: decides which of two timed candidates is faster
+_CALLS = 24  # calls: enough for a plan, a kernel and the fast path
+_BUDGET = 2**28  # bytes: memory budget of each Jacobian
 _CSR = {"layout": torch.sparse_csr}
 
-# Ways to ask for a Jacobian: options, number of calls, and whether the second of two is faster.
+# Ways to ask for a Jacobian: options, number of calls, and whether the steps of the clock shrink.
 WAYS: dict[str, tuple[dict[str, Any], int, bool]] = {
     "calls": ({}, _CALLS, True),
     "calls csr": (_CSR, _CALLS, True),
@@ -50,13 +48,13 @@ WAYS: dict[str, tuple[dict[str, Any], int, bool]] = {
 
 
 class Clock:
-    """A clock that only readings move."""
+    """A clock that moves only when read."""
 
     def __init__(self, falling: bool):
-        """Begins.
+        """Starts at 0.
 
         Args:
-            falling: Whether each step is a little smaller than the last one, not larger.
+            falling: Whether each step is a little smaller than the last one, instead of larger.
         """
         self._time, self._total, self._since = 0.0, 0, 0
         self._drift = -_DRIFT if falling else _DRIFT
@@ -70,29 +68,29 @@ class Clock:
         return self._time
 
     def call(self) -> None:
-        """A call begins."""
+        """Starts a call: the next steps are large."""
         self._since = 0
 
 
 def replayed(case: Case) -> dict[str, Texts]:
-    """What was made for a case, by the way that it was asked for."""
+    """The texts of a case, by the way to ask for its Jacobian."""
     before = os.environ.get("TORCHJAC_CACHE_DIR")
-    found = {}
+    texts = {}
     try:
         for way in case.ways:
             with tempfile.TemporaryDirectory(prefix="torchjac-replay-") as folder:
                 os.environ["TORCHJAC_CACHE_DIR"] = folder
-                found[f"{case.name}: {way}"] = _asked(case.make, way, Path(folder))
+                texts[f"{case.name}: {way}"] = _asked(case.make, way, Path(folder))
     finally:
         if before is None:
             os.environ.pop("TORCHJAC_CACHE_DIR", None)
         else:
             os.environ["TORCHJAC_CACHE_DIR"] = before
-    return found
+    return texts
 
 
 def warm_up() -> None:
-    """Measures the machine by the replay's clock, and imports what is imported when it is used."""
+    """Measures the machine by the replay's clock, and runs the imports of a first use."""
     case = Case("warm-up", lambda: Use(lambda x: x.sin() * x.sum(), (torch.ones(3),)), tuple(WAYS))
     replayed(case)
 
@@ -113,7 +111,7 @@ def _asked(make: Callable[[], Use], way: str, folder: Path) -> Texts:
             else:
                 options, calls, _ = WAYS[way]
                 record = _called(torchjac.jacobian, use, options, calls, reading)
-        except Exception as error:  # cases that are refused are cases too
+        except Exception as error:  # a refusal is a result too
             record.append(normal_words(f"{type(error).__name__}: {error}"))
     return {"c": noted.c, "program": noted.program, "record": record}
 
@@ -121,34 +119,34 @@ def _asked(make: Callable[[], Use], way: str, folder: Path) -> Texts:
 def _called(
     kind: Callable[..., Any], use: Use, options: dict[str, Any], calls: int, reading: Clock
 ) -> list[str]:
-    """Records of several calls; those that are alike are one, with their number."""
+    """Records of several calls; equal ones in a row are one, with their number."""
     jacobian = kind(use.f, use.argnums, memory_budget=_BUDGET, **options)
-    found = []
+    records = []
     for _ in range(calls):
         reading.call()
-        made = jacobian(*use.args, **use.kwargs)
-        found.append(_recorded(made))
+        result = jacobian(*use.args, **use.kwargs)
+        records.append(_recorded(result))
     reading.call()
-    found.append(f"explained\n{_shown(jacobian.explain(*use.args, **use.kwargs))}")
-    return [f"{len(list(alike))} calls\n{text}" for text, alike in groupby(found)]
+    records.append(f"explained\n{_shown(jacobian.explain(*use.args, **use.kwargs))}")
+    return [f"{len(list(alike))} calls\n{text}" for text, alike in groupby(records)]
 
 
 def _of_graph(use: Use, way: str, reading: Clock) -> str:
     """The record of a Jacobian of tensors that have a graph."""
-    taken = (use.argnums,) if isinstance(use.argnums, int) else use.argnums
+    argnums = (use.argnums,) if isinstance(use.argnums, int) else use.argnums
     args = list(use.args)
-    for i in taken:
+    for i in argnums:
         args[i] = pytree.tree_map(lambda x: x.detach().clone().requires_grad_(), args[i])
     reading.call()
-    made = torchjac.jac(
+    result = torchjac.jac(
         use.f(*args, **use.kwargs),
-        [args[i] for i in taken],
+        [args[i] for i in argnums],
         allow_unused=True,
         batched=way.startswith("batched"),
         memory_budget=_BUDGET,
         **(_CSR if way.endswith("csr") else {}),
     )
-    return _recorded(made)
+    return _recorded(result)
 
 
 def _exported(use: Use, way: str, folder: Path) -> list[str]:
@@ -160,7 +158,7 @@ def _exported(use: Use, way: str, folder: Path) -> list[str]:
 
 
 def _summed(use: Use) -> Use:
-    """A function of one number that has a Hessian."""
+    """The sum of squares of the results, a scalar function that has a Hessian."""
 
     def f(*args: Any, **kwargs: Any) -> Tensor:
         return sum(
@@ -171,9 +169,9 @@ def _summed(use: Use) -> Use:
     return Use(f, use.args, use.argnums, use.kwargs)
 
 
-def _recorded(made: Any) -> str:
-    """The record of the last call, and the shapes of what it gave."""
-    leaves, _ = pytree.tree_flatten(made)
+def _recorded(result: Any) -> str:
+    """The record of the last call, and the shapes of its result."""
+    leaves, _ = pytree.tree_flatten(result)
     shapes = [f"result {_leaf(x)}" for x in leaves]
     return "\n".join([_shown(torchjac.last_run()), *shapes])
 
@@ -186,15 +184,15 @@ def _leaf(x: Any) -> str:
 
 
 def _shown(record: Any) -> str:
-    """A record without what a clock says."""
+    """A record without durations."""
     if record is None:
         return "no record"
     lines = []
     for about in fields(record):
-        given = getattr(record, about.name)
+        value = getattr(record, about.name)
         if about.name == "seconds":
             continue
         if about.name == "candidates":
-            given = [c.name for c in given]
-        lines.append(f"{about.name}: {given}")
+            value = [c.name for c in value]
+        lines.append(f"{about.name}: {value}")
     return normal_words("\n".join(lines))

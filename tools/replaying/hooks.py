@@ -1,17 +1,17 @@
-"""How the replay sees what torchjac makes. Everything that knows torchjac's insides is here.
+"""Hooks that show C, programs and kernels to the replay: the one module with torchjac's insides.
 
-Three things are watched. Costs of compiling are set so low that a few calls pay for it:
+Three things are recorded. Costs of compiling are set so low that a few calls pay for it:
 
-- C goes to the compiler as a file whose name ends in `.c`, by `subprocess.Popen`. The text is noted
-  there, whatever wrote it. It is compiled without optimization, which takes a tenth of the time.
-- Programs are instances of `TensorProgram`, of which `module`, a graph of `torch.fx`, `recording`
-  and `constants` are read.
+- C goes to the compiler as a file whose name ends in `.c`, by `subprocess.Popen`; the text is
+  recorded there. It is compiled without optimization, which takes a tenth of the time.
+- Programs are instances of `TensorProgram`; read are `module` (a graph of `torch.fx`), `recording`
+  and `constants`.
 - Kernels are instances of `Executable`, built from a source with `source.tables`: arrays that C
   reads.
 
 A change that moves or renames one of these corrects the names here. Each revision is replayed with
-its own hooks, so the texts stay comparable. The compiler of PyTorch is hidden: it would take
-minutes, and what it makes is not ours.
+its own hooks, so texts stay comparable. The compiler of PyTorch is hidden: it would take minutes,
+and its code is not ours.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ __all__ = ["Noted", "clock", "watched"]
 
 @dataclass
 class Noted:
-    """What was made while this was watched, as text.
+    """Texts of one replay.
 
     Attributes:
         c: Sources in C, each with the flags of its compiler; and the tables that kernels read.
         program: Programs, each once.
-        wrong: What went wrong while something was noted: torchjac would catch it.
+        wrong: Errors of the hooks, kept here because torchjac would catch them.
     """
 
     c: list[str] = field(default_factory=list)
     program: list[str] = field(default_factory=list)
     wrong: list[Exception] = field(default_factory=list)
 
-    def note(self, kind: str, say: Callable[[], str]) -> None:
-        """Notes a text; a program that was noted is not noted again."""
+    def add(self, kind: str, say: Callable[[], str]) -> None:
+        """Records a text; a program only once."""
         try:
             text = say()
         except Exception as error:
@@ -70,19 +70,19 @@ class Noted:
 
 @contextmanager
 def watched() -> Iterator[Noted]:
-    """Notes what is made in this context.
+    """Records sources, programs and tables in this context.
 
     Raises:
-        Exception: What was made could not be noted: the hooks are not those of this revision.
+        Exception: A hook failed: the hooks are not those of this revision.
     """
     noted = Noted()
-    _races.clear()  # what earlier cases measured decides nothing
+    _races.clear()  # measurements of earlier cases decide nothing
 
-    def kernel(made: Any, program: Any, *rest: Any) -> None:
-        noted.note("c", lambda: _tables(program.source.tables))
+    def kernel(instance: Any, program: Any, *rest: Any) -> None:
+        noted.add("c", lambda: _tables(program.source.tables))
 
-    def emitted(made: Any, *rest: Any) -> None:
-        noted.note("program", lambda: _program(made))
+    def emitted(instance: Any, *rest: Any) -> None:
+        noted.add("program", lambda: _program(instance))
 
     with (
         _replaced(vars(tiers), "_COMPILE", 1e-3),
@@ -115,16 +115,16 @@ def _replaced(where: dict[str, Any], name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _noticed(kind: Any, note: Callable[..., None]) -> Iterator[None]:
-    """Calls a function after each instance of a class that is made, with the same arguments."""
+def _noticed(kind: Any, notice: Callable[..., None]) -> Iterator[None]:
+    """Calls a function for each new instance of a class, with the constructor's arguments."""
     original = kind.__init__
 
     @functools.wraps(original)
-    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        note(self, *args, *kwargs.values())
+        notice(self, *args, *kwargs.values())
 
-    kind.__init__ = made
+    kind.__init__ = initialize
     try:
         yield
     finally:
@@ -132,7 +132,7 @@ def _noticed(kind: Any, note: Callable[..., None]) -> Iterator[None]:
 
 
 def _compiler(noted: Noted) -> type[subprocess.Popen[bytes]]:
-    """What starts a process: of a C compiler its text is noted."""
+    """A `Popen` that records the sources of a C compiler."""
 
     class Watched(subprocess.Popen):  # type: ignore[type-arg]
         """A process."""
@@ -141,25 +141,25 @@ def _compiler(noted: Noted) -> type[subprocess.Popen[bytes]]:
             words = [command] if isinstance(command, str) else [str(w) for w in command]
             sources = [Path(w) for w in words if w.endswith(".c")]
             if sources:
-                noted.note("c", lambda: _source(words, sources))
+                noted.add("c", lambda: _source(words, sources))
                 command = ["-O0" if w in ("-O1", "-O2", "-O3") else w for w in words]
             super().__init__(command, *args, **kwargs)
 
         def communicate(self, input: Any = None, timeout: Any = None) -> Any:
-            """Waits, however long it takes: a busy machine decides nothing."""
+            """Waits without a limit: a busy machine decides nothing."""
             return super().communicate(input)
 
     return Watched
 
 
 def _source(words: Sequence[str], sources: Sequence[Path]) -> str:
-    """The flags of a compiler, and what it compiles."""
+    """The flags of a compiler, and its sources."""
     flags = " ".join(w for w in words if "/" not in w)
     return "\n".join([flags, *(normal_c(s.read_text(encoding="utf-8")) for s in sources)])
 
 
 def _tables(tables: Sequence[Any]) -> str:
-    """What a kernel reads beside its inputs."""
+    """The constant arrays of a kernel."""
     return "\n".join(["tables", *(f"{t.dtype} {t.shape} {_bytes(t)}" for t in tables)])
 
 
@@ -201,7 +201,7 @@ def _graph(graph: fx.Graph) -> list[str]:
 
 
 def _recording(recording: Any) -> list[str]:
-    """Operations as they were recorded, with the shapes of what they give."""
+    """Recorded operations, with the shapes of their results."""
     numbers: dict[int, str] = {}
 
     def shown(x: Any) -> Any:
@@ -216,8 +216,8 @@ def _recording(recording: Any) -> list[str]:
     lines = [f"input {shown(v)} {_shape(v)}" for v in recording.inputs]
     for call in recording.calls:
         args = shown(call.args), {k: shown(v) for k, v in call.kwargs.items()}
-        made = ", ".join(f"{shown(v)} {_shape(v)}" for v in call.results if v is not None)
-        lines.append(f"{made} = {_target(call.operation)} {args}")
+        results = ", ".join(f"{shown(v)} {_shape(v)}" for v in call.results if v is not None)
+        lines.append(f"{results} = {_target(call.operation)} {args}")
     constants = [f"constant{i} {said(c)}" for i, c in enumerate(recording.constants)]
     return ["recording", *lines, f"outputs {shown(recording.outputs)}", *constants]
 

@@ -1,4 +1,4 @@
-"""Texts without what may differ from run to run, or from one name of a variable to another."""
+"""Texts without names, paths, addresses and line numbers, which differ from run to run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Words of C, and of OpenMP's pragmas. Other words that stay are recognized by how they are used.
+# Words of C, and of OpenMP's pragmas; `_is_fixed` recognizes all other words that stay.
 _C = (
     "auto bool break case char const continue default do double else enum extern float for goto if"
     " inline int long register restrict return short signed sizeof static struct switch typedef"
@@ -52,7 +52,7 @@ def normal_c(text: str) -> str:
 
 
 def _is_fixed(name: str, called: set[str]) -> bool:
-    """Whether a name means something beyond the text: words, macros, functions of libraries."""
+    """Whether a name belongs to C or a library: a word, a macro, a function."""
     return (
         name in _WORDS
         or name in called

@@ -19,18 +19,18 @@ from torchjac.sparsity.pattern import Pattern
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where the entries between one output and one input leaf go, in a buffer of their own.
+    """The buffer of the entries between one output and one input leaf.
 
     Adjoints run from seeds to elements: in reverse mode seeds are rows of the block and elements
-    its columns, in forward mode it is the other way round. Entry (row, column) is element
-    `row * width + column % width` of the buffer.
+    are columns, in forward mode seeds are columns and elements are rows. Entry (row, column) is
+    element `row * width + column % width` of the buffer.
 
     Attributes:
         first: Number of the first seed.
-        seeds: How many there are.
-        shape: Shape of the leaf that elements belong to.
-        samples: Size of the batch that both leaves begin with; None without one.
-        mode: What seeds are.
+        seeds: Number of seeds.
+        shape: Shape of the leaf of the elements.
+        samples: Size of the batch, the first axis of both leaves; None without a batch.
+        mode: `reverse` if seeds are rows, `forward` if they are columns.
     """
 
     first: int
@@ -41,24 +41,24 @@ class Block:
 
     @property
     def width(self) -> int:
-        """Columns that a row has: those of its sample, with a batch."""
+        """Number of columns of a row; with a batch, of its sample."""
         columns = math.prod(self.shape) if self.mode == "reverse" else self.seeds
         return columns // max(self.samples or 1, 1)
 
     @property
     def size(self) -> int:
-        """Places in the buffer."""
+        """Number of elements of the buffer."""
         rows = self.seeds if self.mode == "reverse" else math.prod(self.shape)
         return rows * self.width
 
     @property
     def per_sample(self) -> tuple[int, int]:
-        """Seeds and elements that belong to one sample; at least one."""
+        """Numbers of seeds and elements of one sample; at least one."""
         samples = max(self.samples or 1, 1)
         return max(self.seeds // samples, 1), max(math.prod(self.shape) // samples, 1)
 
     def places(self, term: Term) -> Tensor:
-        """Place of each entry; -1 for entries of other blocks, and between samples."""
+        """Position of each entry in the buffer; -1 in other blocks, and between samples."""
         seeds = term.rows.expand(term.loop) - self.first
         elements = t.elements(term, self.shape)
         valid = (seeds >= 0) & (seeds < self.seeds) & (term.rows.expand(term.loop) >= 0)
@@ -72,11 +72,11 @@ class Block:
         return torch.where(valid, rows * self.width + columns, -1).reshape(-1)
 
     def steps(self, seeds: Sequence[int], elements: Sequence[int]) -> list[int]:
-        """How far each axis of a loop steps in the buffer.
+        """Stride of each axis of a loop in the buffer.
 
         Args:
-            seeds: How far it steps along seeds.
-            elements: How far it steps along elements; with a batch the first axis is the samples.
+            seeds: Stride of each axis in the seeds.
+            elements: Stride of each axis in the elements; with a batch the first axis is the batch.
         """
         rows, columns = list(seeds), list(elements)
         if self.mode == "forward":
@@ -88,18 +88,18 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Regular:
-    """Places that each axis of a loop steps through evenly.
+    """Positions that are an affine function of the indices of a loop.
 
     Attributes:
-        start: Place of the first entry.
-        steps: Step of each axis.
+        start: Position of the first entry.
+        steps: Stride of each axis.
     """
 
     start: int
     steps: list[int]
 
     def order(self, loop: Shape, size: int) -> list[int] | None:
-        """The order of axes in which the loop fills a whole buffer, if it does."""
+        """The order of axes in which the loop fills a whole buffer; None if none does."""
         if self.start != 0 or math.prod(loop) != size:
             return None
         order = sorted(range(len(loop)), key=lambda a: (-self.steps[a], -loop[a]))
@@ -112,7 +112,7 @@ class Regular:
         return order
 
     def disjoint(self, loop: Shape) -> bool:
-        """Whether no place is met twice, as far as strides can say."""
+        """Whether strides prove that no position comes twice."""
         if min(self.steps, default=0) < 0:
             return False
         reach = 0
@@ -126,12 +126,12 @@ class Regular:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slots:
-    """Places of the entries of a sparse Jacobian.
+    """Positions of the entries of a sparse Jacobian in its values.
 
     Attributes:
-        keys: `row * n + column` of each, ascending.
+        keys: `row * n + column` of each entry, ascending.
         n: Number of columns.
-        mode: What seeds are: rows in reverse mode, columns in forward mode.
+        mode: `reverse` if seeds are rows, `forward` if they are columns.
     """
 
     keys: np.ndarray
@@ -140,12 +140,12 @@ class Slots:
 
     @classmethod
     def of(cls, pattern: Pattern, mode: Mode) -> Slots:
-        """Of the structural nonzeros of a pattern."""
+        """The positions of the structural nonzeros of a pattern."""
         n = pattern.shape[1]
         return cls(pattern.rows.astype(np.int64) * n + pattern.columns, n, mode)
 
     def find(self, seeds: np.ndarray, elements: np.ndarray) -> np.ndarray:
-        """The number of each entry; -1 for one that is structurally zero."""
+        """The position of each entry; -1 for a structural zero."""
         rows, columns = (seeds, elements) if self.mode == "reverse" else (elements, seeds)
         wanted = rows * self.n + columns
         if not len(self.keys):

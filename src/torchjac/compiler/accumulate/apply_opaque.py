@@ -1,4 +1,4 @@
-"""Operations whose local Jacobian is not known in numbers are run on the adjoint itself."""
+"""Operations whose local Jacobian is not known in numbers: they run on the adjoint itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torchjac._torch.modes import real_values
 from torchjac._torch.vmap import without_loop_warnings
 from torchjac.compiler.accumulate import adjoint as t
 from torchjac.compiler.accumulate.adjoint import Adjoint, Term
-from torchjac.compiler.accumulate.apply import by_element
+from torchjac.compiler.accumulate.apply import group_by_element
+from torchjac.compiler.accumulate.broadcast import (
+    append_axes,
+    broadcast_axes,
+    collapse,
+    is_broadcast,
+    move_elements,
+)
 from torchjac.errors import PlanRefused
 from torchjac.linear.maps import (
     AxisSum,
@@ -23,159 +30,161 @@ from torchjac.linear.maps import (
     LinearMap,
     Product,
     Scaled,
-    Shape,
     Sum,
 )
 
 
-def operated(
+def apply_opaque(
     map_: LinearMap,
     adjoint: Adjoint,
     run: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     most: int,
 ) -> Adjoint:
-    """The adjoint of the result of an operation, which is run on all columns at once.
+    """The adjoint of an operation's result: the operation runs on all columns at once.
 
     Args:
-        map_: Its local Jacobian, whose factors are not known.
-        adjoint: The adjoint of its operand.
+        map_: The local Jacobian, whose factors are not known.
+        adjoint: The adjoint of the operand.
         run: The operation.
-        dtype: What its operand is made of.
-        most: Numbers that this may take.
+        dtype: Dtype of the operand.
+        most: Largest number of elements that the columns may have.
 
     Raises:
-        PlanRefused: It would take too much.
+        PlanRefused: The columns would be too many, or rows would mix.
     """
-    found = []
+    terms = []
+    ndim = len(adjoint.shape)
     for term in adjoint.terms:
-        prepared = _prepared(map_, by_element(term, adjoint.shape), len(adjoint.shape), most)
-        found.append(_run(map_, prepared, len(adjoint.shape), run, dtype))
-    return Adjoint(map_.shape_out, tuple(found))
+        separated = _separate_rows(map_, group_by_element(term, adjoint.shape), ndim, most)
+        terms.append(_run_columns(map_, separated, ndim, run, dtype))
+    return Adjoint(map_.shape_out, tuple(terms))
 
 
-def _prepared(map_: LinearMap, term: Term, ndim: int, most: int) -> Term:
-    """A term with rows that stay the same wherever the operation mixes elements."""
-    if _carried(map_, term, ndim) is not None:
+def _separate_rows(map_: LinearMap, term: Term, ndim: int, most: int) -> Term:
+    """A term whose rows are constant along all axes along which the operation mixes elements."""
+    if _rows_of_result(map_, term, ndim) is not None:
         return term
-    bound = [a for a in range(ndim) if not t.is_free(term.rows, a)]
+    bound = [a for a in range(ndim) if not is_broadcast(term.rows, a)]
     choices = [bound[1:], bound] if bound[:1] == [0] and len(bound) > 1 else [bound]
     for axes in choices:
         columns = math.prod(term.loop[a] for a in axes)
         if columns * math.prod(term.loop) > most:
             raise PlanRefused("an operation would be run on too many columns")
-        made = _spread(term, axes)
-        if _carried(map_, made, ndim) is not None:
-            return made
+        separated = _append_diagonal(term, axes)
+        if _rows_of_result(map_, separated, ndim) is not None:
+            return separated
     raise PlanRefused("an operation whose local Jacobian is not known mixes rows")
 
 
-def _spread(term: Term, axes: list[int]) -> Term:
-    """The same entries, with axes of the value once more as axes of their own."""
+def _append_diagonal(term: Term, axes: list[int]) -> Term:
+    """The same entries on the diagonal between axes of the value and copies of these axes.
+
+    Rows run along the copies, and are constant along the axes.
+    """
     sizes = [term.loop[a] for a in axes]
     loop = (*term.loop, *sizes)
     ndim = len(term.loop)
     with real_values():
         rows = term.rows
-        same = torch.ones((), dtype=torch.float64)
+        diagonal = torch.ones((), dtype=torch.float64)
         for k, axis in enumerate(axes):
             rows = rows.unsqueeze(-1).transpose(axis, -1)
             shape = [1] * len(loop)
             shape[axis] = shape[ndim + k] = loop[axis]
-            same = same * torch.eye(loop[axis], dtype=torch.float64).reshape(shape)
+            diagonal = diagonal * torch.eye(loop[axis], dtype=torch.float64).reshape(shape)
         rows = rows.expand(loop)
-    factors = [f.reshape((*f.shape, *[1] * len(sizes))).expand(loop) for f in term.factors]
-    eye = same.to(term.dtype)
-    return Term(loop, rows, term.dtype, (*factors, eye.expand(loop)), term.scale, table=term.table)
+    factors = [append_axes(f, loop) for f in term.factors]
+    factors.append(diagonal.to(term.dtype).expand(loop))
+    return Term(loop, rows, term.dtype, tuple(factors), term.scale, bottleneck=term.bottleneck)
 
 
-def _run(
+def _run_columns(
     map_: LinearMap, term: Term, ndim: int, run: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> Term:
-    rows = _carried(map_, term, ndim)
+    """The term of an operation's result: the operation on every distinct column of entries."""
+    rows = _rows_of_result(map_, term, ndim)
     assert rows is not None
     columns = t.entries(term)
-    rest = term.loop[ndim:]
-    free = [a for a in range(ndim, len(term.loop)) if t.is_free(columns, a)]
-    small = t.compact(columns, free)
+    small = collapse(columns, broadcast_axes(columns, range(ndim, len(term.loop))))
     sizes = small.shape[ndim:]
     flat = small.reshape((*small.shape[:ndim], -1))
     flat = flat.movedim(-1, 0).contiguous().to(dtype)
     if len(flat) == 1:
-        made = run(flat[0]).unsqueeze(-1)
+        result = run(flat[0]).unsqueeze(-1)
     else:
         with without_loop_warnings():
-            made = torch.func.vmap(run, out_dims=-1)(flat)
-    loop = (*map_.shape_out, *rest)
-    made = made.reshape((*map_.shape_out, *sizes)).expand(loop)
-    return Term(loop, rows, term.dtype, (made,), table=term.table)
+            result = torch.func.vmap(run, out_dims=-1)(flat)
+    loop = (*map_.shape_out, *term.loop[ndim:])
+    result = result.reshape((*map_.shape_out, *sizes)).expand(loop)
+    return Term(loop, rows, term.dtype, (result,), bottleneck=term.bottleneck)
 
 
-def _carried(map_: LinearMap, term: Term, ndim: int) -> Tensor | None:
-    """Rows of the result where elements that are mixed have the same ones, else None."""
+def _rows_of_result(map_: LinearMap, term: Term, ndim: int) -> Tensor | None:
+    """Rows of an operation's result; None where elements with different rows mix."""
     with real_values():
-        return _carry(map_, term.rows, ndim)
+        return _map_rows(map_, term.rows, ndim)
 
 
 @singledispatch
-def _carry(map_: LinearMap, rows: Tensor, ndim: int) -> Tensor | None:
+def _map_rows(map_: LinearMap, rows: Tensor, ndim: int) -> Tensor | None:
     return None
 
 
-@_carry.register(Scaled)
-@_carry.register(Diagonal)
+@_map_rows.register(Scaled)
+@_map_rows.register(Diagonal)
 def _(map_: LinearMap, rows: Tensor, ndim: int) -> Tensor | None:
     return rows
 
 
-@_carry.register
+@_map_rows.register
 def _(map_: Product, rows: Tensor, ndim: int) -> Tensor | None:
-    found: Tensor | None = rows
+    mapped: Tensor | None = rows
     for factor in reversed(map_.factors):
-        if found is None:
+        if mapped is None:
             return None
-        found = _carry(factor, found, len(factor.shape_in))
-    return found
+        mapped = _map_rows(factor, mapped, len(factor.shape_in))
+    return mapped
 
 
-@_carry.register
+@_map_rows.register
 def _(map_: Sum, rows: Tensor, ndim: int) -> Tensor | None:
-    found = [_carry(part, rows, ndim) for part in map_.parts]
-    first = found[0]
-    if first is None or any(f is None or not torch.equal(f, first) for f in found):
+    mapped = [_map_rows(part, rows, ndim) for part in map_.parts]
+    first = mapped[0]
+    if first is None or any(x is None or not torch.equal(x, first) for x in mapped):
         return None
     return first
 
 
-def _freed(rows: Tensor, axes: tuple[int, ...], shape: Shape) -> Tensor | None:
-    """Rows without axes along which they are the same, which become others; else None."""
-    if not all(t.is_free(rows, a) for a in axes):
+def _drop_axes(rows: Tensor, axes: tuple[int, ...]) -> Tensor | None:
+    """Rows without axes along which they are constant; None if they vary along one."""
+    if not all(is_broadcast(rows, a) for a in axes):
         return None
     for axis in sorted(axes, reverse=True):
         rows = rows.select(axis, 0)
     return rows
 
 
-@_carry.register
+@_map_rows.register
 def _(map_: AxisSum, rows: Tensor, ndim: int) -> Tensor | None:
-    return _freed(rows, map_.axes, map_.shape_out)
+    return _drop_axes(rows, map_.axes)
 
 
-@_carry.register
+@_map_rows.register
 def _(map_: IndexMap, rows: Tensor, ndim: int) -> Tensor | None:
-    if all(t.is_free(rows, a) for a in range(ndim)):
-        rest = rows.shape[ndim:]
+    if all(is_broadcast(rows, a) for a in range(ndim)):
+        trailing = rows.shape[ndim:]
         for _ in range(ndim):
             rows = rows.select(0, 0)
-        return rows.expand((*map_.shape_out, *rest))
-    return None if map_.fills else t.moved(map_.run, rows, ndim, map_.shape_out)
+        return rows.expand((*map_.shape_out, *trailing))
+    return None if map_.fills else move_elements(map_.run, rows, ndim, map_.shape_out)
 
 
-@_carry.register
+@_map_rows.register
 def _(map_: Dense, rows: Tensor, ndim: int) -> Tensor | None:
-    found = _freed(rows, map_.axes_in, map_.shape_out)
-    if found is None:
+    mapped = _drop_axes(rows, map_.axes_in)
+    if mapped is None:
         return None
     for axis in map_.axes_out:
-        found = found.unsqueeze(axis)
-    return found.expand((*map_.shape_out, *rows.shape[ndim:]))
+        mapped = mapped.unsqueeze(axis)
+    return mapped.expand((*map_.shape_out, *rows.shape[ndim:]))

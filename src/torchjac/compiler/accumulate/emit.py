@@ -1,4 +1,4 @@
-"""From a derivative to a straight line of operations that computes the entries of J."""
+"""A tensor program that computes the entries of J, from a linear program."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def emit(
     most: int,
     limit: float = 60.0,
 ) -> TensorProgram:
-    """Accumulates the Jacobian once, at some inputs, and keeps the operations that it took.
+    """Accumulates the Jacobian once, at some inputs, and records the operations.
 
     Args:
         derivative: The traced backward pass, or that of J'.
         inputs: A tensor for each of its placeholders that is not a cotangent.
         goal: What is accumulated.
-        most: Numbers that intermediate adjoints may have, all together.
-        limit: Seconds that the walk over the graph may take.
+        most: Largest number of elements of all intermediate adjoints together.
+        limit: Seconds after which the sweep over the graph is refused.
 
     Raises:
-        PlanRefused: It cannot be done this way, or would take too much.
+        PlanRefused: The program cannot be accumulated, or only beyond a limit.
     """
     recorder = Recorder(EveryOperation(), parameters_vary=True)
     placeholders = [n for n in derivative.module.graph.nodes if n.op == "placeholder"]
@@ -53,10 +53,10 @@ def emit(
         with recorder:
             return run()
 
-    given = dict(zip(free, inputs, strict=True))
+    arguments = dict(zip(free, inputs, strict=True))
     with torch.no_grad():
         samples = derivative.row_shapes[0][0] if goal.batched else 1
-        sweep = Sweep(derivative, given, record, most, limit, samples)
+        sweep = Sweep(derivative, arguments, record, most, limit, samples)
         gradients = sweep.gradients()
         terms = [x for g in gradients if g is not None for x in g.terms]
         if sum(math.prod(x.loop) for x in terms) > most:
@@ -71,12 +71,12 @@ def emit(
     recording = fold_constants(finish_recording(recorder, [*parts, probe]))
     module, constants = optimized_graph(recording)
     whole = sum(math.prod(x.loop) for x in terms)
-    about = goal.mode, (fixed, whole), sweep.waists
+    about = goal.mode, (fixed, whole), sweep.bottlenecks
     return TensorProgram(recording, module, constants, module.forward, *about)
 
 
 def evaluated(emitted: TensorProgram, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What a program gives, to be checked: as it will run, on memory of another kind.
+    """The result of a program to be checked, on memory that is aligned differently.
 
     Raises:
         RefusedHere: The result is not finite.
@@ -89,12 +89,12 @@ def evaluated(emitted: TensorProgram, inputs: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def elsewhere(tensor: Tensor) -> Tensor:
-    """The same numbers, not at the beginning of their memory."""
+    """A copy that does not begin where its memory begins, so that its alignment differs."""
     memory = torch.empty(tensor.numel() + 3, dtype=tensor.dtype, device=tensor.device)
     return memory[3:].view(tensor.shape).copy_(tensor)
 
 
 def _probe(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of everything."""
+    """A number that is not finite if an element of the result is not: the sum of all."""
     sums = [part.sum() for part in parts]
     return sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0].dtype) for s in sums]).sum()

@@ -1,4 +1,4 @@
-"""The walk over the linear graph: rules give local Jacobians, adjoints are multiplied by them."""
+"""The sweep over the linear graph: rules give local Jacobians, adjoints are multiplied by them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from torchjac._torch.trace.trace import is_random, sequence_of
 from torchjac._torch.vmap import WRONGLY_BATCHED
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.accumulate.adjoint import Adjoint, Term, seed
-from torchjac.compiler.accumulate.apply import NoNumbers, apply, joined
-from torchjac.compiler.accumulate.apply_opaque import operated
-from torchjac.compiler.accumulate.bottleneck import closed, is_dense, narrowed, opened, resolved
-from torchjac.compiler.accumulate.matrix_chain import Point, points
-from torchjac.compiler.accumulate.merge import merged
+from torchjac.compiler.accumulate.apply import UnknownFactors, apply, sum_terms
+from torchjac.compiler.accumulate.apply_opaque import apply_opaque
+from torchjac.compiler.accumulate.bottleneck import (
+    eliminate,
+    eliminate_all,
+    is_dense,
+    split,
+    split_if_narrow,
+)
+from torchjac.compiler.accumulate.matrix_chain import Cut, cuts
+from torchjac.compiler.accumulate.merge import merge_terms
 from torchjac.errors import NotKnownLinear, PlanRefused
 from torchjac.host.clock import now
 from torchjac.linear.graph import linear_nodes, needed_nodes
@@ -34,8 +40,8 @@ from torchjac.ops import Fact, having
 Record = Callable[[Callable[[], Any]], Any]
 
 
-class Running(KnownValues):
-    """Values of the running program, for the factors of maps."""
+class RunningValues(KnownValues):
+    """Values of the nodes as tensors of the running program, for the factors of maps."""
 
     def __init__(
         self,
@@ -50,20 +56,20 @@ class Running(KnownValues):
             derivative: The traced backward pass.
             linear: Nodes that depend on the cotangent.
             inputs: A tensor for each placeholder that is not a cotangent.
-            record: Runs something so that its operations become part of the program.
+            record: Runs a function so that its operations become part of the program.
         """
         super().__init__(derivative, linear)
-        self._run: dict[fx.Node, Any] = dict(inputs)
+        self._tensors: dict[fx.Node, Any] = dict(inputs)
         self._record = record
 
     def running(self, node: fx.Node) -> Any:
-        """The tensor of a node; its operations are run if they have not been."""
-        if node not in self._run:
-            for needed in topological_order(node, self._run, _has_arguments):
-                self._run[needed] = self._record(partial(self._executed, needed))
-        return self._run[node]
+        """The tensor of a node; its operations run at the first request."""
+        if node not in self._tensors:
+            for needed in topological_order(node, self._tensors, _has_arguments):
+                self._tensors[needed] = self._record(partial(self._compute, needed))
+        return self._tensors[node]
 
-    def _executed(self, node: fx.Node) -> Any:
+    def _compute(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             value: Any = self._module
             for part in str(node.target).split("."):
@@ -75,42 +81,42 @@ class Running(KnownValues):
             raise PlanRefused("the derivative of an operation depends on the cotangent")
         if isinstance(node.target, HigherOrderOperator) or is_random(node.target):
             raise PlanRefused(f"it runs {node.target}")
-        args = fx.node.map_arg(node.args, self._run.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, self._run.__getitem__)
+        args = fx.node.map_arg(node.args, self._tensors.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, self._tensors.__getitem__)
         target: Any = node.target
         return target(*args, **kwargs)
 
     def coefficients(self, node: fx.Node) -> Tensor | ComputedFactors:
-        """What is known beforehand where all of it is, else the running tensor."""
+        """Constant factors if all are known beforehand, else the running tensor."""
         known = self.factors(node)
         if not is_unknown(known):
             return known
         return ComputedFactors(tuple(known.shape), lambda: self.running(node))
 
     def response(self, node: fx.Node, operand: fx.Node, known: Factors) -> Factors:
-        """What an elementwise operation makes of ones."""
+        """The diagonal of an elementwise operation: its result for an operand of ones."""
         if not isinstance(known, ComputedFactors) and not is_unknown(known):
             return known
         shape = tuple(node.meta["val"].shape)
         like = operand.meta["val"]
 
-        def made() -> Tensor:
+        def diagonal() -> Tensor:
             ones = torch.ones((), dtype=like.dtype).expand(like.shape)
-            found: Tensor = self.operate(node, operand, ones)
-            return found
+            result: Tensor = self.run_linear(node, operand, ones)
+            return result
 
-        return ComputedFactors(shape, lambda: self._record(made))
+        return ComputedFactors(shape, lambda: self._record(diagonal))
 
-    def operate(self, node: fx.Node, operand: fx.Node, given: Tensor) -> Any:
-        """Runs an operation on something in the place of one linear operand, zeros for others."""
+    def run_linear(self, node: fx.Node, operand: fx.Node, value: Tensor) -> Any:
+        """Runs an operation on a value of one linear operand, and zeros for all other ones."""
 
-        def argument(one: fx.Node) -> Any:
-            if one is operand:
-                return given
-            if one in self._linear:
-                like = one.meta["val"]
+        def argument(source: fx.Node) -> Any:
+            if source is operand:
+                return value
+            if source in self._linear:
+                like = source.meta["val"]
                 return torch.zeros((), dtype=like.dtype).expand(like.shape)
-            return self.running(one)
+            return self.running(source)
 
         args = fx.node.map_arg(node.args, argument)
         kwargs = fx.node.map_arg(node.kwargs, argument)
@@ -122,9 +128,13 @@ def _has_arguments(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target not in SHAPE_ONLY
 
 
-def _below(nodes: list[fx.Node]) -> dict[fx.Node, int]:
-    """How many operations that cost something are still to come after each node, in order."""
-    sets: dict[fx.Node, int] = {}
+def _remaining_operations(nodes: list[fx.Node]) -> dict[fx.Node, int]:
+    """Number of operations that depend on each node and are not cheap.
+
+    Args:
+        nodes: Linear nodes, in order.
+    """
+    sets: dict[fx.Node, int] = {}  # bit sets: the node itself and all its dependents
     for number, node in reversed(list(enumerate(nodes))):
         sets[node] = 0
         for user in node.users:
@@ -132,24 +142,24 @@ def _below(nodes: list[fx.Node]) -> dict[fx.Node, int]:
                 sets[node] |= sets[user]
         if not _is_cheap(node.target):
             sets[node] |= 1 << number
-    below = {}
+    remaining = {}
     for node in nodes:
-        own = [sets[user] for user in node.users if user in sets]
-        below[node] = reduce(operator.or_, own, 0).bit_count()
-    return below
+        users = [sets[user] for user in node.users if user in sets]
+        remaining[node] = reduce(operator.or_, users, 0).bit_count()
+    return remaining
 
 
 def _last_uses(
-    nodes: list[fx.Node], kept: Sequence[fx.Node | None]
+    nodes: list[fx.Node], results: Sequence[fx.Node | None]
 ) -> dict[fx.Node, list[fx.Node]]:
-    """Values that each node is the last one to need."""
+    """Values, without results, of which each node is the last user."""
     position = {node: i for i, node in enumerate(nodes)}
-    found: dict[fx.Node, list[fx.Node]] = {}
+    last: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
         users = [position[user] for user in node.users if user in position]
-        if users and node not in kept:
-            found.setdefault(nodes[max(users)], []).append(node)
-    return found
+        if users and node not in results:
+            last.setdefault(nodes[max(users)], []).append(node)
+    return last
 
 
 @lru_cache(maxsize=4096)
@@ -162,7 +172,7 @@ _CHEAP = frozenset(op._schema.name.split("::")[1] for op in having(Fact.CHEAP))
 
 
 class Sweep:
-    """From the cotangents to the gradients, in the order of the graph (reverse accumulation)."""
+    """Reverse accumulation: from the cotangents to the gradients, in the order of the graph."""
 
     def __init__(
         self,
@@ -173,83 +183,90 @@ class Sweep:
         limit: float,
         samples: int = 1,
     ):
-        """Binds a program and the tensors to run it on.
+        """Binds a program and its inputs.
 
         Args:
             derivative: The traced backward pass.
             inputs: A tensor for each placeholder that is not a cotangent.
-            record: Runs something so that its operations become part of the program.
-            most: Numbers that intermediate adjoints may have, all together.
-            limit: Seconds that it may take.
-            samples: Independent samples.
+            record: Runs a function so that its operations become part of the program.
+            most: Largest number of elements of all intermediate adjoints together.
+            limit: Seconds after which the sweep is refused.
+            samples: Number of independent samples.
         """
         self._deadline = now() + limit
         self._derivative = derivative
         self._linear = linear_nodes(derivative)
-        self._values = Running(derivative, self._linear, inputs, record)
+        self._values = RunningValues(derivative, self._linear, inputs, record)
         self._record = record
-        self._left = most
-        self._below: dict[fx.Node, int] = {}
-        self._found: dict[fx.Node, Any] = {}
-        self._reached = 0  # values so far, by which waists are numbered
-        self._waists: list[str] = []
-        self._points: dict[fx.Node, Point] = {}
-        self._opened: dict[fx.Node, int] = {}
+        self._budget = most
         self._samples = samples
+        self._remaining: dict[fx.Node, int] = {}
+        self._adjoints: dict[fx.Node, Any] = {}
+        self._position = 0  # values accumulated so far: the number of a bottleneck
+        self._bottlenecks: list[str] = []
+        self._cuts: dict[fx.Node, Cut] = {}
+        self._split_at: dict[fx.Node, int] = {}  # numbers of the bottlenecks of the chain
 
     @property
-    def waists(self) -> tuple[str, ...]:
-        """Values that took the place of rows: their size, and the operation that made them."""
-        return tuple(self._waists)
+    def bottlenecks(self) -> tuple[str, ...]:
+        """Values whose elements took the place of rows: size and operation of each."""
+        return tuple(self._bottlenecks)
 
     def gradients(self) -> tuple[Adjoint | None, ...]:
         """The adjoint of each input leaf; None where it is zero.
 
         Raises:
-            PlanRefused: It cannot be done this way, or would take too much.
+            PlanRefused: The program cannot be accumulated, or only beyond a limit.
         """
         derivative = self._derivative
-        first = 0
-        for cotangent, shape in zip(derivative.cotangents, derivative.row_shapes, strict=True):
-            if cotangent is not None:
-                self._found[cotangent] = seed(tuple(shape), first, cotangent.meta["val"].dtype)
-            first += shape.numel()
+        self._seed()
         needed = needed_nodes(derivative, self._linear) & self._linear
         order = [n for n in derivative.module.graph.nodes if n in needed]
-        self._below = _below(order)
-        inner = [n for n in order if n not in self._found]
-        last = _last_uses(order, derivative.gradients)
+        self._remaining = _remaining_operations(order)
+        inner = [n for n in order if n not in self._adjoints]
+        last_uses = _last_uses(order, derivative.gradients)
         m, n = derivative.m, derivative.n
-        self._points = points(inner, list(self._found), m, n, self._samples)
+        self._cuts = cuts(inner, list(self._adjoints), m, n, self._samples)
         for node in derivative.module.graph.nodes:
-            if node in needed and node not in self._found:
+            if node in needed and node not in self._adjoints:
                 try:
-                    self._found[node] = self._of(node)
+                    self._adjoints[node] = self._accumulate(node)
                 except PlanRefused as refusal:
-                    raise type(refusal)(f"{refusal} (at {self._named(node)})") from refusal
-                self._reached += 1
-                for operand in last.get(node, ()):  # nobody needs them any more
-                    del self._found[operand]
+                    raise type(refusal)(f"{refusal} (at {self._location(node)})") from refusal
+                self._position += 1
+                for operand in last_uses.get(node, ()):
+                    del self._adjoints[operand]
         gradients: list[Adjoint | None] = []
         for node in derivative.gradients:
-            if node is None or node in self._found:
-                gradients.append(None if node is None else self._whole(self._found[node]))
+            if node is None or node in self._adjoints:
+                gradients.append(None if node is None else self._by_rows(self._adjoints[node]))
             elif self._values.is_zero(node):
                 gradients.append(None)
             else:
                 raise PlanRefused("a gradient does not depend on the cotangent")
         return tuple(gradients)
 
-    def _whole(self, adjoint: Adjoint) -> Adjoint:
-        made: Adjoint = self._record(lambda: resolved(adjoint, self._left))
-        self._count(made)
-        return made
+    def _seed(self) -> None:
+        """Sets the adjoints of the cotangents."""
+        derivative = self._derivative
+        first = 0
+        for cotangent, shape in zip(derivative.cotangents, derivative.row_shapes, strict=True):
+            if cotangent is not None:
+                self._adjoints[cotangent] = seed(tuple(shape), first, cotangent.meta["val"].dtype)
+            first += shape.numel()
 
-    def _of(self, node: fx.Node) -> Any:
+    def _by_rows(self, adjoint: Adjoint) -> Adjoint:
+        """The same adjoint in terms of rows of J."""
+        by_rows: Adjoint = self._record(lambda: eliminate_all(adjoint, self._budget))
+        self._charge(by_rows)
+        return by_rows
+
+    def _accumulate(self, node: fx.Node) -> Any:
+        """The adjoint of a node's value; a list of them for a tuple."""
         if node.target is operator.getitem:
             source, position = node.args
             assert isinstance(source, fx.Node)
-            return self._found[source][position]
+            return self._adjoints[source][position]
         if not isinstance(node.target, OpOverload):
             raise PlanRefused(f"it runs {node.target}")
         with real_values():
@@ -265,75 +282,91 @@ class Sweep:
         if isinstance(local, tuple):
             value = node.meta["val"]
             return [
-                None if v is None else self._summed(node, part, tuple(v.shape), item)
+                None if v is None else self._sum_over_operands(node, part, tuple(v.shape), item)
                 for item, (part, v) in enumerate(zip(local, value, strict=True))
             ]
         if isinstance(local, Concat):
             raise PlanRefused(f"{node.target} of many operands")
-        return self._summed(node, local, tuple(node.meta["val"].shape), None)
+        return self._sum_over_operands(node, local, tuple(node.meta["val"].shape), None)
 
-    def _summed(self, node: fx.Node, local: Any, shape: Shape, item: int | None) -> Adjoint:
-        found: list[Term] = []
+    def _sum_over_operands(
+        self, node: fx.Node, local: Any, shape: Shape, item: int | None
+    ) -> Adjoint:
+        """The adjoint of a value: the sum of local Jacobians times adjoints of operands.
+
+        Args:
+            node: The operation.
+            local: Operands, each with the local Jacobian.
+            shape: Shape of the value.
+            item: Position of the value in the operation's result; None if it is the result.
+        """
+        terms: list[Term] = []
         for operand, map_ in local:
-            found += self._applied(node, operand.node, map_, item).terms
-        below = self._below[node]
-        m = self._derivative.m
-        n = self._derivative.n
-
-        def gathered() -> Adjoint:
-            made = merged(joined(shape, found), m, below)
-            if node in self._points:
-                made = self._product(node, made)
-                if is_dense(made, self._samples, m):
-                    return self._split(node, made)
-            block = m // self._samples, n // self._samples
-            return narrowed(made, self._reached, block, n, below, self._left) if below else made
-
-        made: Adjoint = self._record(gathered)
-        self._count(made)
-        if any(x.table is not None and x.table.number == self._reached for x in made.terms):
-            self._waists.append(f"{math.prod(shape)} at {self._named(node)}")
-        return made
-
-    def _product(self, node: fx.Node, adjoint: Adjoint) -> Adjoint:
-        """Takes the products that end at a value of the chain."""
-        for waist in self._points[node].closed:
-            adjoint = closed(adjoint, self._opened.get(waist, -1), self._left)
+            terms += self._apply(node, operand.node, map_, item).terms
+        adjoint: Adjoint = self._record(lambda: self._combine(node, shape, terms))
+        self._charge(adjoint)
+        bottlenecks = [x.bottleneck for x in adjoint.terms if x.bottleneck is not None]
+        if any(bottleneck.number == self._position for bottleneck in bottlenecks):
+            self._bottlenecks.append(f"{math.prod(shape)} at {self._location(node)}")
         return adjoint
 
-    def _split(self, node: fx.Node, adjoint: Adjoint) -> Adjoint:
-        """Splits the chain, if that is to be done at this value."""
-        made = opened(adjoint, self._reached) if self._points[node].opened else None
-        if made is None:
+    def _combine(self, node: fx.Node, shape: Shape, terms: list[Term]) -> Adjoint:
+        """The adjoint of a value from its terms, split where that pays."""
+        remaining = self._remaining[node]
+        m, n = self._derivative.m, self._derivative.n
+        adjoint = merge_terms(sum_terms(shape, terms), m, remaining)
+        if node in self._cuts:
+            adjoint = self._multiply_chain(node, adjoint)
+            if is_dense(adjoint, self._samples, m):
+                return self._split_chain(node, adjoint)
+        if not remaining:
             return adjoint
-        self._opened[node] = self._reached
-        return made
+        block = m // self._samples, n // self._samples
+        return split_if_narrow(adjoint, self._position, block, n, remaining, self._budget)
 
-    def _applied(
-        self, node: fx.Node, operand: fx.Node, map_: LinearMap, item: int | None
-    ) -> Adjoint:
-        adjoint = self._found[operand]
+    def _multiply_chain(self, node: fx.Node, adjoint: Adjoint) -> Adjoint:
+        """Takes the products of the chain that end at a value."""
+        for source in self._cuts[node].products:
+            adjoint = eliminate(adjoint, self._split_at.get(source, -1), self._budget)
+        return adjoint
 
-        def run(given: Tensor) -> Tensor:
-            found: Tensor = self._values.operate(node, operand, given)
-            return found if item is None else found[item]
+    def _split_chain(self, node: fx.Node, adjoint: Adjoint) -> Adjoint:
+        """Splits the chain at a value, if the cheapest order does."""
+        identity = split(adjoint, self._position) if self._cuts[node].splits else None
+        if identity is None:
+            return adjoint
+        self._split_at[node] = self._position
+        return identity
 
-        made: Adjoint
+    def _apply(self, node: fx.Node, operand: fx.Node, map_: LinearMap, item: int | None) -> Adjoint:
+        """The local Jacobian of one operand, times the operand's adjoint."""
+        adjoint = self._adjoints[operand]
+
+        def run(value: Tensor) -> Tensor:
+            result: Tensor = self._values.run_linear(node, operand, value)
+            return result if item is None else result[item]
+
+        product: Adjoint
         try:
-            made = self._record(lambda: apply(map_, adjoint))
-        except NoNumbers:
+            product = self._record(lambda: apply(map_, adjoint))
+        except UnknownFactors:
             dtype = operand.meta["val"].dtype
-            made = self._record(lambda: operated(map_, adjoint, run, dtype, self._left))
-        return made
+            product = self._record(lambda: apply_opaque(map_, adjoint, run, dtype, self._budget))
+        return product
 
-    def _named(self, node: fx.Node) -> str:
-        """An operation, and the line of the user's that it comes from, if that is known."""
+    def _location(self, node: fx.Node) -> str:
+        """An operation, and the line of the user's code, if known."""
         line = self._derivative.lines.get(sequence_of(node) or -1)
         return f"{node.target}, {line}" if line else str(node.target)
 
-    def _count(self, made: Adjoint) -> None:
-        self._left -= sum(max(term.size, math.prod(term.loop) // 8) for term in made.terms)
-        if self._left < 0:
+    def _charge(self, adjoint: Adjoint) -> None:
+        """Takes an adjoint's elements off the budget.
+
+        Raises:
+            PlanRefused: Elements or time are used up.
+        """
+        self._budget -= sum(max(term.size, math.prod(term.loop) // 8) for term in adjoint.terms)
+        if self._budget < 0:
             raise PlanRefused("intermediate adjoints would take too much memory")
         if now() > self._deadline:
             raise PlanRefused("it takes too long to plan")
