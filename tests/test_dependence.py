@@ -85,7 +85,8 @@ def test_a_map_loses_nothing(pair: list[Case]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("_MAX_KNOWN", 0), ("_MAX_ZEROS", 0), ("_MAX_ENTRIES", 0), ("_MAX_TERMS", 1)]
+    ("name", "value"),
+    [("_MAX_KNOWN", 0), ("_MAX_ZEROS", 0), ("_MAX_ENTRIES", 0), ("_MAX_TERMS", 1)],
 )
 @given(st.data())
 def test_limits_cost_precision_only(name: str, value: int, data: st.DataObject) -> None:
