@@ -366,12 +366,12 @@ def keeps_its_input() -> Case:
 @case
 def keeps_its_input_in_a_closure() -> Case:
     last: Any = None
-    seen: dict[str, Any] = {}
+    found: dict[str, Any] = {}
 
     def f(x: Tensor) -> Tensor:
         nonlocal last
         last = x
-        seen["x"] = x
+        found["x"] = x
         return x.sin()
 
-    return Case(f, keeps=[seen, f.__closure__])
+    return Case(f, keeps=[found, f.__closure__])
