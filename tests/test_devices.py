@@ -22,14 +22,14 @@ from laws import value
 from numpy_target import NumpyTarget
 from torchjac._torch.storage import ALLOCATOR, allocator
 from torchjac._torch.trace.recorder import Recorder
-from torchjac._torch.trace.recording import Recording, recorded
+from torchjac._torch.trace.recording import Recording, finish_recording
 from torchjac.call import Call
 from torchjac.capture.eager import capture_function
 from torchjac.compiler.codegen.build import build_source
 from torchjac.compiler.codegen.executable import Executable
 from torchjac.compiler.codegen.target import Launch, SourceUnit
 from torchjac.compiler.program import peephole
-from torchjac.compiler.program.optimize import compilable, executable, folded
+from torchjac.compiler.program.optimize import fold_constants, optimized_graph, plain_graph
 from torchjac.errors import PlanError
 from torchjac.jit import dispatcher
 
@@ -84,7 +84,7 @@ def recording_of(f: Callable[..., Tensor], x: Tensor) -> Recording:
     recorder.input(x)
     with torch.no_grad(), recorder:
         result = f(x)
-    return folded(recorded(recorder, [result]))
+    return fold_constants(finish_recording(recorder, [result]))
 
 
 class Devices(TorchDispatchMode):
@@ -102,7 +102,7 @@ class Devices(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("lower", [executable, compilable])
+@pytest.mark.parametrize("lower", [optimized_graph, plain_graph])
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_tensor_programs_allocate_on_the_device_of_their_inputs(
