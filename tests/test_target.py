@@ -131,7 +131,7 @@ def test_batches(name: str, many: int, target: Target) -> None:
         (ScheduleKind.BATCH, lambda x: (x[:, 0] * x[:, 1])[:, None].sin() * x, (7, 5)),
         (ScheduleKind.BATCH_TENSORS, lambda x: (x @ WIDE).tanh() @ WIDE, (7, 64)),
     ],
-    ids=str,
+    ids=["serial", "parallel", "parallel-sum", "tensors", "batch", "batch-tensors"],
 )
 def test_schedules(
     kind: ScheduleKind,
