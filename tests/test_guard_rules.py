@@ -83,7 +83,7 @@ class Box:
 
 
 def test_a_new_kind_is_one_rule() -> None:
-    """The example of docs/architecture.md."""
+    """The example of docs/stages.md."""
     box = Rule(
         "size", Clause("len(x.items) == size", "the size of {path} changed to {len(x.items)}")
     )

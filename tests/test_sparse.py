@@ -300,3 +300,34 @@ def test_more_than_a_word_of_groups() -> None:
     assert groups.count > 128
     for group in range(groups.count):
         assert (table[groups.of == group].sum(0) <= 1).all()
+
+
+class TestCompiled:
+    """Sparse results of compiled code, through the same assembler as those of passes."""
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_each_block_has_the_dtype_and_the_precision_of_its_input(self, layout: Any) -> None:
+        def f(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (a[:-1].double() * b[1:]).sin()
+
+        a, b = value(6).float(), value(6)
+        J = torchjac.jacobian(f, (0, 1), layout=layout, compile=True)
+        want = torchjac.jacobian(f, (0, 1))(a, b)
+        for _ in range(3):
+            same(dense(J(a, b)), want)  # dtypes as well
+        assert J.explain(a, b).engine == "accumulate"
+
+    @pytest.mark.parametrize("layout", [scipy.sparse.csr_array, scipy.sparse.csc_matrix])
+    def test_scipy_results_take_the_fast_path_and_share_no_memory(self, layout: Any) -> None:
+        x = value(9)
+        J = torchjac.jacobian(heat, layout=layout, compile=True)
+        for _ in range(30):
+            J(x)
+        if J.explain(x).mode.endswith("kernel"):
+            assert J._dispatcher.fast_path is not None
+        first = J(x)
+        assert type(first) is layout
+        first.data[:] = 0
+        first.indices[:] = 0
+        first.indptr[:] = 0
+        same(torch.as_tensor(J(x).toarray()), torchjac.jacobian(heat)(x))

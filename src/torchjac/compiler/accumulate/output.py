@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate, product
 
+import torch
 from torch import Tensor
 
 from torchjac.capture.linear_program import LinearProgram
@@ -50,9 +52,17 @@ def parts(
     """
     match goal.output:
         case Sparse(pattern=Pattern() as pattern):
-            return [_values(pattern, goal.mode, derivative, adjoints, inputs[0], varies)]
+            return [
+                _values(pattern, goal.mode, derivative, adjoints, _widest(inputs, pattern), varies)
+            ]
         case _:
             return _blocks(goal, derivative, adjoints, inputs)
+
+
+def _widest(inputs: Sequence[Tensor], pattern: Pattern) -> Tensor:
+    """An empty tensor in the dtype that holds the entries of all differentiated leaves."""
+    dtypes = [x.dtype for x in inputs[: len(pattern.column_shapes)]]
+    return inputs[0].new_empty(0, dtype=reduce(torch.promote_types, dtypes))
 
 
 def _values(
