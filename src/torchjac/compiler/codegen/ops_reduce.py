@@ -31,37 +31,40 @@ def _copy(do: LoweringContext, target: Value, source: Value, non_blocking: bool 
     return ids.copy_(do.cast(source, dtype_of(target)))
 
 
+# The result of an operation along axes without elements.
+_EMPTY = {"add": 0.0, "mul": 1.0}
+
+
 def _sum(
     do: LoweringContext, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Tensor:
-    return _reduced(do, "add", 0.0, x, dim, keepdim, dtype)
+    return _reduced(do, "add", x, dim, keepdim, dtype)
 
 
 def _prod(
     do: LoweringContext, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Tensor:
     axes = [dim] if isinstance(dim, int) else dim
-    return _reduced(do, "mul", 1.0, x, axes, keepdim, dtype)
+    return _reduced(do, "mul", x, axes, keepdim, dtype)
 
 
 def _amax(do: LoweringContext, x: Value, dim: Any = None, keepdim: bool = False) -> Tensor:
-    return _reduced(do, "maximum", None, x, dim, keepdim)
+    return _reduced(do, "maximum", x, dim, keepdim)
 
 
 def _amin(do: LoweringContext, x: Value, dim: Any = None, keepdim: bool = False) -> Tensor:
-    return _reduced(do, "minimum", None, x, dim, keepdim)
+    return _reduced(do, "minimum", x, dim, keepdim)
 
 
 def _reduced(
     do: LoweringContext,
     kind: str,
-    empty: float | None,
     x: Value,
     dim: Any,
     keepdim: bool,
     dtype: Any = None,
 ) -> Tensor:
-    """One operation along axes; `empty` is the result of no elements."""
+    """One operation along axes."""
     of = dtype_of(x)
     if dtype is not None and dtype != x.dtype:
         raise PlanRefused("a sum in another dtype")
@@ -74,9 +77,9 @@ def _reduced(
     shape = [ids.shape[a] for a in rest]
     count = math.prod(ids.shape[a] for a in axes)
     if not count:
-        if empty is None:
+        if kind not in _EMPTY:
             raise PlanRefused("the largest of no elements")
-        result = torch.full(shape, do.constant_id(empty, of))
+        result = torch.full(shape, do.constant_id(_EMPTY[kind], of))
     else:
         result = _rows(do, kind, ids.permute((*rest, *axes)).reshape(-1, count), of).view(shape)
     for axis in axes if keepdim else ():
