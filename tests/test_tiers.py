@@ -37,6 +37,7 @@ from torchjac.jit.tiers import (
     step,
 )
 
+Row = tuple[str, State, Event, type, Action]
 PAGE = Path(__file__).parent.parent / "docs" / "architecture.md"
 WARMING = Warming(nodes=10, cost=1.0, work=0.1)
 DUE = replace(WARMING, banked=2.0)
@@ -45,8 +46,25 @@ PAID = replace(TRIAL, banked=10.0)
 SETTLED = Settled(Tier.PROGRAM, TRIAL.contest, cost=5.0)
 NO = Rejected("it draws random numbers")
 
-# Name of the row, state, event, kind of the next state, action.
-ROWS: list[tuple[str, State, Event, type, Action]] = [
+
+def ran(state: State) -> Ran:
+    """A run of the tier that the state names."""
+    tier = tiers.tier_to_run(state)  # type: ignore[arg-type]
+    assert tier is not None
+    return Ran(tier, 1e-3, 0.0)
+
+
+def before_settled(state: State) -> State:
+    """The last state of a trial."""
+    while not isinstance(step(state, ran(state))[0], Settled):
+        state, _ = step(state, ran(state))
+    return state
+
+
+LAST = before_settled(TRIAL)
+
+# Name of the row, state, event, kind of the next state, action: of a function, and of an entry.
+FUNCTION: list[Row] = [
     ("Cold, a call missed", Cold(), Missed(), Cold, Action.WATCH),
     ("Cold, captured, cheap", Cold(), Captured(10, 1e-4), Warming, Action.PASS),
     ("Cold, captured, it pays at once", Cold(), Captured(10, 9.0), Warming, Action.COMPILE),
@@ -61,6 +79,9 @@ ROWS: list[tuple[str, State, Event, type, Action]] = [
     ("Warming, an entry holds", WARMING, Hit(), Warming, Action.NOTHING),
     ("Warming, not finite", DUE, NotFinite(), Warming, Action.PASS),
     ("Warming, disagreed", WARMING, Disagreed("no"), Rejected, Action.PASS),
+    ("Rejected, a call missed", NO, Missed(eager=True), Rejected, Action.PASS),
+]
+ENTRY: list[Row] = [
     ("Trial, ran", TRIAL, Ran(Tier.PROGRAM, 1e-3, 1e-3), Trial, Action.NOTHING),
     (
         "Trial, ran, native code is due",
@@ -69,6 +90,7 @@ ROWS: list[tuple[str, State, Event, type, Action]] = [
         Trial,
         Action.MAKE_NATIVE,
     ),
+    ("Trial, ran, the contest is decided", LAST, ran(LAST), Settled, Action.NOTHING),
     ("Trial, not finite", TRIAL, NotFinite(), Trial, Action.PASS),
     ("Trial, native code has arrived", TRIAL, NativeArrived(1e-4), Trial, Action.NOTHING),
     ("Trial, native code refused", TRIAL, Refused("no"), Trial, Action.NOTHING),
@@ -85,30 +107,32 @@ ROWS: list[tuple[str, State, Event, type, Action]] = [
     ("Settled, native code has arrived", SETTLED, NativeArrived(1e-4), Trial, Action.NOTHING),
     ("Settled, native code refused", SETTLED, Refused("no"), Settled, Action.NOTHING),
     ("Settled, disagreed", SETTLED, Disagreed("no"), Rejected, Action.PASS),
-    ("Rejected, a call missed", NO, Missed(eager=True), Rejected, Action.PASS),
 ]
 
 
-def line(row: tuple[str, State, Event, type, Action]) -> str:
+def line(row: Row) -> str:
     """The row as the page has it."""
     name, _, _, kind, action = row
     before, _, event = name.partition(", ")
     return f"| {before} | {event} | {kind.__name__} | {action.value} |"
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].replace(" ", "-"))
-def test_row(row: tuple[str, State, Event, type, Action]) -> None:
+@pytest.mark.parametrize("row", [*FUNCTION, *ENTRY], ids=lambda row: row[0].replace(" ", "-"))
+def test_row(row: Row) -> None:
     name, state, event, kind, action = row
     assert name.startswith(type(state).__name__)
     after, then = step(state, event)
     assert (type(after), then) == (kind, action)
 
 
-def test_the_page_has_these_rows() -> None:
+@pytest.mark.parametrize(
+    ("head", "rows"), [("state of a function", FUNCTION), ("state of an entry", ENTRY)]
+)
+def test_the_page_has_these_rows(head: str, rows: list[Row]) -> None:
     text = PAGE.read_text()
-    begin = text.index("| state | event |")
+    begin = text.index(f"| {head} | event |")
     table = text[begin : text.index("\n\n", begin)].splitlines()[2:]
-    assert table == [line(row) for row in ROWS]
+    assert table == [line(row) for row in rows]
 
 
 def test_a_side_exit_changes_no_state() -> None:

@@ -42,6 +42,7 @@ class Arguments(Check):
         if self.flat and not x.kwargs and len(x.args) == len(self.checks):
             leaves: Any = x.args  # a leaf that is no tensor fails its check
         else:
+            # Flattened anew: the function may have changed its arguments since.
             leaves, spec = flatten((x.args, x.kwargs))
             if spec != self.spec:
                 return Mismatch("the nesting of the arguments changed")
