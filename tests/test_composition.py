@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
@@ -302,6 +303,20 @@ class TestCopies:
         again = copy.deepcopy({"J": J})["J"]
         same(again(x).to_dense(), J(x).to_dense())
         assert repr(again) == repr(J)
+
+    @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, scipy.sparse.csc_array])
+    def test_options_are_copied(self, layout: Any) -> None:
+        J = torchjac.jacobian(torch.sin, layout=layout, memory_budget=10**6, compile=True)
+        again = pickle.loads(pickle.dumps(J))
+        assert again._request == J._request
+        assert type(again(value(4))) is type(J(value(4)))
+
+    def test_a_pattern_is_copied(self) -> None:
+        eye = scipy.sparse.eye(4)
+        J = torchjac.jacobian(torch.sin, layout=torch.sparse_csr, pattern=eye)
+        again = pickle.loads(pickle.dumps(J))
+        same(again(value(4)).to_dense(), J(value(4)).to_dense())
+        assert again.explain(value(4)).pattern == "4 nonzeros, given"
 
     def test_pickle(self) -> None:
         H = torchjac.jacobian(_energy)

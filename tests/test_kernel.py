@@ -509,7 +509,7 @@ def test_a_bad_compiler_is_not_the_end(fresh: Path, monkeypatch: pytest.MonkeyPa
     call, entry = Call(f, 0, False, (value(*shape),), {}), Entry.of(plan, False)
     after_many_runs(entry, Tier.PROGRAM, call)
     same(entry.of_tier(entry.tier())(call), oracle_jacobian(f)(value(*shape)))
-    record = entry.record(plan, "jacobian", torch.strided, 1.0)
+    record = entry.record(plan, "jacobian", 1.0)
     assert "the C compiler failed" in dict(record.refusals)["kernel"]
 
 

@@ -195,7 +195,7 @@ def test_both_orders_are_measured() -> None:
     x = value(1000)
     plan, first = plan_of(f, x)
     same(first, torch.func.jacrev(f)(x))
-    record = Entry.of(plan, False).record(plan, "jacobian", torch.strided, 1e-3)
+    record = Entry.of(plan, False).record(plan, "jacobian", 1e-3)
     assert {c.name for c in record.candidates} == {
         "accumulate reverse",
         "accumulate forward",

@@ -17,7 +17,7 @@ from torchjac.export import export, is_package
 from torchjac.host.memory import check_budget
 from torchjac.jit.dispatcher import Dispatcher
 from torchjac.record import Record, last_run
-from torchjac.request import Layout, Request, check_graph, output_of
+from torchjac.request import Layout, Request, check_graph, options_of, output_of
 from torchjac.sparsity.detect import pattern_of_function
 from torchjac.sparsity.pattern import Pattern
 
@@ -226,8 +226,8 @@ class Jacobian:
 def _again(kind: type[Jacobian], *given: Any) -> Jacobian:
     """A Jacobian like another one."""
     function, argnums, request = given
-    options = {f.name: getattr(request, f.name) for f in fields(request)}
-    return kind(function, argnums, **options)
+    options = {f.name: getattr(request, f.name) for f in fields(request) if f.name != "output"}
+    return kind(function, argnums, **options, **options_of(request.output))
 
 
 class Hessian(Jacobian):

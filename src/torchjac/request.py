@@ -117,6 +117,13 @@ def output_of(layout: Layout, pattern: Any = None) -> Output:
     )
 
 
+def options_of(output: Output) -> dict[str, Any]:
+    """The options `layout` and `pattern` of an output: the inverse of `output_of`."""
+    if isinstance(output, Dense):
+        return {"layout": torch.strided, "pattern": None}
+    return {"layout": output.container or output.layout, "pattern": output.user_pattern}
+
+
 def _in_scipy(block: Any, container: Any) -> Any:
     parts = (block.values(), block.col_indices(), block.crow_indices())
     arrays = tuple(p.cpu().numpy() for p in parts)
