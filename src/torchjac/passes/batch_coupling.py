@@ -3,8 +3,8 @@
 A *silent* sample has a zero cotangent. The gradient at a silent sample is exactly zero, unless the
 output of another sample depends on that sample. The test needs no tolerance, so no scale hides a
 dependence. The first run of a program tests all pairs of samples. Two passes for each bit of the
-sample numbers suffice (2 log2 B): one silences the samples whose bit is 0, one the samples whose
-bit is 1. Each later run silences one sample, the next in turn.
+sample numbers suffice (2 log2 B): the first silences the samples whose bit is 0, the second the
+samples whose bit is 1. Each later run silences the next sample in turn.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Samples = slice | Tensor
 
 
 class CouplingTest:
-    """Exact tests of one program's batch.
+    """Exact tests of the batch of a program.
 
     Attributes:
         user_code: Whether user code ran, or may have run, in a pass of this test.
@@ -56,7 +56,7 @@ class CouplingTest:
         """Tests all pairs of samples.
 
         Raises:
-            CoupledBatchError: One sample's output depends on another's input.
+            CoupledBatchError: The output of a sample depends on the input of another sample.
         """
         numbers = torch.arange(self._size)
         for bit in range((self._size - 1).bit_length()):
@@ -67,7 +67,7 @@ class CouplingTest:
         """A random cotangent u, zero at the silent sample, and u' J; tests the silent sample.
 
         Raises:
-            CoupledBatchError: Another sample's output depends on the silent sample.
+            CoupledBatchError: The output of another sample depends on the silent sample.
         """
         return self._test(self.next_silent_sample())
 
@@ -77,7 +77,7 @@ class CouplingTest:
         """All rows, and the result of `product`, from one batched pass.
 
         Raises:
-            CoupledBatchError: Another sample's output depends on the silent one.
+            CoupledBatchError: The output of another sample depends on the silent sample.
             PlanRefused: The pass cannot be batched.
         """
         silent = self.next_silent_sample()
@@ -158,7 +158,7 @@ class CouplingTest:
         return cotangent, gradients
 
     def _test_each_output(self, cotangent: Sequence[Tensor], silent: Samples) -> None:
-        """Tests outputs one by one: an infinite slope of one must not hide gradients of another."""
+        """Tests each output alone: an infinite slope of one output must not hide another output."""
         for output, part in zip(self._program.outputs, cotangent, strict=True):
             gradients = backward([output], [part], self._program.inputs)
             self.check_silent(cotangent, gradients, silent)

@@ -39,7 +39,7 @@ def candidates(
 ) -> list[tuple[Plan, float]]:
     """Plans within the memory budget and their predicted seconds, best first.
 
-    The row loop is always a candidate: it defines the answer, and no check refuses it.
+    The row loop is always a candidate: the row loop defines the answer, and is never refused.
 
     Args:
         structure: Rows and columns of the Jacobian.

@@ -38,8 +38,8 @@ def rows(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[Entr
 
     Raises:
         PlanRefused: The passes cannot be batched.
-        PatternMissed: The pattern lacks an entry that is not zero.
-        CompressionFailed: Rows that share a pass do not come out as they do alone.
+        PatternMissed: The pattern lacks a nonzero entry.
+        CompressionFailed: Rows of a shared pass differ from rows of plain passes.
     """
     pattern = _pattern(structure)
     compression = _compression(program, pattern, "rows")
@@ -65,8 +65,8 @@ def columns(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[E
 
     Raises:
         PlanRefused: The backward pass cannot be transposed.
-        PatternMissed: The pattern lacks an entry that is not zero.
-        CompressionFailed: Rows that share a pass do not come out as they do alone.
+        PatternMissed: The pattern lacks a nonzero entry.
+        CompressionFailed: Rows of a shared pass differ from rows of plain passes.
     """
     check_transposable(program, structure)
     pattern = _pattern(structure)

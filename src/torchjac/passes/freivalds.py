@@ -1,4 +1,4 @@
-"""Compares a whole Jacobian with one product of it, computed by a pass of autograd.
+"""Compares a whole Jacobian with its product u' J, computed by one pass of autograd.
 
 For a random cotangent u one backward pass gives u' J. The product of u with the evaluated rows (or
 columns) must agree with that gradient. R. Freivalds checks matrix products in this way (1977).
@@ -30,7 +30,7 @@ def tolerance(eps: float) -> float:
 
 
 class FreivaldsCheck:
-    """Accumulates u' J from slabs and compares it with the expected product.
+    """Accumulates u' J from slabs and compares the sum with the expected product.
 
     Attributes:
         cotangent: The random u, one tensor per output leaf.

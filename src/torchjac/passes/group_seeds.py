@@ -1,4 +1,4 @@
-"""Seeds group_of compressed passes: one sum group_of unit vectors for each group."""
+"""Seeds of compressed passes: a sum of unit vectors for each group."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def members(leaves: Sequence[Tensor], firsts: Sequence[int], groups: Grouping) -
 
 
 class GroupSeeds:
-    """One seed a group, with ones at all members of the group."""
+    """A seed for each group, with ones at all members of the group."""
 
     def __init__(self, leaves: Sequence[Tensor], count: int, members: Members):
         """Stores leaves, the number of groups, and their members."""

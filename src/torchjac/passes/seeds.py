@@ -66,7 +66,7 @@ def unit_vector_stack(
         leaves: Tensors whose elements are numbered (elements of one sample, with a batch).
         starts: Number of each leaf's first element, and the total at the end.
         start: First unit vector.
-        stop: One after the last.
+        stop: Last unit vector + 1.
         batch: Number of samples, which share each unit vector; or None.
 
     Returns:

@@ -15,7 +15,7 @@ class Slab:
     Attributes:
         axis: Axis of the slab: rows or columns.
         start: First row (column).
-        stop: One after the last.
+        stop: Last row (column) + 1.
         values: For rows one tensor `(stop - start, [B,] *in.shape)` per input leaf, for columns
             one tensor `(stop - start, [B,] *out.shape)` per output leaf; None is all zeros.
         passes: Number of passes through the graph that computed the slab.

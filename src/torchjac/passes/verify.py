@@ -78,7 +78,7 @@ class Reference:
 
         Args:
             parts: The parts of the output (`layout.assemble`).
-            output: The output, with its pattern if it has one.
+            output: The output, with a pattern if the output is sparse.
 
         Raises:
             Disagrees: The products differ by more than rounding.
