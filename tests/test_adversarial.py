@@ -26,6 +26,7 @@ from torchjac.call import Call
 from torchjac.capture.eager import capture_function
 from torchjac.errors import Disagrees, PlanRefused, RefusedHere
 from torchjac.passes.verify import Reference
+from torchjac.request import Dense
 
 # More calls than the planner takes to try its candidates and to settle.
 CALLS = 25
@@ -197,9 +198,9 @@ def test_small_jacobians_are_checked() -> None:
         program, _ = capture_function(call, batched=False, create_graph=False, replayable=False)
         reference = Reference(program)
         J = scale * (weight @ x).cos()[:, None] * weight
-        reference.check([J], None)
+        reference.check([J], Dense())
         with pytest.raises((Disagrees, RefusedHere)):
-            reference.check([J * (1 + 1e-6)], None)
+            reference.check([J * (1 + 1e-6)], Dense())
 
 
 @pytest.mark.parametrize("place", ["custom function", "tensor hook"])
