@@ -25,7 +25,7 @@ def run(race: Race, seconds: dict[tuple[str, int], float], calls: int) -> Counte
         plan = race.next()
         key = (plan.mode, plan.chunk)
         ran[key] += 1
-        race.ran(plan, seconds[key])
+        race.record_run(plan, seconds[key])
     return ran
 
 

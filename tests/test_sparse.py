@@ -283,11 +283,11 @@ def test_groups_are_structurally_orthogonal(m: int, n: int, density: float, seed
     table = np.random.default_rng(seed).random((m, n)) < density
     pattern = user_pattern(table, [(m,)], [(n,)])
     for groups, matrix in ((row_groups(pattern), table), (column_groups(pattern), table.T)):
-        assert ((groups.of >= 0) == matrix.any(1)).all()
+        assert ((groups.group_of >= 0) == matrix.any(1)).all()
         for group in range(groups.count):
-            assert (matrix[groups.of == group].sum(0) <= 1).all()
-        assert groups.bound <= groups.count or not matrix.any()
-        assert groups.count == groups.of.max(initial=-1) + 1
+            assert (matrix[groups.group_of == group].sum(0) <= 1).all()
+        assert groups.lower_bound <= groups.count or not matrix.any()
+        assert groups.count == groups.group_of.max(initial=-1) + 1
 
 
 def test_more_than_a_word_of_groups() -> None:
@@ -299,7 +299,7 @@ def test_more_than_a_word_of_groups() -> None:
     groups = row_groups(pattern)
     assert groups.count > 128
     for group in range(groups.count):
-        assert (table[groups.of == group].sum(0) <= 1).all()
+        assert (table[groups.group_of == group].sum(0) <= 1).all()
 
 
 class TestCompiled:

@@ -30,7 +30,6 @@ FOLDERS = ("src", "tests", "tools", "benchmarks", "examples")
 UNREAD = {
     "src/torchjac",
     "src/torchjac/jit",
-    "src/torchjac/passes",
     "tests",
 }
 

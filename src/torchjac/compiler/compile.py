@@ -201,7 +201,7 @@ def _per_sample(task: _Task) -> _Verified:
         or (torch.are_deterministic_algorithms_enabled() and not request.compile)
     ):
         raise PlanRefused("other operations are asked for")
-    transposable = task.reference.pushes
+    transposable = task.reference.transposable
     program, tried = compile_per_sample(
         task.call, task.derivative, batch, known.orders, transposable
     )
@@ -296,7 +296,7 @@ def _loaded(task: _Task) -> _Candidates | None:
     output, batched = task.request.output, task.eager.batch is not None
     for saved in task.known.saved:
         program = saved.program(task.derivative, output, batched)
-        if program is None or (program.mode == "forward" and not task.reference.pushes):
+        if program is None or (program.mode == "forward" and not task.reference.transposable):
             continue
         if program.samples is not None:
             try:
@@ -318,7 +318,7 @@ def _eliminated(task: _Task) -> _Candidates:
     most = min(int(most), task.budget // _BUDGET_NUMBER)
     limits = Limits.of(derivative, most, task.started, known.passes)
     goal = Goal(output, task.eager.batch is not None)
-    transposable = task.reference.pushes
+    transposable = task.reference.transposable
     programs = list(eliminate(task.call, derivative, transposable, goal, known.orders, limits))
     ranked, tried = rank(programs, arguments(task.call))
     return _Candidates(tuple(ranked), output, tried)

@@ -208,12 +208,12 @@ def _run(program: EagerGraph, structure: Structure, request: Request, race: Race
                 _warn_of_loop(refusal)
             continue
         except Exception:
-            race.forgive(refused)  # the row loop fails as well: it was not the plans' fault
+            race.readmit(refused)  # the row loop fails as well: it was not the plans' fault
             raise
         if not race.settled:
             _synchronize(program)
         seconds = now() - started
-        race.ran(plan, seconds)
+        race.record_run(plan, seconds)
         shape = structure.without_graph()
         output = request.output
         ran = Ran(

@@ -1,4 +1,4 @@
-"""The autograd graph behind a program: which operations, how many, and what a pass moves."""
+"""The autograd graph of a program: operations, their number, and the memory traffic of a pass."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Graph:
     """The operations between outputs and inputs.
 
     Attributes:
-        nodes: Each operation once.
-        operations: Their kinds.
-        traffic: Bytes of the gradients at the first and the last operation of each kind.
-        custom: Whether one of them runs a user's own code (a Python or C++ autograd function),
-            which need not be linear in the cotangent, nor survive being batched.
+        nodes: Nodes of the graph, each once.
+        operations: Types of the nodes.
+        traffic: Bytes of the gradients at the first and the last node of each type.
+        custom: Whether a node runs a user's own backward (a Python or C++ autograd function).
+            A user's backward may be nonlinear in the cotangent, and may fail when batched.
     """
 
     nodes: tuple[Any, ...]
@@ -38,12 +38,12 @@ class Graph:
 
     @property
     def differentiable(self) -> bool:
-        """Whether torch can differentiate its backward pass (not where torch.compile made it)."""
+        """Whether torch can differentiate the backward pass (False for nodes of torch.compile)."""
         return not any(map(is_compiled, self.operations))
 
     @property
     def kind(self) -> Hashable:
-        """Equal for graphs that one plan suits, and on which one proof of it holds."""
+        """A cache key: graphs of equal kind share plans, timings and proofs."""
         return len(self.nodes), self.operations, self.traffic.bit_length()
 
 
@@ -52,10 +52,10 @@ class Profile:
     """Size of one backward pass.
 
     Attributes:
-        nodes: Operations on the way.
+        nodes: Nodes between outputs and inputs.
         traffic: Bytes of all gradients that one cotangent produces.
-        largest: Bytes of the largest of them.
-        peak: Bytes of those alive at once, at most, while the pass runs.
+        largest: Bytes of the largest gradient.
+        peak: Most bytes of gradients that are alive at once while the pass runs.
     """
 
     nodes: int
@@ -64,15 +64,15 @@ class Profile:
     peak: int
 
 
-def survey(program: EagerGraph) -> Graph:
-    """Walks the graph from the outputs as far as the inputs (about 0.25 us an operation)."""
+def traverse(program: EagerGraph) -> Graph:
+    """Traverses the graph from the outputs to the inputs, breadth first (0.25 us a node)."""
     roots = [gradient_node(t) for t in program.outputs]
     inputs = {t.grad_fn for t in program.inputs if t.grad_fn is not None}
     seen = set(roots)
     nodes = list(seen)
-    for node in nodes:  # grows while it is walked: breadth first
+    for node in nodes:  # the list grows during the loop
         if node in inputs:
-            continue  # what is behind an input does not matter
+            continue  # a pass stops at inputs
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
@@ -83,56 +83,56 @@ def survey(program: EagerGraph) -> Graph:
         kind = type(node)
         first.setdefault(kind, node)
         last[kind] = node
-    # Reading a size takes 0.4 us. Those of the first and the last operation of each kind tell a
-    # graph from a larger one of the same shape; a profile reads all of them.
+    # Reading a size takes 0.4 us. The sizes of the first and the last node of each type
+    # distinguish graphs of equal topology; `profile` reads all sizes.
     traffic = 0
     for kind, node in first.items():
-        size = _size(node)
-        traffic += size + (size if last[kind] is node else _size(last[kind]))
+        size = _gradient_bytes(node)
+        traffic += size + (size if last[kind] is node else _gradient_bytes(last[kind]))
     return Graph(tuple(nodes), frozenset(first), traffic, any(map(is_custom, first)))
 
 
 def profile(program: EagerGraph, graph: Graph) -> Profile:
-    """Adds up what a pass over the part of a graph that leads to the inputs holds.
+    """Adds up the gradients of a pass over the nodes that lead to the inputs.
 
-    The peak replays the engine's order (highest sequence number first): a node's incoming gradient
-    is freed when it has run, those it produces live until their own node runs.
+    The peak replays the order of the engine (highest sequence number first). An incoming gradient
+    lives from the node that produces it to the end of the node that reads it.
     """
-    leading = _leading(graph.nodes, {gradient_node(t) for t in program.inputs})
-    size = {node: _size(node) for node in leading}
-    alive: set[Any] = set()
-    held = peak = 0
+    leading = _nodes_to_inputs(graph.nodes, {gradient_node(t) for t in program.inputs})
+    size = {node: _gradient_bytes(node) for node in leading}
+    pending: set[Any] = set()
+    bytes_alive = peak = 0
     for node in sorted(leading, key=sequence_number, reverse=True):
-        if node not in alive:
-            held += size[node]  # a root: its cotangent is given
+        if node not in pending:
+            bytes_alive += size[node]  # a root: the caller passes the cotangent
         for child, _ in node.next_functions:
-            if child in size and child not in alive:
-                alive.add(child)
-                held += size[child]
-        peak = max(peak, held)
-        held -= size[node]
+            if child in size and child not in pending:
+                pending.add(child)
+                bytes_alive += size[child]
+        peak = max(peak, bytes_alive)
+        bytes_alive -= size[node]
     return Profile(len(leading), sum(size.values()), max(size.values(), default=0), peak)
 
 
-def _leading(nodes: tuple[Any, ...], inputs: set[Any]) -> set[Any]:
-    """The nodes from which an input can be reached."""
-    found = inputs & set(nodes)
-    before = -1
-    while before != len(found):  # breadth-first order backward is nearly topological: few rounds
-        before = len(found)
+def _nodes_to_inputs(nodes: tuple[Any, ...], inputs: set[Any]) -> set[Any]:
+    """The nodes on a path to an input."""
+    reached = inputs & set(nodes)
+    previous_size = -1
+    while previous_size != len(reached):  # breadth-first order is nearly topological: few rounds
+        previous_size = len(reached)
         for node in reversed(nodes):
-            if node not in found and any(child in found for child, _ in node.next_functions):
-                found.add(node)
-    return found
+            if node not in reached and any(child in reached for child, _ in node.next_functions):
+                reached.add(node)
+    return reached
 
 
-def coarsest(program: EagerGraph) -> float:
-    """Unit in the last place of the least precise output or input."""
+def largest_eps(program: EagerGraph) -> float:
+    """The machine epsilon of the least precise output or input."""
     dtypes = {t.dtype for t in (*program.outputs, *program.inputs)}
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _size(node: Any) -> int:
+def _gradient_bytes(node: Any) -> int:
     total = 0
     for out in node_outputs(node):
         elements: int = prod(out.shape)

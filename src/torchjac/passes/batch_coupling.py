@@ -1,9 +1,10 @@
-"""Making sure that the samples of a batch are independent, to the last bit.
+"""Exact tests that the samples of a batch are independent.
 
-With a zero cotangent at a sample the gradient at that sample is exactly zero, unless another
-sample's output depends on it: no tolerance is involved, and no scale can hide a dependence. The
-first time a program is seen all pairs of samples are tried, half of the samples at a time (one bit
-of their number after the other: 2 log2 B passes). Later calls try one, another one each time.
+A *silent* sample has a zero cotangent. The gradient at a silent sample is exactly zero, unless the
+output of another sample depends on that sample. The test needs no tolerance, so no scale hides a
+dependence. The first run of a program tests all pairs of samples. Two passes for each bit of the
+sample numbers suffice (2 log2 B): the first silences the samples whose bit is 0, the second the
+samples whose bit is 1. Each later run silences the next sample in turn.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ from torchjac._torch.autograd import backward
 from torchjac.capture.eager_graph import EagerGraph
 from torchjac.errors import CoupledBatchError
 from torchjac.passes.batched_pass import Passes
-from torchjac.passes.batching_check import same
-from torchjac.passes.seeds import weights
+from torchjac.passes.batching_check import equal_up_to_rounding
+from torchjac.passes.seeds import random_vectors
 from torchjac.passes.structure import Structure
 from torchjac.passes.user_code import UserCodeDetector
 
-# Rows of single samples that get a pass of their own where code of the user runs in the backward.
-_ALONE = 24
-_turn = count()
+# Passes of one row and one sample each, for backward passes that run user code.
+_SINGLE_SAMPLE_PASSES = 24
+_calls = count()
 
-_KNOWN = {
+_COUPLING_NODES = {
     "BatchNorm": "batch normalization in training mode (call .eval() on the module)",
     "InstanceNorm": "instance normalization over the batch",
 }
 
 
 Samples = slice | Tensor
-"""Some samples of a batch: every k-th, or those of a mask."""
+"""Some samples of a batch: a slice, or a boolean mask."""
 
 
-class Coupling:
-    """Exact tests of one program's batch.
+class CouplingTest:
+    """Exact tests of the batch of a program.
 
     Attributes:
-        user_code: Whether code of the user ran in a pass that was made here (or may have).
+        user_code: Whether user code ran, or may have run, in a pass of this test.
     """
 
     def __init__(self, program: EagerGraph, structure: Structure):
@@ -52,82 +53,88 @@ class Coupling:
         self.user_code = structure.custom
 
     def prove(self) -> None:
-        """Tries all pairs of samples.
+        """Tests all pairs of samples.
 
         Raises:
-            CoupledBatchError: One sample's output depends on another's input.
+            CoupledBatchError: The output of a sample depends on the input of another sample.
         """
         numbers = torch.arange(self._size)
         for bit in range((self._size - 1).bit_length()):
             for side in (0, 1):
-                self._try((numbers >> bit) & 1 == side)
+                self._test((numbers >> bit) & 1 == side)
 
     def product(self) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
-        """A random cotangent u, zero at one sample, and u' J; tries that sample on the way.
+        """A random cotangent u, zero at the silent sample, and u' J; tests the silent sample.
 
         Raises:
-            CoupledBatchError: Another sample's output depends on it.
+            CoupledBatchError: The output of another sample depends on the silent sample.
         """
-        return self._try(self.silence())
+        return self._test(self.next_silent_sample())
 
     def product_with_rows(
         self, passes: Passes
     ) -> tuple[tuple[Tensor | None, ...], list[Tensor], tuple[Tensor | None, ...]]:
-        """All rows, and what `product` gives, from one batched pass.
+        """All rows, and the result of `product`, from one batched pass.
 
         Raises:
-            CoupledBatchError: Another sample's output depends on the silent one.
+            CoupledBatchError: The output of another sample depends on the silent sample.
             PlanRefused: The pass cannot be batched.
         """
-        silent = self.silence()
-        cotangent = weights(self._program.outputs)
+        silent = self.next_silent_sample()
+        cotangent = random_vectors(self._program.outputs)
         for leaf in cotangent:
             leaf[silent] = 0
         detector = UserCodeDetector(self._program.device)
-        rows, gradients = passes.batched_with(cotangent, detector)
+        rows, gradients = passes.batched_with_product(cotangent, detector)
         self.user_code |= detector.saw_user_code is not False
-        self.refuse_if_received(cotangent, gradients, silent)
+        self.check_silent(cotangent, gradients, silent)
         return rows, cotangent, gradients
 
-    def silence(self) -> slice:
-        """The sample to give a zero cotangent in this call.
+    def next_silent_sample(self) -> slice:
+        """The sample whose cotangent is zero in this call, as a slice.
 
-        One alone: a dependence between two silent samples would show nowhere. All others show in
-        u' J, because the rows themselves contain what came from other samples.
+        Exactly one sample is silent: a dependence between two silent samples would not show.
+        Dependences between the remaining samples show in u' J, because the rows contain them.
         """
-        sample = next(_turn) % self._size
+        sample = next(_calls) % self._size
         return slice(sample, sample + 1)
 
-    def refuse_if_received(
+    def check_silent(
         self, cotangent: Sequence[Tensor], gradients: Sequence[Tensor | None], silent: Samples
     ) -> None:
-        """Raises if a sample without a cotangent received a gradient all the same."""
+        """Raises if a silent sample received a gradient."""
         for position, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            got = gradient.detach()[silent]
-            if bool(got.any()) and bool(((got != 0) & ~got.isnan()).any()):
+            received_gradient = gradient.detach()[silent]
+            if bool(received_gradient.any()) and bool(
+                ((received_gradient != 0) & ~received_gradient.isnan()).any()
+            ):
                 self._refuse(cotangent, silent, position)
 
-    def compare_alone(self, passes: Passes) -> None:
-        """Raises if a sample gets another gradient when it does not share its pass with others.
+    def compare_single_samples(self, passes: Passes) -> None:
+        """Compares rows of single samples in a pass of their own with rows of the whole batch.
 
-        No sample need reach another for that: a hook may clip by a norm over the whole batch. Some
-        rows of some samples are tried, others the next time.
+        The rows may differ without a dependence between samples: a hook may clip by a norm over
+        the whole batch. Each call compares the next rows and samples.
 
         Raises:
-            CoupledBatchError: It does.
+            CoupledBatchError: The gradient of a sample changes with the cotangents of the batch.
         """
         pairs = self._structure.m * self._size
-        turn, stride = next(_turn), max(1, pairs // _ALONE)
-        shared: dict[int, tuple[Tensor | None, ...]] = {}
-        for step in range(min(pairs, _ALONE)):
-            number, sample = divmod((turn + step * stride) % pairs, self._size)
-            if number not in shared:
-                shared[number] = passes.single(number)
-            alone = passes.single(number, only=sample)
-            for a, b in zip(shared[number], alone, strict=True):
-                if a is not None and b is not None and not same(a[sample], b[sample]):
+        call, stride = next(_calls), max(1, pairs // _SINGLE_SAMPLE_PASSES)
+        batch_rows: dict[int, tuple[Tensor | None, ...]] = {}
+        for step in range(min(pairs, _SINGLE_SAMPLE_PASSES)):
+            row, sample = divmod((call + step * stride) % pairs, self._size)
+            if row not in batch_rows:
+                batch_rows[row] = passes.single(row)
+            alone = passes.single(row, sample=sample)
+            for a, b in zip(batch_rows[row], alone, strict=True):
+                if (
+                    a is not None
+                    and b is not None
+                    and not equal_up_to_rounding(a[sample], b[sample])
+                ):
                     self._refuse_backward()
 
     def _refuse_backward(self) -> NoReturn:
@@ -138,48 +145,48 @@ class Coupling:
             "condition on the whole gradient). Remove it, or use batched=False."
         )
 
-    def _try(self, silent: Samples) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
-        cotangent = weights(self._program.outputs)
+    def _test(self, silent: Samples) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+        cotangent = random_vectors(self._program.outputs)
         for leaf in cotangent:
             leaf[silent] = 0
         with UserCodeDetector(self._program.device) as detector:
             gradients = backward(self._program.outputs, cotangent, self._program.inputs)
         self.user_code |= detector.saw_user_code is not False
-        self.refuse_if_received(cotangent, gradients, silent)
+        self.check_silent(cotangent, gradients, silent)
         if len(cotangent) > 1 and not _finite(gradients):
-            self._try_each_output(cotangent, silent)
+            self._test_each_output(cotangent, silent)
         return cotangent, gradients
 
-    def _try_each_output(self, cotangent: Sequence[Tensor], silent: Samples) -> None:
-        """The infinite slope of one output must not hide what another one sends."""
+    def _test_each_output(self, cotangent: Sequence[Tensor], silent: Samples) -> None:
+        """Tests each output alone: an infinite slope of one output must not hide another output."""
         for output, part in zip(self._program.outputs, cotangent, strict=True):
             gradients = backward([output], [part], self._program.inputs)
-            self.refuse_if_received(cotangent, gradients, silent)
+            self.check_silent(cotangent, gradients, silent)
 
     def _receives(
         self, cotangent: Sequence[Tensor], senders: Tensor, sample: int, position: int
     ) -> bool:
-        """Whether one sample of an input gets gradient from the senders' outputs."""
+        """Whether one sample of an input receives a gradient from the outputs of the senders."""
         parts = []
         for leaf in cotangent:
             part = torch.zeros_like(leaf)
-            mine = senders.to(leaf.device)
-            part[mine] = leaf.detach()[mine]
+            is_sender = senders.to(leaf.device)
+            part[is_sender] = leaf.detach()[is_sender]
             parts.append(part)
         gradient = backward(self._program.outputs, parts, self._program.inputs)[position]
         if gradient is None:
             return False
-        got = gradient.detach()[sample]
-        return bool(((got != 0) & ~got.isnan()).any())
+        received_gradient = gradient.detach()[sample]
+        return bool(((received_gradient != 0) & ~received_gradient.isnan()).any())
 
     def _refuse(self, cotangent: Sequence[Tensor], silent: Samples, position: int) -> NoReturn:
         program = self._program
-        hushed = torch.zeros(self._size, dtype=torch.bool)
-        hushed[silent] = True
-        sending = (~hushed).nonzero().flatten()
+        is_silent = torch.zeros(self._size, dtype=torch.bool)
+        is_silent[silent] = True
+        sending = (~is_silent).nonzero().flatten()
         sample = next(
             int(s)
-            for s in [*hushed.nonzero().flatten(), -1]
+            for s in [*is_silent.nonzero().flatten(), -1]
             if s < 0 or self._receives(cotangent, sending, int(s), position)
         )
         while len(sending) > 1:  # bisect for one sender
@@ -189,13 +196,15 @@ class Coupling:
         output = next(
             i
             for i in [*range(len(program.outputs)), -1]
-            if i < 0 or self._receives(_only(cotangent, i), sending, sample, position)
+            if i < 0 or self._receives(_of_output(cotangent, i), sending, sample, position)
         )
         nest = program.nest
         received = nest.name_input(nest.live_inputs[position])
         sent = nest.name_output(nest.live_outputs[output])
         names = {getattr(kind, "__name__", "") for kind in self._structure.operations}
-        causes = [text for part, text in _KNOWN.items() if any(part in name for name in names)]
+        causes = [
+            text for part, text in _COUPLING_NODES.items() if any(part in name for name in names)
+        ]
         hint = f" The graph contains {' and '.join(causes)}." if causes else ""
         raise CoupledBatchError(
             f"torchjac: batched=True promises independent samples, but sample {int(sending[0])} "
@@ -209,5 +218,5 @@ def _finite(gradients: Sequence[Tensor | None]) -> bool:
     return all(g is None or bool(torch.isfinite(g.detach().sum())) for g in gradients)
 
 
-def _only(cotangent: Sequence[Tensor], position: int) -> list[Tensor]:
+def _of_output(cotangent: Sequence[Tensor], position: int) -> list[Tensor]:
     return [c if i == position else torch.zeros_like(c) for i, c in enumerate(cotangent)]

@@ -1,4 +1,4 @@
-"""One chunk of passes over a graph: batched, or one seed at a time."""
+"""One chunk of passes over a graph: one batched pass, or one pass a seed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from torchjac.errors import PlanRefused
 from torchjac.passes.plan import Plan
 from torchjac.passes.seeds import Seeds
 
-Carrier = Callable[..., tuple[Tensor | None, ...]]
-_CARRIERS: dict[str, Carrier] = {
+BatchedBackward = Callable[..., tuple[Tensor | None, ...]]
+_BACKWARD_BY_BATCHING: dict[str, BatchedBackward] = {
     "functorch": batched_backward,
     "looping": looping_batched_backward,
     "legacy": legacy_batched_backward,
 }
 
-# Sets of operations all of which were seen to have a batching rule. Finding out takes a switch of
-# torch that all threads share, so it is done once per set.
-_ruled: set[frozenset[object]] = set()
+# Sets of node types that all have a batching rule. The test flips a switch of torch that all
+# threads share, so each set is tested once.
+_batchable: set[frozenset[object]] = set()
 
 
 class MissingRule(PlanRefused):
@@ -41,10 +41,10 @@ class MissingRule(PlanRefused):
 
 
 class Passes:
-    """Pulls seeds of `outputs` back to `inputs`: unit vectors, or sums of them.
+    """Pulls seeds of `outputs` back to `inputs`: unit vectors, or sums of unit vectors.
 
-    In reverse mode these are a program's outputs and inputs; in forward mode the graph is the
-    transposed one and they are the gradient and the cotangent it was pulled from.
+    In reverse mode these are the outputs and inputs of a program. In forward mode the graph is the
+    transposed one, `outputs` are the gradients, and `inputs` are the cotangents.
     """
 
     def __init__(
@@ -60,44 +60,48 @@ class Passes:
         self._inputs = inputs
         self._seeds = seeds
         self._operations = operations
-        self._backward = _CARRIERS[plan.batching]
-        if plan.batching == "functorch" and self._operations not in _ruled:
+        self._backward = _BACKWARD_BY_BATCHING[plan.batching]
+        if plan.batching == "functorch" and self._operations not in _batchable:
             self._backward = strict_batched_backward
         self._create_graph = create_graph
 
     def batched(self, start: int, stop: int) -> tuple[Tensor | None, ...]:
-        """Pulls a stack back in one pass.
+        """Pulls a stack of seeds back in one pass.
 
         Raises:
-            MissingRule: torch has no batching rule for an operation on the way.
+            MissingRule: torch has no batching rule for an operation of the graph.
             PlanRefused: The pass cannot be batched for another reason.
         """
         positions, stacks = self._seeds.stack(start, stop)
-        found = self._pull([self._outputs[p] for p in positions], stacks)
+        gradients = self._pull([self._outputs[p] for p in positions], stacks)
         if self._backward is strict_batched_backward:
-            _ruled.add(self._operations)
+            _batchable.add(self._operations)
             self._backward = batched_backward
-        if len(positions) == 1 or _finite(found):
-            return found
-        # A row of one output sends zeros through what the others were computed with, and zero
-        # times an infinite derivative is not zero. The row loop sends nothing there.
-        ranges = self._seeds.by_leaf(start, stop, positions)
+        if len(positions) == 1 or _finite(gradients):
+            return gradients
+        # The row of one output sends zeros through the nodes of every output in the stack, and
+        # zero times an infinite derivative is NaN. The row loop visits the nodes of one output.
+        ranges = self._seeds.ranges_by_leaf(start, stop, positions)
         if not ranges:
-            return found
+            return gradients
         parts = [self.batched(r.start, r.stop) for r in ranges]
         return tuple(
-            _joined(column, ranges, like)
-            for column, like in zip(zip(*parts, strict=True), self._inputs, strict=True)
+            _concatenate(blocks, ranges, like)
+            for blocks, like in zip(zip(*parts, strict=True), self._inputs, strict=True)
         )
 
-    def batched_with(
+    def batched_with_product(
         self, cotangent: Sequence[Tensor], around: AbstractContextManager[object]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-        """Pulls all seeds and one more cotangent back in one pass: the stack, the other."""
+        """Pulls all seeds and one more cotangent back in one pass.
+
+        Returns:
+            The stack of rows, and the gradient of the cotangent.
+        """
         _, stacks = self._seeds.stack(0, self._seeds.count)
         stacks = [torch.cat([s, c.unsqueeze(0)]) for s, c in zip(stacks, cotangent, strict=True)]
         try:
-            found = batched_backward(
+            gradients = batched_backward(
                 self._outputs, stacks, self._inputs, self._create_graph, around
             )
         except Exception as error:
@@ -105,8 +109,8 @@ class Passes:
                 raise
             raise PlanRefused(_first_line(error)) from error
         return (
-            tuple([None if g is None else g[:-1] for g in found]),
-            tuple([None if g is None else g[-1].detach() for g in found]),
+            tuple([None if g is None else g[:-1] for g in gradients]),
+            tuple([None if g is None else g[-1].detach() for g in gradients]),
         )
 
     def _pull(
@@ -120,33 +124,31 @@ class Passes:
             operation = missing_rule(error)
             if operation is not None:
                 raise MissingRule(operation) from error
-            # Whatever a backward cannot do on a stack (NumPy, an `if` on a gradient, .item()), the
-            # row loop can; if the error has nothing to do with stacks, the loop raises it again.
+            # The row loop runs any backward that fails on a stack (NumPy, an `if` on a gradient,
+            # .item()). If stacks are not the cause, the loop raises the error again.
             raise PlanRefused(_first_line(error)) from error
 
     def single(
-        self, number: int, retain_graph: bool = True, only: int | None = None
+        self, number: int, retain_graph: bool = True, sample: int | None = None
     ) -> tuple[Tensor | None, ...]:
-        """Pulls one seed back in a plain pass; of a batch, perhaps for one sample only."""
+        """Pulls one seed back in a plain pass; for one sample of a batch if `sample` is set."""
         positions, vectors = self._seeds.single(number)
-        if only is not None:
+        if sample is not None:
             for vector in vectors:
-                vector[:only] = 0
-                vector[only + 1 :] = 0
+                vector[:sample] = 0
+                vector[sample + 1 :] = 0
         outputs = [self._outputs[p] for p in positions]
         return backward(outputs, vectors, self._inputs, retain_graph, self._create_graph)
 
-    def singles(
-        self, start: int, stop: int, retain_graph: bool = True
-    ) -> tuple[Tensor | None, ...]:
-        """Pulls seeds back one after the other, and stacks what comes.
+    def looped(self, start: int, stop: int, retain_graph: bool = True) -> tuple[Tensor | None, ...]:
+        """Pulls seeds back one after the other, and stacks the rows.
 
-        Rows are written into the stack at once: many small ones alive among the large temporaries
-        of the passes would pin the heap.
+        Each row is written into the stack at once: many small rows, alive among the large
+        temporaries of the passes, would pin the heap.
         """
         if self._create_graph or stop - start == 1:
-            found = [self.single(i, retain_graph or i < stop - 1) for i in range(start, stop)]
-            return tuple(map(_stack, zip(*found, strict=True), self._inputs))
+            gradients = [self.single(i, retain_graph or i < stop - 1) for i in range(start, stop)]
+            return tuple(map(_stack, zip(*gradients, strict=True), self._inputs))
         stacks: list[Tensor | None] = [None] * len(self._inputs)
         for i in range(start, stop):
             for j, row in enumerate(self.single(i, retain_graph or i < stop - 1)):
@@ -165,15 +167,17 @@ class Passes:
 def _stack(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
     if all(g is None for g in gradients):
         return None
-    given = [torch.zeros_like(like) if g is None else g for g in gradients]
-    return given[0].unsqueeze(0) if len(given) == 1 else torch.stack(given)
+    filled = [torch.zeros_like(like) if g is None else g for g in gradients]
+    return filled[0].unsqueeze(0) if len(filled) == 1 else torch.stack(filled)
 
 
 def _finite(gradients: Sequence[Tensor | None]) -> bool:
     return all(g is None or bool(torch.isfinite(g.detach().sum())) for g in gradients)
 
 
-def _joined(parts: Sequence[Tensor | None], ranges: Sequence[range], like: Tensor) -> Tensor | None:
+def _concatenate(
+    parts: Sequence[Tensor | None], ranges: Sequence[range], like: Tensor
+) -> Tensor | None:
     if all(part is None for part in parts):
         return None
     return torch.cat(

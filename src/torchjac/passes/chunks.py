@@ -1,4 +1,4 @@
-"""Running seeds in chunks, with smaller ones when memory runs out."""
+"""Chunks of seeds, halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from torchjac._torch.autograd import out_of_memory
 from torchjac.passes.slab import Slab
 
-# A slab of single passes is stacked up to this size, so that small rows are not written one by one.
-_STACKED = 2**20
+# Bytes of a slab of plain passes, at most: small rows are stacked before layout reads them.
+_SLAB_BYTES = 2**20
 
 
 def in_chunks(seeds: int, chunk: int, evaluate: Callable[[int, int], Slab]) -> Iterator[Slab]:
     """Evaluates seeds `0..seeds` in chunks; a chunk that does not fit into memory is halved.
 
     Args:
-        seeds: How many there are.
-        chunk: How many to evaluate at once, to begin with.
+        seeds: Number of seeds.
+        chunk: Size of the first chunk.
         evaluate: Evaluates the seeds from a start to a stop.
 
     Raises:
@@ -33,10 +33,10 @@ def in_chunks(seeds: int, chunk: int, evaluate: Callable[[int, int], Slab]) -> I
             chunk = (stop - start + 1) // 2
             continue
         yield slab
-        del slab  # the next chunk must not find this one's memory taken
+        del slab  # frees the memory of this chunk before the next one runs
         start = stop
 
 
 def rows_at_once(seeds: int, bytes_per_seed: int) -> int:
-    """How many single passes to stack into one slab."""
-    return max(1, min(seeds, _STACKED // max(1, bytes_per_seed)))
+    """The number of plain passes to stack into one slab."""
+    return max(1, min(seeds, _SLAB_BYTES // max(1, bytes_per_seed)))

@@ -1,7 +1,7 @@
-"""Compares a whole Jacobian with one product of it, computed by a pass of autograd.
+"""Compares a whole Jacobian with its product u' J, computed by one pass of autograd.
 
-For a random cotangent u one backward pass gives u' J. The same combination of the evaluated rows
-(or columns) must agree. R. Freivalds' check of a matrix product (1977), for a Jacobian.
+For a random cotangent u one backward pass gives u' J. The product of u with the evaluated rows (or
+columns) must agree with that gradient. R. Freivalds checks matrix products in this way (1977).
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from torch import Tensor
 from torchjac.passes.slab import Slab
 from torchjac.passes.structure import Structure
 
-# Disagreement beyond which even half precision cannot be to blame.
-_GROSS = 0.05
+# Relative tolerance of half precision; tolerances of better precisions are smaller.
+_MAX_TOLERANCE = 0.05
 
-# A few large rows are added up one by one; otherwise a matrix product for each sample is faster
-# (2 x 31 843 x 15: 1.2 ms against 2.1 ms; 5 x 128 x 3: 30 us against 12 us).
-_FEW, _LARGE = 8, 2**15
+# A slab of few large rows is added up row by row, any other slab by one matrix product a sample.
+# (2 x 31 843 x 15: 1.2 ms row by row, 2.1 ms as products; 5 x 128 x 3: 30 us and 12 us.)
+_FEW_ROWS = 8  # rows of a slab, at most
+_LARGE_ROW = 2**15  # elements of a row, at least
 
 
 def tolerance(eps: float) -> float:
-    """Relative disagreement put down to rounding: 1000 units in the last place."""
-    return min(1000 * eps, _GROSS)
+    """Relative tolerance of rounding: 1000 units in the last place."""
+    return min(1000 * eps, _MAX_TOLERANCE)
 
 
 class FreivaldsCheck:
-    """Accumulates u' J from slabs and compares it with the expected product.
+    """Accumulates u' J from slabs and compares the sum with the expected product.
 
     Attributes:
         cotangent: The random u, one tensor per output leaf.
@@ -41,26 +42,26 @@ class FreivaldsCheck:
         cotangent: Sequence[Tensor],
         expected: Sequence[Tensor | None],
     ):
-        given = [g for g in expected if g is not None]
-        eps = max(torch.finfo(t.dtype).eps for t in (*given, *cotangent))
+        present = [g for g in expected if g is not None]
+        eps = max(torch.finfo(t.dtype).eps for t in (*present, *cotangent))
         self._tolerance = tolerance(eps)
         self._dtype = torch.float64 if eps < 1e-10 else torch.float32
         self._structure = structure
         self._device = cotangent[0].device
         self.cotangent = tuple(cotangent)
-        self._weights = self._joined(cotangent, structure.rows)
-        self._expected = self._joined(expected, structure.columns)
+        self._weights = self._by_sample(cotangent, structure.rows)
+        self._expected = self._by_sample(expected, structure.columns)
         self._sum = torch.zeros_like(self._expected)
 
     def add(self, slab: Slab) -> None:
-        """Takes one slab into account."""
+        """Adds the product of one slab."""
         by_rows = slab.axis == "rows"
         starts = self._structure.column_starts if by_rows else self._structure.row_starts
         for first, stop, value in zip(starts, starts[1:], slab.values, strict=False):
             if value is None:
                 continue
             part = self._matrices(value, stop - first)  # (k, B, n) or (k, B, m)
-            if by_rows and part[0].numel() > _LARGE and len(part) <= _FEW:
+            if by_rows and part[0].numel() > _LARGE_ROW and len(part) <= _FEW_ROWS:
                 for row, number in zip(part, range(slab.start, slab.stop), strict=True):
                     self._sum[:, first:stop].addcmul_(row, self._weights[:, number : number + 1])
             elif by_rows:
@@ -72,14 +73,14 @@ class FreivaldsCheck:
                 self._sum[:, columns] += (part.transpose(0, 1) @ weights).squeeze(2)
 
     def finite(self) -> bool:
-        """Whether every entry that went into the sums was finite."""
+        """Whether both products are finite."""
         return bool(torch.isfinite(self._sum).all() and torch.isfinite(self._expected).all())
 
     def agrees(self) -> bool:
         """Whether both products are equal up to rounding.
 
-        An entry may be off by rounding of the largest one of its sample and input leaf. (A random
-        u does not let large terms cancel in all of them.)
+        The tolerance is relative to the largest entry of the same sample and input leaf. (With a
+        random u, large terms do not cancel in all entries.)
         """
         starts = self._structure.column_starts
         return all(
@@ -91,17 +92,17 @@ class FreivaldsCheck:
     def _leaf_agrees(self, columns: slice) -> bool:
         if self._expected.shape[0] == 0:
             return True
-        got, expected = self._sum[:, columns], self._expected[:, columns]
-        error = (got - expected).abs()
-        fine = error <= self._tolerance * expected.abs().amax(1, keepdim=True)
-        if bool(fine.all()):  # False where anything is NaN
+        computed, expected = self._sum[:, columns], self._expected[:, columns]
+        error = (computed - expected).abs()
+        agrees = error <= self._tolerance * expected.abs().amax(1, keepdim=True)
+        if bool(agrees.all()):  # False if an entry is NaN
             return True
-        both = torch.isfinite(got) & torch.isfinite(expected)
-        neither = ~torch.isfinite(got) & ~torch.isfinite(expected)
+        both = torch.isfinite(computed) & torch.isfinite(expected)
+        neither = ~torch.isfinite(computed) & ~torch.isfinite(expected)
         largest = torch.where(both, expected.abs(), 0).amax(1, keepdim=True)
         return bool(torch.where(both, error <= self._tolerance * largest, neither).all())
 
-    def _joined(self, leaves: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    def _by_sample(self, leaves: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
         samples = 1 if self._structure.batch is None else self._structure.batch
         parts = [
             torch.zeros(samples, size, dtype=self._dtype, device=self._device)

@@ -1,4 +1,4 @@
-"""Seeds that are sums of unit vectors, and where the entries stand in what comes back."""
+"""Seeds of compressed passes: a sum of unit vectors for each group."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch import Tensor
 
 from torchjac.passes.coloring import Grouping
 
-# For each leaf the group and the element of every member, by group; where those of each begin.
+# For each leaf: group and element of every member, ordered by group; first member of each group.
 Members = list[tuple[Tensor, list[int]]]
 
 
 def members(leaves: Sequence[Tensor], firsts: Sequence[int], groups: Grouping) -> Members:
-    """Which elements of each leaf belong to which group; `firsts` numbers the leaves' elements."""
-    found: Members = []
+    """Members of each group, leaf by leaf; `firsts` are the numbers of the first elements."""
+    by_leaf: Members = []
     for leaf, first in zip(leaves, firsts, strict=True):
-        of = groups.of[first : first + leaf.numel()]
-        order = np.argsort(of, kind="stable")
-        begin = np.searchsorted(of[order], np.arange(groups.count + 1))
-        both = torch.from_numpy(np.stack([of[order], order])).to(leaf.device)
-        found.append((both, begin.tolist()))
-    return found
+        group_of = groups.group_of[first : first + leaf.numel()]
+        order = np.argsort(group_of, kind="stable")
+        begin = np.searchsorted(group_of[order], np.arange(groups.count + 1))
+        group_and_element = torch.from_numpy(np.stack([group_of[order], order])).to(leaf.device)
+        by_leaf.append((group_and_element, begin.tolist()))
+    return by_leaf
 
 
 class GroupSeeds:
-    """One seed a group: ones at all its elements."""
+    """A seed for each group, with ones at all members of the group."""
 
     def __init__(self, leaves: Sequence[Tensor], count: int, members: Members):
-        """Takes leaves, the number of groups, and the members of each."""
+        """Stores leaves, the number of groups, and their members."""
         self._leaves = leaves
         self.count = count
         self._members = members
 
     def stack(self, start: int, stop: int) -> tuple[list[int], list[Tensor]]:
-        """See `plain.seeds.Seeds`."""
+        """See `passes.seeds.Seeds`."""
         positions, stacks = [], []
         for position, (leaf, (members, begin)) in enumerate(
             zip(self._leaves, self._members, strict=True)
@@ -51,10 +51,10 @@ class GroupSeeds:
         return positions, stacks
 
     def single(self, number: int) -> tuple[list[int], list[Tensor]]:
-        """See `plain.seeds.Seeds`."""
+        """See `passes.seeds.Seeds`."""
         positions, stacks = self.stack(number, number + 1)
         return positions, [s[0] for s in stacks]
 
-    def by_leaf(self, start: int, stop: int, positions: Sequence[int]) -> list[range]:
-        """A group may have members in several leaves."""
+    def ranges_by_leaf(self, start: int, stop: int, positions: Sequence[int]) -> list[range]:
+        """Empty: a group may have members in several leaves."""
         return []

@@ -1,10 +1,10 @@
-"""Modes of passes: the table from a plan's engine and mode to the module that runs it.
+"""Modes of passes: the table from a plan's engine and mode to the function that runs the plan.
 
 *plain* passes carry one row or column each: `reverse` pulls cotangents back, `forward` pushes
 tangents through the transposed backward graph, `replicated` runs the function on copies of its
-input. *color* passes are compressed: rows that share no column share a cotangent, and their entries
-are read off the one gradient (A. R. Curtis, M. J. D. Powell and J. K. Reid, "On the estimation of
-sparse Jacobian matrices", 1974); the same with columns and tangents in forward mode.
+input. *color* passes are compressed: structurally orthogonal rows share a cotangent, and the
+gradient holds the entries of all these rows (A. R. Curtis, M. J. D. Powell and J. K. Reid, "On the
+estimation of sparse Jacobian matrices", 1974). In forward mode columns share a tangent.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def evaluate(program: EagerGraph, structure: Structure, plan: Plan) -> Iterator[
     """Evaluates a Jacobian part by part, in the mode that the plan names.
 
     Raises:
-        PlanRefused: The plan cannot be run on this program.
-        PatternMissed: The pattern lacks an entry that is not zero.
+        PlanRefused: The plan cannot run on this program.
+        PatternMissed: The pattern lacks a nonzero entry.
         CoupledBatchError: Samples of a batch are not independent.
     """
     return _MODES[plan.engine, plan.mode](program, structure, plan)

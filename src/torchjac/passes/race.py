@@ -1,9 +1,9 @@
-"""Choosing among candidates by measured cost, without ever computing anything twice.
+"""Races: the choice among candidate plans by measured cost, one run a call.
 
-Every call runs one candidate and serves its result; the first calls take turns among the
-candidates, the later ones take the fastest. A race is remembered per program (per `Jacobian` and
-argument shapes, or per kind of graph for `jac`). A choice never decides whether a result is right,
-only how fast it comes.
+Each call runs one candidate and returns its result, so no result is computed twice. The first calls
+take turns among the candidates; later calls run the fastest. Races are cached by program (by
+`Jacobian` and argument shapes, or by kind of graph for `jac`). The choice changes the speed of a
+result, never its correctness.
 """
 
 from __future__ import annotations
@@ -19,33 +19,36 @@ import torch
 from torchjac.errors import PlanRefused
 from torchjac.host.contest import Contest, Rules
 from torchjac.passes.autograd_graph import Profile
-from torchjac.passes.candidates import candidates, compressed_candidates, grouped, predict
+from torchjac.passes.candidates import candidates, compressed_candidates, predict, with_groups
 from torchjac.passes.plan import Batching, Plan
 from torchjac.passes.structure import Structure
 
-# Three timed runs of a candidate, the best one counts (the first one also warms caches up); two
-# where they take more than 5 ms. A candidate predicted 2.5x slower than the best is not run; one
-# measured 1.5x slower not once more. Best times within 15 % are not told apart by a few runs.
+# Time 3 runs of a candidate (2 if a run takes 5 ms) and keep the best; the first run warms caches.
+# Skip a candidate predicted 2.5x slower than the best prediction.
+# Stop a candidate measured 1.5x slower than the fastest.
+# Best times within 15 % are a tie: few runs do not resolve them.
 _RULES = Rules(runs=3, hopeless=2.5, beaten=1.5, long=5e-3, alike=1.15)
-# Where a call takes longer than this, only candidates predicted about as fast as the fastest so far
-# are measured, and beyond the second limit none: a second look must not cost a user seconds.
-_LONG, _CLOSE, _VERY_LONG = 0.1, 1.5, 2.0
-# Calls at which candidates that came near the fastest are measured anew: what was timed while the
-# machine was busy with something else must not decide for ever.
-_REVIEWS = frozenset({30, 300, 3000, 30_000})
-_NEAR = 2.0
-_REMEMBERED = 256
+# Seconds of the fastest run, from which only close predictions are measured.
+_LONG_CALL = 0.1
+# Factor of predicted times, below which a prediction is close to the prediction of the fastest.
+_CLOSE_PREDICTION = 1.5
+# Seconds of the fastest run, from which only better predictions are measured.
+_VERY_LONG_CALL = 2.0
+# Calls that measure candidates near the fastest again, in case the machine was busy before.
+_REMEASURED_CALLS = frozenset({30, 300, 3000, 30_000})
+_NEAR_FASTEST = 2.0  # factor of measured time, up to which a candidate is near the fastest
+_MOST_RACES = 256  # races in the cache
 
 _forced: ContextVar[Plan | None] = ContextVar("torchjac_forced_plan", default=None)
 
 
-# The plan that is forced, if there is one.
+# The forced plan, or None.
 forced: Callable[[], Plan | None] = _forced.get
 
 
 @contextmanager
 def forced_plan(plan: Plan) -> Iterator[None]:
-    """Makes every Jacobian in the context use one plan, or raise `PlanRefused`."""
+    """A context in which every Jacobian uses one plan, or raises `PlanRefused`."""
     token = _forced.set(plan)
     try:
         yield
@@ -59,7 +62,14 @@ def is_forced() -> bool:
 
 
 class Race:
-    """The candidates for one program, what they were predicted to cost and what they did cost."""
+    """The candidates for one program, with predicted and measured costs.
+
+    Attributes:
+        predicted: Predicted seconds of each candidate, the best prediction first.
+        budget: Bytes that gradients of one chunk may take; None for a single pass.
+        measured: Seconds of the runs of each candidate.
+        refused: Reason of the refusal of each refused candidate.
+    """
 
     def __init__(
         self,
@@ -77,8 +87,8 @@ class Race:
         self._settled: Plan | None = None
         self._checked: set[Kind] = set()
         self._calls = 0
-        self._again: dict[Kind, int] = {}  # call at which a refused kind is tried again
-        self._left_out: frozenset[Plan] = frozenset()  # too slow to be measured anew
+        self._retry_call: dict[Kind, int] = {}  # call that retries a refused kind
+        self._not_remeasured: frozenset[Plan] = frozenset()  # too slow to measure again
 
     @property
     def work(self) -> float:
@@ -87,25 +97,28 @@ class Race:
 
     @property
     def settled(self) -> bool:
-        """Whether there is nothing left to measure."""
+        """Whether no candidate is left to measure."""
         return self._settled is not None
 
     def next(self, skipped: Collection[Plan] = ()) -> Plan:
-        """The candidate to run now, other than those that failed at the present values.
+        """The candidate to run now.
+
+        Args:
+            skipped: Candidates that failed in this call.
 
         Raises:
-            PlanRefused: None is left.
+            PlanRefused: No candidate is left.
         """
         if not skipped:
             self._calls += 1
-            self.forgive([p for p in self.refused if self._again.get(_kind(p)) == self._calls])
+            self.readmit([p for p in self.refused if self._retry_call.get(_kind(p)) == self._calls])
         settled = self._settled
-        if settled is not None and not skipped and not self._reopened():
+        if settled is not None and not skipped and not self._reopen():
             return settled
         kinds = {_kind(plan) for plan in skipped}
         entrants = [p for p in self.predicted if p not in self.refused and _kind(p) not in kinds]
         if not entrants:
-            raise PlanRefused("; ".join(f"{p}: {why}" for p, why in self.refused.items()))
+            raise PlanRefused("; ".join(f"{p}: {reason}" for p, reason in self.refused.items()))
         plan = self._contest(entrants).winner() if skipped else self._choose(entrants)
         return replace(plan, checked=True) if _kind(plan) in self._checked else plan
 
@@ -120,89 +133,93 @@ class Race:
         self._settled = replace(fastest, checked=True)
         return fastest
 
-    def _reopened(self) -> bool:
-        """Now and then forgets the timings of candidates near the fastest, if there are several."""
-        if self._calls not in _REVIEWS:
+    def _reopen(self) -> bool:
+        """Whether this call measures again: drops the timings of candidates near the fastest."""
+        if self._calls not in _REMEASURED_CALLS:
             return False
         best = min((min(runs) for runs in self.measured.values()), default=0.0)
-        near = {p for p, runs in self.measured.items() if min(runs) <= _NEAR * best}
+        near = {p for p, runs in self.measured.items() if min(runs) <= _NEAR_FASTEST * best}
         first = next(p for p in self.predicted if p not in self.refused)
         near.add(first)
-        if len(near) < 2 or best > _LONG:
+        if len(near) < 2 or best > _LONG_CALL:
             return False
-        self._left_out = frozenset(self.predicted) - near
+        self._not_remeasured = frozenset(self.predicted) - near
         self.measured = {p: runs for p, runs in self.measured.items() if p not in near}
         self._settled = None
         return True
 
     def _contest(self, entrants: list[Plan]) -> Contest[Plan]:
-        """The contest of the candidates that are not refused."""
+        """The contest of some candidates, with their timings so far."""
         timings = {p: tuple(self.measured[p]) for p in entrants if p in self.measured}
         return Contest({p: self.predicted[p] for p in entrants}, _RULES, timings=timings)
 
-    def ran(self, plan: Plan, seconds: float) -> None:
-        """Notes that a candidate gave a result, and what it cost."""
+    def record_run(self, plan: Plan, seconds: float) -> None:
+        """Records the seconds of a candidate that gave a result."""
         if self._settled is None:
             self._checked.add(_kind(plan))
             plan = replace(plan, checked=False)
-            # Other threads may be looking at the old dictionary: it is replaced, not changed.
+            # Replaces the dictionary: threads may be iterating over the old one.
             self.measured = {**self.measured, plan: [*self.measured.get(plan, ()), seconds]}
 
     def refuse(
-        self, plan: Plan, reason: str, instead: Batching | None, passing: bool = False
+        self, plan: Plan, reason: str, substitute: Batching | None, transient: bool = False
     ) -> None:
-        """Takes a candidate out, for all chunks of its kind, and remembers why.
+        """Refuses all candidates of a plan's kind.
 
         Args:
-            plan: What was refused.
-            reason: Why.
-            instead: Another way to batch the same passes, which enters in its place.
-            passing: Whether the reason may pass (code of the user that branches on values): then
-                it is tried again, after twice as many calls each time.
+            plan: The refused plan.
+            reason: Reason of the refusal.
+            substitute: Batching of the substitutes that enter the race; None for none.
+            transient: Whether a later call may succeed (user code that branches on values). After
+                a refusal at call n, call 2n + 1 retries the kind.
         """
         self._settled = None
-        if passing:
-            self._again[_kind(plan)] = 2 * self._calls + 1
+        if transient:
+            self._retry_call[_kind(plan)] = 2 * self._calls + 1
         predicted, refused = dict(self.predicted), dict(self.refused)
-        for other in self.predicted:
-            if _kind(other) == _kind(plan):
-                refused.setdefault(other, reason)
-                if instead is not None:
-                    substitute = replace(other, batching=instead)
-                    seconds = predict(substitute, self._structure, self._size)
-                    predicted.setdefault(substitute, seconds)
+        for candidate in self.predicted:
+            if _kind(candidate) == _kind(plan):
+                refused.setdefault(candidate, reason)
+                if substitute is not None:
+                    entrant = replace(candidate, batching=substitute)
+                    seconds = predict(entrant, self._structure, self._size)
+                    predicted.setdefault(entrant, seconds)
         self.predicted = dict(sorted(predicted.items(), key=lambda item: item[1]))
         self.refused = refused
 
-    def forgive(self, plans: Collection[Plan]) -> None:
-        """Takes refusals back."""
+    def readmit(self, plans: Collection[Plan]) -> None:
+        """Withdraws the refusals of all candidates of the plans' kinds."""
         if not plans:
             return
         self._settled = None
         kinds = {_kind(plan) for plan in plans}
-        self.refused = {p: why for p, why in self.refused.items() if _kind(p) not in kinds}
+        self.refused = {p: reason for p, reason in self.refused.items() if _kind(p) not in kinds}
 
     def _may_run(self, plan: Plan, contest: Contest[Plan]) -> bool:
-        """Whether a run of a candidate costs the user little enough."""
-        if plan in self._left_out:
+        """Whether a run of a candidate is cheap enough to measure."""
+        if plan in self._not_remeasured:
             return False
         if not contest.timings or plan == next(iter(contest.predicted)):
             return True
-        # The replicated pass calls the user's function with shapes the user did not pass: not for
-        # the sake of a measurement, only where it should win.
+        # The replicated pass calls the user's function with shapes the user did not pass. So it
+        # runs only if its prediction is the best one, never for a measurement.
         if plan.mode == "replicated":
             return False
         best = contest.fastest()
         fastest = min(contest.timings, key=lambda p: min(contest.timings[p]))
         slower = self.predicted[plan] / max(self.predicted[fastest], 1e-9)
-        return best < _LONG or slower < 1 or (slower < _CLOSE and best < _VERY_LONG)
+        return (
+            best < _LONG_CALL
+            or slower < 1
+            or (slower < _CLOSE_PREDICTION and best < _VERY_LONG_CALL)
+        )
 
 
 Kind = tuple[str, bool, str]
 
 
 def _kind(plan: Plan) -> Kind:
-    """What a refusal holds for: the same passes in any chunk."""
+    """The kind of a plan, refused as a whole: mode, whether chunked, and batching."""
     return plan.mode, plan.chunk > 1, plan.batching
 
 
@@ -211,38 +228,38 @@ _races: OrderedDict[Hashable, Race] = OrderedDict()
 
 def race_for(
     key: Hashable,
-    study: Callable[[], tuple[Structure, Profile, int]],
+    analysis: Callable[[], tuple[Structure, Profile, int]],
     replayable: bool,
 ) -> Race:
-    """The remembered race for a kind of program, or a new one.
+    """The race for a kind of program, from the cache or new.
 
     Args:
-        key: Identifies the kind of program.
-        study: Gives structure, profile and budget; asked only for a program not seen before.
-        replayable: Whether the function can be run again on other inputs.
+        key: Cache key of the kind of program.
+        analysis: Returns structure, profile and budget; called only if the race is new.
+        replayable: Whether the function can run again on copies of its input.
     """
     plan = _forced.get()
     if plan is not None:
-        structure, size, budget = study()
+        structure, size, budget = analysis()
         if structure.pattern is not None:
-            plan, structure = replace(plan, engine="color"), grouped(structure)
+            plan, structure = replace(plan, engine="color"), with_groups(structure)
         return Race([(plan, predict(plan, structure, size))], structure, size, budget)
     race = _races.get(key)
     if race is None:
-        structure, size, budget = study()
+        structure, size, budget = analysis()
         if structure.pattern is not None:
-            structure = grouped(structure)
+            structure = with_groups(structure)
             ranked = compressed_candidates(structure, size, budget)
         else:
             ranked = candidates(structure, size, budget, replayable)
         race = Race(ranked, structure, size, budget)
         _races[key] = race
-        if len(_races) > _REMEMBERED:
+        if len(_races) > _MOST_RACES:
             _races.popitem(last=False)
     return race
 
 
 def single_pass(structure: Structure) -> Race:
-    """The race of a Jacobian with one row (or none): a plain pass, with nothing to choose."""
+    """The race of a Jacobian with at most one row: a plain pass is the only candidate."""
     plan = _forced.get() or Plan("reverse", 1)
     return Race([(plan, 0.0)], structure, Profile(0, 0, 0, 0), None)

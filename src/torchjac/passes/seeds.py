@@ -1,4 +1,4 @@
-"""Seeds, as the passes take them: unit vectors here, sums of them in other engines."""
+"""Seeds of passes: unit vectors for plain passes (sums of unit vectors: `passes.group_seeds`)."""
 
 from __future__ import annotations
 
@@ -10,63 +10,68 @@ from torch import Tensor
 
 
 class Seeds(Protocol):
-    """What is pulled back: vectors numbered from 0 in the space that some leaves span together."""
+    """Vectors that passes pull back, numbered from 0, in the space that some leaves span."""
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of seeds."""
 
     def stack(self, start: int, stop: int) -> tuple[list[int], list[Tensor]]:
-        """Positions of the leaves where some seeds are not zero, and a stack for each."""
+        """Positions of the leaves where a seed is nonzero, and a stack of seeds for each leaf."""
 
     def single(self, number: int) -> tuple[list[int], list[Tensor]]:
-        """The same for one seed, without the axis of the stack; the vectors may be written to."""
+        """Positions and vectors of one seed, without the axis of the stack; vectors are fresh."""
 
-    def by_leaf(self, start: int, stop: int, positions: Sequence[int]) -> list[range]:
-        """The seeds apart by leaf, where each belongs to one leaf only; else nothing."""
+    def ranges_by_leaf(self, start: int, stop: int, positions: Sequence[int]) -> list[range]:
+        """The range of seeds of each leaf; empty if a seed may span several leaves."""
 
 
 class UnitSeeds:
-    """Unit vectors, the same for every sample of a batch."""
+    """Unit vectors, equal for all samples of a batch."""
 
     def __init__(self, leaves: Sequence[Tensor], starts: Sequence[int], batch: int | None):
-        """Takes leaves, the number of each leaf's first element with the total, and the batch."""
+        """Numbers the unit vectors by leaf.
+
+        Args:
+            leaves: Tensors whose elements are numbered (elements of one sample, with a batch).
+            starts: Number of each leaf's first element, and the total at the end.
+            batch: Number of samples, or None.
+        """
         self._leaves = leaves
         self._starts = starts
         self._batch = batch
         self.count = starts[-1]
 
     def stack(self, start: int, stop: int) -> tuple[list[int], list[Tensor]]:
-        """See `Seeds`."""
-        return unit_stack(self._leaves, self._starts, start, stop, self._batch)
+        """See `passes.seeds.Seeds`."""
+        return unit_vector_stack(self._leaves, self._starts, start, stop, self._batch)
 
     def single(self, number: int) -> tuple[list[int], list[Tensor]]:
-        """See `Seeds`."""
-        position, vector = unit(self._leaves, self._starts, number, self._batch)
+        """See `passes.seeds.Seeds`."""
+        position, vector = unit_vector(self._leaves, self._starts, number, self._batch)
         return [position], [vector]
 
-    def by_leaf(self, start: int, stop: int, positions: Sequence[int]) -> list[range]:
-        """See `Seeds`."""
+    def ranges_by_leaf(self, start: int, stop: int, positions: Sequence[int]) -> list[range]:
+        """See `passes.seeds.Seeds`."""
         starts = self._starts
         return [range(max(start, starts[p]), min(stop, starts[p + 1])) for p in positions]
 
 
-def unit_stack(
+def unit_vector_stack(
     leaves: Sequence[Tensor], starts: Sequence[int], start: int, stop: int, batch: int | None
 ) -> tuple[list[int], list[Tensor]]:
-    """Unit vectors `start..stop` of the space that the leaves span together.
+    """Unit vectors `start..stop` of the space that the leaves span.
 
     Args:
-        leaves: Tensors whose elements (those of one sample, with a batch) are numbered through.
+        leaves: Tensors whose elements are numbered (elements of one sample, with a batch).
         starts: Number of each leaf's first element, and the total at the end.
         start: First unit vector.
-        stop: One after the last.
-        batch: Number of samples, all of which get the same unit vector; or None.
+        stop: Last unit vector + 1.
+        batch: Number of samples, which share each unit vector; or None.
 
     Returns:
-        Positions of the leaves in which a one stands, and for each the stack
-        `(stop - start, *leaf.shape)`. Leaves outside the range are left out: passes then skip
-        what only they depend on.
+        Positions of the leaves with a nonzero element, and a stack `(stop - start, *leaf.shape)`
+        for each of these leaves. Passes skip nodes that only the remaining leaves depend on.
     """
     positions: list[int] = []
     stacks: list[Tensor] = []
@@ -92,10 +97,10 @@ def unit_stack(
     return positions, stacks
 
 
-def unit(
+def unit_vector(
     leaves: Sequence[Tensor], starts: Sequence[int], number: int, batch: int | None
 ) -> tuple[int, Tensor]:
-    """One unit vector: position of its leaf, and a fresh tensor in the shape of that leaf."""
+    """One unit vector: position of the nonzero leaf, and a fresh tensor in the leaf's shape."""
     position = 0
     while starts[position + 1] <= number:
         position += 1
@@ -111,17 +116,17 @@ def unit(
     return position, vector
 
 
-def weights(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """A random cotangent for checks, with magnitudes from 1 to 2 and random signs.
+def random_vectors(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Random vectors for checks, with magnitudes from 1 to 2 and random signs.
 
-    The generator is private: the user's random state does not move.
+    The generator is private, so the user's random state does not change.
     """
-    found = []
+    vectors = []
     for leaf in leaves:
         uniform = torch.rand(leaf.shape, generator=_generator, dtype=torch.float32).sub_(0.5)
         vector = uniform.sign().add_(uniform, alpha=2)
-        found.append(vector.to(device=leaf.device, dtype=leaf.dtype))
-    return found
+        vectors.append(vector.to(device=leaf.device, dtype=leaf.dtype))
+    return vectors
 
 
 _generator = torch.Generator().manual_seed(2026)

@@ -1,4 +1,4 @@
-"""The value that engines hand to layout."""
+"""Parts of a Jacobian, from passes to layout."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ class Slab:
     """Consecutive rows, or consecutive columns, of a Jacobian.
 
     Attributes:
-        axis: Whether the slab holds rows or columns.
+        axis: Axis of the slab: rows or columns.
         start: First row (column).
-        stop: One after the last.
+        stop: Last row (column) + 1.
         values: For rows one tensor `(stop - start, [B,] *in.shape)` per input leaf, for columns
             one tensor `(stop - start, [B,] *out.shape)` per output leaf; None is all zeros.
-        passes: Passes through the graph that it took.
-        used: For columns, which input leaves the outputs depend on; rows show it themselves.
+        passes: Number of passes through the graph that computed the slab.
+        used: For columns, whether the outputs depend on each input leaf; None for rows, whose
+            values are None for an unused leaf.
     """
 
     axis: Literal["rows", "columns"]
@@ -35,10 +36,10 @@ class Entries:
     """Some entries of a Jacobian whose pattern is known.
 
     Attributes:
-        seeds: Groups of rows or columns that they were read off.
+        seeds: Number of groups of rows or columns that hold the entries.
         parts: Numbers of entries in the pattern, and their values.
-        passes: Passes through the graph that it took.
-        used: Which input leaves the outputs depend on, as far as these entries show.
+        passes: Number of passes through the graph that computed the entries.
+        used: Whether the outputs depend on each input leaf, as far as these entries show.
     """
 
     seeds: int

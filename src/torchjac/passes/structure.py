@@ -1,4 +1,4 @@
-"""Rows and columns of a Jacobian: the part of its structure that shapes alone tell."""
+"""Rows and columns of a Jacobian, from the shapes of outputs and inputs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torchjac._torch.autograd import ENGINE, NODES
 from torchjac._torch.private import check_contracts
 from torchjac._torch.vmap import BATCHING, TRANSFORMS
 from torchjac.capture.eager_graph import EagerGraph
-from torchjac.passes.autograd_graph import Graph, survey
+from torchjac.passes.autograd_graph import Graph, traverse
 from torchjac.sparsity.pattern import Pattern
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """Rows and columns of one Jacobian (of one sample's, with a batch).
+    """Rows and columns of a Jacobian (of one sample, with a batch).
 
-    Only leaves that have a graph count: the others have zero blocks, which need no pass.
+    Only leaves that have a graph count: blocks of the remaining leaves are zero without a pass.
 
     Attributes:
         rows: Rows of each output leaf.
@@ -27,9 +27,9 @@ class Structure:
         row_starts: First row of each output leaf, and m at the end.
         column_starts: First column of each input leaf, and n at the end.
         batch: Number of independent samples, or None.
-        graph: The operations behind it; None where a single plain pass gives the whole Jacobian,
-            or torch does not tell.
-        pattern: Its structural nonzeros, all leaves together; None where they are not known.
+        graph: The autograd graph; None if a single plain pass gives the whole Jacobian, or torch
+            does not expose the nodes.
+        pattern: Structural nonzeros of all leaves together; None if unknown.
         independent: Whether the samples of the batch are proved to be independent.
     """
 
@@ -43,7 +43,7 @@ class Structure:
     independent: bool = False
 
     def without_graph(self) -> Structure:
-        """The same, keeping no operation (and so no tensor) alive."""
+        """The structure without graph and pattern, so that no node and no tensor stays alive."""
         return Structure(
             self.rows,
             self.columns,
@@ -57,7 +57,7 @@ class Structure:
 
     @property
     def unproved_batch(self) -> bool:
-        """Whether samples share a pass that are not proved to be independent."""
+        """Whether samples share a pass without a proof that they are independent."""
         return self.batch is not None and self.batch > 1 and not self.independent
 
     @property
@@ -67,7 +67,7 @@ class Structure:
 
     @property
     def operations(self) -> frozenset[object]:
-        """Kinds of operation on the graph."""
+        """Node types of the graph."""
         return frozenset() if self.graph is None else self.graph.operations
 
     @property
@@ -84,25 +84,27 @@ class Structure:
 def analyze(
     program: EagerGraph, pattern: Pattern | None = None, independent: bool = False
 ) -> Structure:
-    """Reads rows and columns off the shapes of a program, and operations off its graph."""
+    """The structure of a program: rows and columns from shapes, nodes from the graph."""
     samples = program.batch
     divisor = 1 if samples is None else max(samples, 1)
-    rows, row_starts = _numbered(program.outputs, divisor)
-    columns, column_starts = _numbered(program.inputs, divisor)
+    rows, row_starts = _sizes_and_starts(program.outputs, divisor)
+    columns, column_starts = _sizes_and_starts(program.inputs, divisor)
     single_pass = row_starts[-1] <= 1 or column_starts[-1] == 0
     simple = single_pass and samples is None and not program.create_graph and pattern is None
-    graph = survey(program) if not simple and (NODES.known or _nodes_tell()) else None
+    graph = traverse(program) if not simple and (NODES.known or _nodes_are_readable()) else None
     return Structure(rows, columns, row_starts, column_starts, samples, graph, pattern, independent)
 
 
-def _nodes_tell() -> bool:
-    """Whether nodes of the graph tell what is needed; what passes need is found out on the way."""
+def _nodes_are_readable() -> bool:
+    """Whether nodes of the graph can be read; checks all contracts of passes as well."""
     check_contracts(ENGINE, NODES, BATCHING, TRANSFORMS)
     return NODES.holds()
 
 
-def _numbered(leaves: tuple[Tensor, ...], divisor: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Elements of each leaf, and the number of its first one among all (at the end the total)."""
+def _sizes_and_starts(
+    leaves: tuple[Tensor, ...], divisor: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Elements of each leaf, and the number of each leaf's first element (at the end the total)."""
     if len(leaves) == 1:
         size = leaves[0].numel() // divisor
         return (size,), (0, size)

@@ -1,7 +1,7 @@
-"""Detects code of the user in a backward pass: hooks, custom functions, checkpointing.
+"""Detects user code in a backward pass: hooks, custom functions, checkpointing.
 
-Such code need not be linear in the cotangent, and it cannot be read off the graph: torch does not
-tell which nodes carry hooks.
+User code may be nonlinear in the cotangent. The graph does not show user code: torch does not
+expose the hooks of nodes.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torchjac._torch.autograd import ENGINE
 
 
 class UserCodeDetector(TorchFunctionMode):
-    """Context around a backward pass that detects code of the user.
+    """Context around a backward pass that detects user code.
 
-    Two traps: Python's profiling hook sees every Python function that runs on this thread, and a
-    torch function mode sees every call of torch's Python API, also by a hook that is no Python
-    function itself (`h.register_hook(torch.relu)`). Torch's own operations set off neither.
+    The detector has two parts. Python's profiling hook sees every Python function that runs on this
+    thread. A torch function mode sees every call of torch's Python API, including hooks that are
+    builtins (`h.register_hook(torch.relu)`). Operations of torch itself trigger neither.
 
     Attributes:
-        saw_user_code: Whether any ran; None if a Python function that calls nothing of torch could
-            have been missed, because the pass runs on threads of a device or a profiler occupies
-            the hook.
+        saw_user_code: Whether user code ran; None if unknown. A Python function without calls of
+            torch is invisible if the pass runs on threads of a device, or if a profiler occupies
+            the profiling hook.
     """
 
     def __init__(self, device: torch.device):
         super().__init__()
-        ENGINE.holds()  # its check, at the first pass of a process, is not code of the user
+        ENGINE.holds()  # checks the contract now: the check runs Python code
         self._profiling = device.type == "cpu"
-        self._calls = 0
-        self._functions = 0
+        self._python_calls = 0
+        self._torch_calls = 0
         self.saw_user_code: bool | None = None
 
     def __enter__(self) -> UserCodeDetector:
@@ -55,20 +55,20 @@ class UserCodeDetector(TorchFunctionMode):
         if self._profiling:
             sys.setprofile(None)
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        if self._functions or self._calls > _OWN_CALLS:
+        if self._torch_calls or self._python_calls > _OWN_CALLS:
             self.saw_user_code = True
         elif self._profiling:
             self.saw_user_code = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Counts a call of torch's Python API."""
-        self._functions += 1
+        self._torch_calls += 1
         return func(*args, **(kwargs or {}))
 
     def _event(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
-            self._calls += 1
+            self._python_calls += 1
 
 
-# The calls that are not the pass's own: `backward` itself, and `__exit__`.
+# Python calls of the detector itself: `backward` and `__exit__`.
 _OWN_CALLS = 2
