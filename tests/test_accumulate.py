@@ -170,7 +170,7 @@ def check_order(
 ) -> None:
     """The law for one order of elimination."""
     plan, first = plan_of(f, *args, argnums=argnums, orders=(order,), **how)
-    assert plan.emitted.mode == order
+    assert plan.program.mode == order
     batched = how.get("batched", False)
     points = [args, *(tuple(inside(0.7 * a.roll(1) + 0.1 * k) for a in args) for k in (1, 2))]
     for k, point in enumerate(points):
@@ -389,8 +389,8 @@ class TestJacobian:
         J = torchjac.jacobian(f)
         seen = []
         entries = J._dispatcher._entries
-        before = entries.before
-        monkeypatch.setattr(entries, "before", lambda call: (seen.append(1), before(call))[1])
+        build = entries.build_guard
+        monkeypatch.setattr(entries, "build_guard", lambda call: (seen.append(1), build(call))[1])
         for _ in range(5):  # less than planning takes
             J(value(3))
             assert torchjac.last_run().engine == "plain"
@@ -669,7 +669,7 @@ class TestCompiled:
         f, shape = PROBLEMS[name]
         x = value(*shape)
         plan, _ = plan_of(f, x)
-        made = plan.emitted.compiled([x])
+        made = plan.program.compiled([x])
         assert made.refusal is None
         for point in (x, 0.7 * x + 0.1):
             parts = made([point])

@@ -58,16 +58,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 def kernel_of(plan: Compiled, f: Function, *args: Any) -> Compiled:
     """The same plan, run as a kernel."""
-    if plan.emitted.samples is not None:
+    if plan.program.samples is not None:
         return plan  # it is one
     inputs = arguments(Call(f, 0, False, args, {}))
-    return replace(plan, emitted=with_kernel(plan.programs, inputs, plan.shape[2]))
+    return replace(plan, program=with_kernel(plan.programs, inputs, plan.shape[2]))
 
 
 def after_many_runs(entry: Entry, tier: Tier, call: Call) -> None:
     """An entry after as many runs by a tier as pay for native code."""
     entry.state = replace(entry.state, banked=1e3)  # type: ignore[type-var]
-    entry.ran(tier, 1e-3, call)
+    entry.observe(tier, 1e-3, call)
 
 
 def check(f: Function, *args: Tensor, **how: Any) -> None:
@@ -136,7 +136,7 @@ def test_programs(program: Program) -> None:
             with contextlib.suppress(CaptureRefused, PlanRefused):
                 plan, _ = plan_of(program, *inputs, argnums=argnums, orders=(order,))
                 call = Call(program, argnums, False, inputs, {})
-                plan = replace(plan, emitted=with_kernel(plan.programs, arguments(call), None))
+                plan = replace(plan, program=with_kernel(plan.programs, arguments(call), None))
                 got = plan(call)
                 if got is not None:
                     agrees(got, want)
@@ -391,8 +391,8 @@ def test_what_is_assembled(layout: torch.layout, dtype: torch.dtype) -> None:
     for order in ORDERS:
         plan, _ = plan_of(mesh, x, orders=(order,), layout=layout)
         plan = kernel_of(plan, mesh, x)
-        assert isinstance(plan.emitted.kernel, Executable)
-        assert "+= buffers_float" in plan.emitted.kernel.source.text
+        assert isinstance(plan.program.kernel, Executable)
+        assert "+= buffers_float" in plan.program.kernel.source.text
         J = plan(Call(mesh, 0, False, (x,), {}))
         got = (J if layout is torch.strided else J.to_dense()).double()
         rounding = 1e-9 if dtype is torch.float64 else 1e-3
@@ -508,7 +508,7 @@ def test_a_bad_compiler_is_not_the_end(fresh: Path, monkeypatch: pytest.MonkeyPa
         kernel_of(plan, f, value(*shape))
     call, entry = Call(f, 0, False, (value(*shape),), {}), Entry.of(plan, False)
     after_many_runs(entry, Tier.PROGRAM, call)
-    same(entry.of_tier(entry.tier())(call), oracle_jacobian(f)(value(*shape)))
+    same(entry.compiled_for(entry.next_tier())(call), oracle_jacobian(f)(value(*shape)))
     record = entry.record(plan, "jacobian", torch.strided, 1.0)
     assert "the C compiler failed" in dict(record.refusals)["kernel"]
 
@@ -578,10 +578,10 @@ def test_made_when_it_is_worth_it() -> None:
     x = value(*shape)
     plan, _ = plan_of(f, x)
     call, entry = Call(f, 0, False, (x,), {}), Entry.of(plan, False)
-    entry.ran(Tier.PROGRAM, 10.0, call)
-    assert not entry.compiled.emitted.is_compiled, "what a run took decides nothing"
+    entry.observe(Tier.PROGRAM, 10.0, call)
+    assert not entry.compiled.program.is_compiled, "what a run took decides nothing"
     after_many_runs(entry, Tier.PROGRAM, call)
-    same(entry.of_tier(Tier.NATIVE)(call), oracle_jacobian(f)(x))
+    same(entry.compiled_for(Tier.NATIVE)(call), oracle_jacobian(f)(x))
 
 
 def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,7 +590,7 @@ def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     x = value(*shape)
     plan, _ = plan_of(f, x)
     (other,) = plan.alternatives
-    refused = plan.emitted.recording
+    refused = plan.program.recording
 
     def refuse(ways: Sequence[tuple[Recording, int]], *how: Any) -> SourceUnit:
         if ways[0][0] is refused:
@@ -599,7 +599,7 @@ def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compilation, "build_source", refuse)
     plan = kernel_of(plan, f, x)
-    assert plan.emitted.form == f"{other.mode}, kernel"
+    assert plan.program.form == f"{other.mode}, kernel"
     y = 0.3 - 0.7 * x
     same(run(plan, f, y), oracle_jacobian(f)(y))
 
@@ -637,14 +637,14 @@ def test_made_though_passes_win() -> None:
     plan = replace(plan_of(f, x)[0], passes=1e-3)
     call, entry = Call(f, 0, False, (x,), {}), Entry.of(plan, False)
     for _ in range(4):
-        entry.ran(Tier.PROGRAM, 1.0, call)
+        entry.observe(Tier.PROGRAM, 1.0, call)
     for _ in range(3):
-        entry.ran(Tier.PASSES, 1e-3, call)
-    assert entry.tier() is Tier.PASSES
+        entry.observe(Tier.PASSES, 1e-3, call)
+    assert entry.next_tier() is Tier.PASSES
     after_many_runs(entry, Tier.PASSES, call)
-    assert entry.tier() is Tier.NATIVE
+    assert entry.next_tier() is Tier.NATIVE
     for _ in range(4):
-        entry.ran(Tier.NATIVE, 1e-5, call)
+        entry.observe(Tier.NATIVE, 1e-5, call)
     assert entry.settled_native() is not None
 
 

@@ -29,7 +29,6 @@ FOLDERS = ("src", "tests", "tools", "benchmarks", "examples")
 # Folders whose names have not been gone through yet. None may be added.
 UNREAD = {
     "src/torchjac",
-    "src/torchjac/jit",
     "src/torchjac/passes",
     "tests",
 }

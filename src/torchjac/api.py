@@ -15,8 +15,8 @@ from torchjac.capture.nesting import differentiating
 from torchjac.errors import UnusedInputError
 from torchjac.host.memory import check_budget
 from torchjac.jacobian import Hessian, Jacobian
-from torchjac.jit.eager import solve
-from torchjac.jit.patterns import pattern_if_worth, with_pattern
+from torchjac.jit.eager import evaluate_passes
+from torchjac.jit.patterns import pattern_if_it_pays, with_pattern
 from torchjac.request import Layout, Request, check_graph, output_of
 from torchjac.sparsity.detect import pattern_of_graph
 from torchjac.sparsity.pattern import Pattern
@@ -83,9 +83,9 @@ def jac(
     program = capture_graph(
         outputs, inputs, batched=batched, retain_graph=retain_graph, create_graph=create_graph
     )
-    output = with_pattern(output, program, lambda: pattern_if_worth(program))
+    output = with_pattern(output, program, lambda: pattern_if_it_pays(program))
     request = Request("jac", output, create_graph=create_graph, memory_budget=memory_budget)
-    arranged = solve(program, request)
+    arranged = evaluate_passes(program, request)
     if arranged.unused and not allow_unused:
         raise UnusedInputError(unused_in_graph(program, arranged.unused))
     return arranged.value

@@ -76,7 +76,7 @@ def _package(path: Path, call: Call, plan: Compiled) -> Path:
         with torch.no_grad():
             made, batch = _for_any_number(call, plan), plan.shape[2]
             if made is None:
-                fixed = plain_graph(without_last(plan.emitted.recording))
+                fixed = plain_graph(without_last(plan.program.recording))
                 made, batch = _Both((trace_value(call, KEEP), ()), fixed), None
             write_package(made, inputs, path, batch)
     except (NotCompiled, TorchjacError) as refusal:
@@ -157,7 +157,7 @@ def _program(call: Call, plan: Compiled, name: str) -> tuple[SourceUnit, list[Te
 
 def _value(call: Call, plan: Compiled, module: fx.GraphModule) -> Recording:
     """The function, recorded with as many samples as the plan is."""
-    samples = plan.emitted.samples
+    samples = plan.program.samples
     if samples is not None:
         less = first_samples(call, samples[1])
         assert less is not None, "there is a plan for fewer samples"
@@ -183,7 +183,7 @@ def _check(
     except NoCompiler:
         return
     with torch.no_grad():
-        got, want = kernel(inputs), plan.emitted(inputs)
+        got, want = kernel(inputs), plan.program(inputs)
     if want is None:
         raise PlanRefused("the result is not finite at these arguments")
     if got is None or not all(map(agree, got, [*want, *values])):

@@ -146,7 +146,7 @@ def _counted(counts: Counts) -> str:
 _last = threading.local()
 
 
-def remember(make: Callable[[], Record]) -> None:
+def set_last_record(make: Callable[[], Record]) -> None:
     """Makes a record the last one of this thread; it is put together when it is asked for."""
     _last.make = make
 
