@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch import modes
-from torchjac.call import Call, arguments, to_differentiate, variables
+from torchjac.call import Call, arguments, differentiable_variables, variables
 from torchjac.capture.eager_graph import EagerGraph
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function
@@ -286,7 +286,7 @@ def _verify_graph(program: TensorProgram, task: _Task) -> tuple[Tensor, ...]:
         parts = program([*leaves, *tensors[count:]])
         assert parts is not None, "it was finite before"
         task.reference.check_graph(parts, leaves, parameters)
-        parts = program(to_differentiate(task.call))
+        parts = program(differentiable_variables(task.call))
     assert parts is not None, "it was finite before"
     return parts
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch import modes
-from torchjac.call import Call, arguments, to_differentiate
+from torchjac.call import Call, arguments, differentiable_variables
 from torchjac.capture.eager_graph import EagerGraph
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.native import PATIENCE, with_kernel
@@ -81,7 +81,7 @@ class Compiled:
         """Blocks, or the values of the pattern, at the arguments of a call; None if not finite."""
         keeps = self.program.differentiable
         with torch.set_grad_enabled(keeps), modes.ordinary_tensors():
-            return self.program(to_differentiate(call) if keeps else arguments(call))
+            return self.program(differentiable_variables(call) if keeps else arguments(call))
 
     def __call__(self, call: Call) -> Any:
         """The Jacobian at the arguments of a call; None where it is not finite."""
