@@ -153,8 +153,10 @@ def of_operation(
     for x in inputs:
         recorder.input(x)
     with torch.no_grad(), recorder:
-        made = operation(*inputs, *rest).to(inputs[0].dtype)
-    return Executable(build_source([(finish_recording(recorder, [made]), 1)], samples)), made
+        expected = operation(*inputs, *rest).to(inputs[0].dtype)
+    return Executable(
+        build_source([(finish_recording(recorder, [expected]), 1)], samples)
+    ), expected
 
 
 def special(dtype: torch.dtype) -> Tensor:
@@ -252,8 +254,8 @@ def test_polygamma(order: int, dtype: torch.dtype) -> None:
     recorder = Recorder((), parameters_vary=False)
     recorder.input(x)
     with torch.no_grad(), recorder:
-        made = aten.polygamma.default(order, x)
-    kernel = Executable(build_source([(finish_recording(recorder, [made]), 1)], None))
+        expected = aten.polygamma.default(order, x)
+    kernel = Executable(build_source([(finish_recording(recorder, [expected]), 1)], None))
     (got,), _ = kernel.run([x])
     want = torch.from_numpy(scipy.special.polygamma(order, x.double().numpy()))
     eps = torch.finfo(dtype).eps
@@ -423,12 +425,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A cache directory of its own, and a compiler that is looked for anew."""
     monkeypatch.setenv("TORCHJAC_CACHE_DIR", str(tmp_path / "cache"))
     known = (compiler._command, compiler._version, compiler._flags_file)
-    for found in known:
-        found.cache_clear()
+    for cached in known:
+        cached.cache_clear()
     monkeypatch.setattr(compiler, "_flags_of", {})
     yield tmp_path
-    for found in known:
-        found.cache_clear()
+    for cached in known:
+        cached.cache_clear()
 
 
 def script(path: Path, text: str) -> str:
@@ -572,7 +574,7 @@ def test_asked_for() -> None:
     assert torchjac.last_run().mode.endswith("kernel")
 
 
-def test_made_when_it_is_worth_it() -> None:
+def test_a_kernel_is_compiled_when_it_pays() -> None:
     """Calls that have taken as long as it takes to compile make a kernel."""
     f, shape = PROBLEMS["pairs"]
     x = value(*shape)
@@ -630,7 +632,7 @@ def test_parameters_are_read_anew() -> None:
     same(J(x), oracle_jacobian(net)(x))
 
 
-def test_made_though_passes_win() -> None:
+def test_a_kernel_is_compiled_though_passes_win() -> None:
     """Passes that beat the operations one by one need not beat a kernel of them."""
     f, shape = PROBLEMS["pairs"]
     x = value(*shape)

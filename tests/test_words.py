@@ -26,10 +26,13 @@ WORDS = frozenset(
     )
 )
 FOLDERS = ("src", "tests", "tools", "benchmarks", "examples")
+# Names that stay.
+EXEMPT = {
+    "captured.py found": "the name is in texts of the replay, which are compared between revisions",
+}
 # Folders whose names have not been gone through yet. None may be added.
 UNREAD = {
     "src/torchjac/passes",
-    "tests",
 }
 
 
@@ -59,7 +62,7 @@ def unclear(folder: Path) -> list[str]:
         for path in folder.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         for name in names(node)
-        if parts(name) & WORDS
+        if parts(name) & WORDS and f"{path.name} {name}" not in EXEMPT
     )
 
 
