@@ -110,7 +110,7 @@ def test_tensor_programs_allocate_on_the_device_of_their_inputs(
 ) -> None:
     """Every intermediate result and constant of a program is on the device of the input."""
     if device == "cuda":  # else memory is reused, and a fake tensor has none
-        monkeypatch.setattr(peephole, "LARGE", LONG)
+        monkeypatch.setattr(peephole, "MAPPED_BYTES", LONG)
     with FakeTensorMode():
         x = torch.empty(4, 4, device=device)
         module, constants = lower(recording_of(PROGRAMS[name], x))
