@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjac.call import Call
 from torchjac.capture.eager import capture_function
-from torchjac.compiler.compile import Known, planned
+from torchjac.compiler.compile import Known, compile_jacobian
 from torchjac.compiler.compiled import Compiled
 from torchjac.request import Mode, Request, output_of
 
@@ -32,7 +32,7 @@ def plan_of(
     call = Call(f, argnums, False, args, kwargs)
     program, _ = capture_function(call, batched=batched, create_graph=False, replayable=False)
     request = Request(output=output_of(layout), batched=batched)
-    return planned(call, program, request, Known(passes=1.0, orders=orders))
+    return compile_jacobian(call, program, request, Known(passes=1.0, orders=orders))
 
 
 def graph_plan_of(f: Callable[..., Any], x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -43,7 +43,7 @@ def graph_plan_of(f: Callable[..., Any], x: Tensor) -> tuple[Callable[[Tensor], 
     """
     call = Call(f, 0, False, (x,), {})
     program, _ = capture_function(call, batched=False, create_graph=True, replayable=False)
-    plan, first = planned(call, program, Request(create_graph=True), Known(passes=1.0))
+    plan, first = compile_jacobian(call, program, Request(create_graph=True), Known(passes=1.0))
     return lambda x: plan(Call(f, 0, False, (x,), {})), first
 
 

@@ -89,7 +89,7 @@ class Cached:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         c = call(self.f, *args, **kwargs)
-        derivative = self.cache.get_or_make(c, lambda: self.trace(c))
+        derivative = self.cache.get_or_create(c, lambda: self.trace(c))
         floats = [a for a in c.args if isinstance(a, Tensor) and a.is_floating_point()]
         return evaluated(derivative, tuple(floats))
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1] / "src"
 # Imported by torchjac: what is there already need not be imported in every process.
-BESIDE = (
+PRELOADED_MODULES = (
     "scipy.sparse",
     "torch._decomp",
     "torch.fx.experimental.proxy_tensor",
@@ -61,10 +61,10 @@ def hide_operator(name: str) -> None:
     preloaded("torchjac._torch.private")
     operators: Any = preloaded("torchjac._torch.operators")
     namespace, packet, overload = name.split(".")
-    found = getattr(getattr(operators, namespace), packet)
-    setattr(found, overload, operators.MissingOperator(name))
-    overloads = [o for o in found.overloads() if o != overload]
-    found.overloads = lambda: overloads
+    parent = getattr(getattr(operators, namespace), packet)
+    setattr(parent, overload, operators.MissingOperator(name))
+    overloads = [o for o in parent.overloads() if o != overload]
+    parent.overloads = lambda: overloads
 
 
 def hide_private(path: str) -> None:
@@ -117,8 +117,8 @@ def check() -> None:
     for options in ({}, {"compile": True}, {"layout": torch.sparse_csr}):
         J = torchjac.jacobian(f, **options)
         for _ in range(3):
-            found = J(x)
-            close(found.to_dense() if found.layout != torch.strided else found, want)
+            jacobian = J(x)
+            close(jacobian.to_dense() if jacobian.layout != torch.strided else jacobian, want)
     points = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(10, 2)
     rows = torch.stack([points.flip(1), -points.sin()], 1)
     close(torchjac.jacobian(batch, batched=True)(points), rows)
@@ -131,10 +131,10 @@ def check_inside() -> None:
     import torchjac
 
     points = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(10, 2)
-    found = torch.vmap(torchjac.jacobian(lambda p: p.prod() * p))(points)
+    jacobian = torch.vmap(torchjac.jacobian(lambda p: p.prod() * p))(points)
     product = points.prod(1)[:, None, None]
     turned = points.flip(1)[:, None, :] * points[:, :, None]
-    close(found, product * torch.eye(2) + turned)
+    close(jacobian, product * torch.eye(2) + turned)
 
 
 def check_tables() -> None:
@@ -148,9 +148,9 @@ def check_tables() -> None:
                 assert not [x for x in value if isinstance(x, kind)], f"{name}.{table}"
 
 
-def close(found: Tensor, want: Tensor) -> None:
+def close(actual: Tensor, want: Tensor) -> None:
     """Law: the same but for rounding."""
-    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(actual, want, rtol=1e-10, atol=1e-12)
 
 
 def forked(hide: Callable[[str], None], name: str) -> str | None:
@@ -181,7 +181,7 @@ def main(kind: str, *names: str) -> None:
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("TORCHJAC_CACHE_DIR", tempfile.mkdtemp(prefix="torchjac-hidden-"))
     warnings.simplefilter("ignore")
-    for module in BESIDE:
+    for module in PRELOADED_MODULES:
         with contextlib.suppress(ImportError):  # not in every torch
             importlib.import_module(module)
     if kind == "private" and not names:

@@ -83,8 +83,9 @@ class NumpyTarget:
 
         def launch(*addresses: int) -> bool:
             inputs = [_memory(a, *about) for a, about in zip(addresses, unit.inputs, strict=False)]
-            made = zip(addresses[count:], unit.outputs, strict=False)  # behind them are tables
-            outputs = [_memory(a, *about) for a, about in made]
+            # Addresses of tables follow those of outputs.
+            output_buffers = zip(addresses[count:], unit.outputs, strict=False)
+            outputs = [_memory(a, *about) for a, about in output_buffers]
             with np.errstate(all="ignore"):
                 for reads, writes in _parts(library, unit.samples, inputs, outputs):
                     _Run(library, reads, writes).run()
@@ -127,7 +128,7 @@ class _Run:
     def __init__(self, source: NumpySource, inputs: _Arrays, outputs: _Arrays):
         self._program = source.program
         self._all = source.scalars.expressions.all
-        self._kept = {n: array for n, (array, _) in source.program.buffers.items()}
+        self._buffers = {n: array for n, (array, _) in source.program.buffers.items()}
         self._arrays = {array: inputs[i] for i, array, _ in source.signature.inputs}
         self._arrays |= {a: t.reshape(-1).numpy() for a, t in source.scalars.tables.items()}
         self._arrays |= {ArrayRef("out", i): x for i, x in enumerate(outputs)}
@@ -162,19 +163,21 @@ class _Run:
         while stack:  # no recursion: programs may be deep
             top, places = stack[-1]
             key = (top, places.tobytes())
-            taken = [] if top in self._kept and key != wanted else self._taken(top, places)
-            missing = [(a, x) for a, x in taken if (a, x.tobytes()) not in known]
+            arguments = (
+                [] if top in self._buffers and key != wanted else self._arguments(top, places)
+            )
+            missing = [(a, x) for a, x in arguments if (a, x.tobytes()) not in known]
             if missing and key not in known:
                 stack += missing
                 continue
             stack.pop()
             if key not in known:
-                given = [known[a, x.tobytes()] for a, x in taken]
-                found = np.asarray(self._computed(top, places, given, key != wanted))
-                known[key] = np.broadcast_to(found.astype(self._all[top].dtype), len(places))
+                values = [known[a, x.tobytes()] for a, x in arguments]
+                result = np.asarray(self._computed(top, places, values, key != wanted))
+                known[key] = np.broadcast_to(result.astype(self._all[top].dtype), len(places))
         return known[wanted]
 
-    def _taken(self, number: int, points: Indices) -> list[tuple[int, Indices]]:
+    def _arguments(self, number: int, points: Indices) -> list[tuple[int, Indices]]:
         """The arguments of an expression, and which lanes of them."""
         expression = self._all[number]
         if expression.kind in ("segments", "product"):
@@ -192,11 +195,11 @@ class _Run:
             for a, by in expression.arguments
         ]
 
-    def _computed(self, number: int, points: Indices, given: Any, reads: bool) -> Any:
+    def _computed(self, number: int, points: Indices, values: Any, reads: bool) -> Any:
         """The values of some lanes of an expression, from those of its arguments."""
         expression = self._all[number]
-        if number in self._kept and reads:
-            return self._arrays[self._kept[number]][points]
+        if number in self._buffers and reads:
+            return self._arrays[self._buffers[number]][points]
         if expression.kind == "constant":
             return expression.attribute
         if expression.kind == "load":
@@ -205,10 +208,10 @@ class _Run:
         if expression.kind == "segments":
             _, _, starts = segments_of(expression)
             sums = np.zeros(len(starts) - 1, expression.dtype)
-            np.add.at(sums, np.repeat(np.arange(len(sums)), np.diff(starts)), given[0])
+            np.add.at(sums, np.repeat(np.arange(len(sums)), np.diff(starts)), values[0])
             return sums[points]
         if expression.kind == "product":
             count, rows, inner, columns = matmul_sizes_of(expression)
-            left, right = given[0].reshape(count, rows, inner), given[1].reshape(count, inner, -1)
+            left, right = values[0].reshape(count, rows, inner), values[1].reshape(count, inner, -1)
             return (left @ right).reshape(count * rows * columns)[points]
-        return _OPERATIONS[expression.kind](*given)
+        return _OPERATIONS[expression.kind](*values)

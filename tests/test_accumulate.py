@@ -170,7 +170,7 @@ def check_order(
 ) -> None:
     """The law for one order of elimination."""
     plan, first = plan_of(f, *args, argnums=argnums, orders=(order,), **how)
-    assert plan.emitted.mode == order
+    assert plan.program.mode == order
     batched = how.get("batched", False)
     points = [args, *(tuple(inside(0.7 * a.roll(1) + 0.1 * k) for a in args) for k in (1, 2))]
     for k, point in enumerate(points):
@@ -285,7 +285,7 @@ def test_random_programs(program: Program) -> None:
 
 def refusals(n: str) -> dict[str, list[str]]:
     """Checks the samples of an op; gives why some are refused, for each order of elimination."""
-    found: dict[str, set[str]] = {order: set() for order in ORDERS}
+    reasons: dict[str, set[str]] = {order: set() for order in ORDERS}
     for case in cases(n)[:SAMPLES]:
         torch.manual_seed(0)  # of what is compared
         f, tensors = realized(case), case.tensors
@@ -304,13 +304,13 @@ def refusals(n: str) -> dict[str, list[str]]:
             except (CaptureRefused, PlanRefused, RuntimeError) as refusal:
                 # Where all cancels, rounding decides.
                 if not isinstance(refusal, Disagrees) and "rounding" not in str(refusal):
-                    found[order].add(type(refusal).__name__)
+                    reasons[order].add(type(refusal).__name__)
                 continue
             for point, want in () if n in TORCH_DISAGREES else wanted:
                 agrees(run(plan, f, *point, argnums=argnums), want)
         if wanted and n not in TORCH_DISAGREES:
             in_other_kinds(f, plain, argnums, wanted[0][1])
-    return {order: sorted(names) for order, names in found.items() if names}
+    return {order: sorted(names) for order, names in reasons.items() if names}
 
 
 def in_other_kinds(f: Function, plain: list[Tensor], argnums: tuple[int, ...], want: Any) -> None:
@@ -342,9 +342,9 @@ def agrees(got: Any, want: Any) -> None:
 def test_operations(n: str) -> None:
     """Every differentiable operation: right, or refused as the scoreboard says."""
     with quiet():
-        found, counted = refusals(n), board(SCOREBOARD)
+        reasons, counted = refusals(n), board(SCOREBOARD)
     if counted is not None:
-        assert found == counted.get(n, {})
+        assert reasons == counted.get(n, {})
 
 
 class TestJacobian:
@@ -389,8 +389,8 @@ class TestJacobian:
         J = torchjac.jacobian(f)
         seen = []
         entries = J._dispatcher._entries
-        before = entries.before
-        monkeypatch.setattr(entries, "before", lambda call: (seen.append(1), before(call))[1])
+        build = entries.build_guard
+        monkeypatch.setattr(entries, "build_guard", lambda call: (seen.append(1), build(call))[1])
         for _ in range(5):  # less than planning takes
             J(value(3))
             assert torchjac.last_run().engine == "plain"
@@ -549,7 +549,7 @@ class TestJacobian:
             lambda x: torch.Tensor._make_subclass(torch.Tensor, x * 2),
         ],
     )
-    def test_tensors_made_without_an_operation(self, hidden: Function) -> None:
+    def test_tensors_filled_without_an_operation(self, hidden: Function) -> None:
         """A gain of zero hides them from any comparison, here but not elsewhere."""
 
         def f(x: Tensor, gain: Tensor) -> Tensor:
@@ -565,7 +565,7 @@ class TestJacobian:
         expected = torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.0, 0.25]], dtype=torch.float64)
         same(J, expected)
 
-    def test_a_plan_made_in_inference_mode_gives_ordinary_tensors(self) -> None:
+    def test_a_plan_compiled_in_inference_mode_gives_ordinary_tensors(self) -> None:
         with torch.inference_mode():
             plan, first = plan_of(pairs, value(8))
             assert not first.is_inference()
@@ -637,9 +637,9 @@ class TestJacobian:
         x = value(24)
         assert self.ran(J, x)
         one = J(x)
-        kept = one.clone()
+        copy = one.clone()
         J(values(24)).mul_(2)
-        same(one, kept)
+        same(one, copy)
 
 
 class TestCompiled:
@@ -669,10 +669,10 @@ class TestCompiled:
         f, shape = PROBLEMS[name]
         x = value(*shape)
         plan, _ = plan_of(f, x)
-        made = plan.emitted.compiled([x])
-        assert made.refusal is None
+        compiled = plan.program.compiled([x])
+        assert compiled.refusal is None
         for point in (x, 0.7 * x + 0.1):
-            parts = made([point])
+            parts = compiled([point])
             assert parts is not None
             same(plan.finish(parts), oracle_jacobian(f)(point))
 
@@ -713,4 +713,4 @@ def straight_line() -> torch.fx.GraphModule:
 
 if __name__ == "__main__":
     with quiet():
-        write_board(SCOREBOARD, {n: found for n in OPS if (found := refusals(n))})
+        write_board(SCOREBOARD, {n: reasons for n in OPS if (reasons := refusals(n))})

@@ -208,7 +208,7 @@ class TestCache:
             return x * count[0]
 
         for _ in range(2):
-            cache.get_or_make(call(f), lambda: int(f(X).numel()))
+            cache.get_or_create(call(f), lambda: int(f(X).numel()))
         assert len(cache) == 0
         assert cache.refused is not None
         assert "changes what it reads" in cache.refused
@@ -236,7 +236,7 @@ class TestCache:
         def work(start: int) -> None:
             for step in range(150):
                 n = (start + step) % 6
-                if cache.get_or_make(calls[n], lambda n=n: n + 1) != n + 1:  # type: ignore[misc]
+                if cache.get_or_create(calls[n], lambda n=n: n + 1) != n + 1:  # type: ignore[misc]
                     errors.append(n)
                 if step % 50 == 0:
                     cache.clear()

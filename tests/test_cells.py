@@ -68,13 +68,13 @@ def test_faces_of_a_mesh() -> None:
     """Everything of a face is in one loop, for the block that it adds to J."""
     w = build("finite_volume(20, 15)")
     plan, _ = plan_of(w.f, *w.make(0), layout=torch.sparse_csr)
-    found = min(
+    loop_count = min(
         (
             len(loops.schedule(lower_program([jacobian_of(p)], None, Deployment.PROCESS)).loops)
             for p in plan.programs
         ),
     )
-    assert found < 30
+    assert loop_count < 30
 
 
 def domain(count: int) -> Domain:
@@ -101,9 +101,9 @@ class TestCells:
     )
     def test_what_is_not_even(self, places: list[int], tied: bool) -> None:
         """Lanes that are alone come to cells that get as many each; others stay apart."""
-        faces, others = domain(4), domain(len(places))
-        cells = FusionGroups([faces, others], "even")
-        edge = Edge(others, faces, IndexMap(torch.tensor(places).numpy()), {0})
+        faces, rest = domain(4), domain(len(places))
+        cells = FusionGroups([faces, rest], "even")
+        edge = Edge(rest, faces, IndexMap(torch.tensor(places).numpy()), {0})
         assert cells.fuse(edge) is tied
 
     def test_no_cells_are_merged(self) -> None:
@@ -143,6 +143,6 @@ def test_rows_whose_sums_collide() -> None:
     """Two rows with the same sum of products are still two."""
     a, b = (int(w) for w in np.random.default_rng(0).integers(1, 2**62, 2))
     rows = np.array([[b, 0], [0, a], [b, 0], [1, 1]])
-    found = number_rows(rows)
-    assert found[0] == found[2]
-    assert len(set(found.tolist())) == 3
+    numbers = number_rows(rows)
+    assert numbers[0] == numbers[2]
+    assert len(set(numbers.tolist())) == 3

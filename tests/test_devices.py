@@ -183,7 +183,7 @@ def test_the_compiler_refuses_other_devices(side: str) -> None:
     assert not dispatcher._is_supported(on_gpu)
 
 
-def test_the_reason_of_a_refusal_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_of_a_refusal_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call on another device is answered by passes."""
     monkeypatch.setattr(dispatcher, "_is_supported", lambda program: False)
     J = torchjac.jacobian(torch.sin, compile=True)

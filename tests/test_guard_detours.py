@@ -71,10 +71,10 @@ class TestNoticed:
         f, change = case()
         cache: CaptureCache[Tensor] = CaptureCache()
         before = direct(f)
-        assert cache.get_or_make(call(f), lambda: direct(f)) is not None
-        assert cache.get_or_make(call(f), lambda: pytest.fail("is used again")) is not None
+        assert cache.get_or_create(call(f), lambda: direct(f)) is not None
+        assert cache.get_or_create(call(f), lambda: pytest.fail("is used again")) is not None
         change()
-        after = cache.get_or_make(call(f), lambda: direct(f))
+        after = cache.get_or_create(call(f), lambda: direct(f))
         assert torch.equal(after, direct(f))
         assert not torch.equal(after, before)
 

@@ -36,7 +36,7 @@ class TestMemories:
 
         f = lambda x: x * scale(3)  # noqa: E731
         cache: CaptureCache[Tensor] = CaptureCache()
-        assert cache.get_or_make(call(f), lambda: f(X)) is not None
+        assert cache.get_or_create(call(f), lambda: f(X)) is not None
         assert cache.refused is None
         assert cache.lookup(call(f)) is not None
         scale.cache_clear()
@@ -52,7 +52,7 @@ class TestMemories:
 
         f = lambda x: x * scale(0)  # noqa: E731
         for _ in range(3):
-            cache.get_or_make(call(f), make)
+            cache.get_or_create(call(f), make)
         assert cache.lookup(call(f)) is not None, "what it read itself is still known"
 
     @pytest.mark.parametrize("size", [None, 1, 3, 128])

@@ -194,7 +194,7 @@ class TestUnguardable:
     def test_no_capture_is_stored(self) -> None:
         jacobian = Cached(lambda x: x.sin() * len(str(next(generator, 0))))
         cache: CaptureCache[str] = CaptureCache()
-        assert cache.get_or_make(call(jacobian.f), lambda: "made") == "made"
+        assert cache.get_or_create(call(jacobian.f), lambda: "made") == "made"
         assert len(cache) == 0
         assert cache.refused is not None
         assert "generator" in cache.refused

@@ -51,8 +51,8 @@ def faked(name: str, tmp_path: Path, machine: str = "arm64") -> Iterator[pytest.
             raise FileNotFoundError(path)
         return real(path, *args, **kwargs)
 
-    for found in CACHED:
-        found.cache_clear()
+    for cached in CACHED:
+        cached.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "platform", NAMES[name])
         patch.setattr(platform, "machine", lambda: machine)
@@ -63,8 +63,8 @@ def faked(name: str, tmp_path: Path, machine: str = "arm64") -> Iterator[pytest.
             for missing in ("getuid", "sysconf", "killpg"):
                 patch.delattr(os, missing)
         yield patch
-    for found in CACHED:
-        found.cache_clear()
+    for cached in CACHED:
+        cached.cache_clear()
 
 
 def f(x: torch.Tensor) -> torch.Tensor:
@@ -144,13 +144,13 @@ def test_flags(name: str, machine: str, tuned: str, tmp_path: Path) -> None:
         log = tmp_path / "log"
         real = shutil.which("cc")
         clang = tmp_path / "clang"
-        taken = '$(echo "$@" | sed s/-mcpu.native//)'  # GCC for x86 does not take it
-        clang.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {real} {taken}\n')
+        arguments = '$(echo "$@" | sed s/-mcpu.native//)'  # GCC for x86 does not take it
+        clang.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {real} {arguments}\n')
         clang.chmod(0o755)
         patch.setenv("CC", str(clang))
         assert compiler.compile_library("int f(void) { return 7; }", 1).f() == 7
-        (kept,) = (tmp_path / "cache").glob("kernel-*")
-        assert kept.suffix == ".dylib"
+        (library,) = (tmp_path / "cache").glob("kernel-*")
+        assert library.suffix == ".dylib"
         line = log.read_text().splitlines()[-1].split()
         assert tuned in line
         assert "-lmvec" not in line

@@ -17,7 +17,7 @@ from torchjac.jit import patterns as remembered
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proofs are tried from the second call on."""
-    monkeypatch.setattr(remembered, "_PROOF", 0.0)
+    monkeypatch.setattr(remembered, "_PROOF_SECONDS", 0.0)
 
 
 def independence(jacobian: Any, *args: Any, calls: int = 3) -> str | None:

@@ -58,16 +58,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 def kernel_of(plan: Compiled, f: Function, *args: Any) -> Compiled:
     """The same plan, run as a kernel."""
-    if plan.emitted.samples is not None:
+    if plan.program.samples is not None:
         return plan  # it is one
     inputs = arguments(Call(f, 0, False, args, {}))
-    return replace(plan, emitted=with_kernel(plan.programs, inputs, plan.shape[2]))
+    return replace(plan, program=with_kernel(plan.programs, inputs, plan.shape[2]))
 
 
 def after_many_runs(entry: Entry, tier: Tier, call: Call) -> None:
     """An entry after as many runs by a tier as pay for native code."""
     entry.state = replace(entry.state, banked=1e3)  # type: ignore[type-var]
-    entry.ran(tier, 1e-3, call)
+    entry.observe(tier, 1e-3, call)
 
 
 def check(f: Function, *args: Tensor, **how: Any) -> None:
@@ -136,7 +136,7 @@ def test_programs(program: Program) -> None:
             with contextlib.suppress(CaptureRefused, PlanRefused):
                 plan, _ = plan_of(program, *inputs, argnums=argnums, orders=(order,))
                 call = Call(program, argnums, False, inputs, {})
-                plan = replace(plan, emitted=with_kernel(plan.programs, arguments(call), None))
+                plan = replace(plan, program=with_kernel(plan.programs, arguments(call), None))
                 got = plan(call)
                 if got is not None:
                     agrees(got, want)
@@ -153,8 +153,10 @@ def of_operation(
     for x in inputs:
         recorder.input(x)
     with torch.no_grad(), recorder:
-        made = operation(*inputs, *rest).to(inputs[0].dtype)
-    return Executable(build_source([(finish_recording(recorder, [made]), 1)], samples)), made
+        expected = operation(*inputs, *rest).to(inputs[0].dtype)
+    return Executable(
+        build_source([(finish_recording(recorder, [expected]), 1)], samples)
+    ), expected
 
 
 def special(dtype: torch.dtype) -> Tensor:
@@ -252,8 +254,8 @@ def test_polygamma(order: int, dtype: torch.dtype) -> None:
     recorder = Recorder((), parameters_vary=False)
     recorder.input(x)
     with torch.no_grad(), recorder:
-        made = aten.polygamma.default(order, x)
-    kernel = Executable(build_source([(finish_recording(recorder, [made]), 1)], None))
+        expected = aten.polygamma.default(order, x)
+    kernel = Executable(build_source([(finish_recording(recorder, [expected]), 1)], None))
     (got,), _ = kernel.run([x])
     want = torch.from_numpy(scipy.special.polygamma(order, x.double().numpy()))
     eps = torch.finfo(dtype).eps
@@ -391,8 +393,8 @@ def test_what_is_assembled(layout: torch.layout, dtype: torch.dtype) -> None:
     for order in ORDERS:
         plan, _ = plan_of(mesh, x, orders=(order,), layout=layout)
         plan = kernel_of(plan, mesh, x)
-        assert isinstance(plan.emitted.kernel, Executable)
-        assert "+= buffers_float" in plan.emitted.kernel.source.text
+        assert isinstance(plan.program.kernel, Executable)
+        assert "+= buffers_float" in plan.program.kernel.source.text
         J = plan(Call(mesh, 0, False, (x,), {}))
         got = (J if layout is torch.strided else J.to_dense()).double()
         rounding = 1e-9 if dtype is torch.float64 else 1e-3
@@ -423,12 +425,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A cache directory of its own, and a compiler that is looked for anew."""
     monkeypatch.setenv("TORCHJAC_CACHE_DIR", str(tmp_path / "cache"))
     known = (compiler._command, compiler._version, compiler._flags_file)
-    for found in known:
-        found.cache_clear()
+    for cached in known:
+        cached.cache_clear()
     monkeypatch.setattr(compiler, "_flags_of", {})
     yield tmp_path
-    for found in known:
-        found.cache_clear()
+    for cached in known:
+        cached.cache_clear()
 
 
 def script(path: Path, text: str) -> str:
@@ -508,7 +510,7 @@ def test_a_bad_compiler_is_not_the_end(fresh: Path, monkeypatch: pytest.MonkeyPa
         kernel_of(plan, f, value(*shape))
     call, entry = Call(f, 0, False, (value(*shape),), {}), Entry.of(plan, False)
     after_many_runs(entry, Tier.PROGRAM, call)
-    same(entry.of_tier(entry.tier())(call), oracle_jacobian(f)(value(*shape)))
+    same(entry.compiled_for(entry.next_tier())(call), oracle_jacobian(f)(value(*shape)))
     record = entry.record(plan, "jacobian", 1.0)
     assert "the C compiler failed" in dict(record.refusals)["kernel"]
 
@@ -572,16 +574,16 @@ def test_asked_for() -> None:
     assert torchjac.last_run().mode.endswith("kernel")
 
 
-def test_made_when_it_is_worth_it() -> None:
+def test_a_kernel_is_compiled_when_it_pays() -> None:
     """Calls that have taken as long as it takes to compile make a kernel."""
     f, shape = PROBLEMS["pairs"]
     x = value(*shape)
     plan, _ = plan_of(f, x)
     call, entry = Call(f, 0, False, (x,), {}), Entry.of(plan, False)
-    entry.ran(Tier.PROGRAM, 10.0, call)
-    assert not entry.compiled.emitted.is_compiled, "what a run took decides nothing"
+    entry.observe(Tier.PROGRAM, 10.0, call)
+    assert not entry.compiled.program.is_compiled, "what a run took decides nothing"
     after_many_runs(entry, Tier.PROGRAM, call)
-    same(entry.of_tier(Tier.NATIVE)(call), oracle_jacobian(f)(x))
+    same(entry.compiled_for(Tier.NATIVE)(call), oracle_jacobian(f)(x))
 
 
 def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,7 +592,7 @@ def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     x = value(*shape)
     plan, _ = plan_of(f, x)
     (other,) = plan.alternatives
-    refused = plan.emitted.recording
+    refused = plan.program.recording
 
     def refuse(ways: Sequence[tuple[Recording, int]], *how: Any) -> SourceUnit:
         if ways[0][0] is refused:
@@ -599,7 +601,7 @@ def test_the_order_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compilation, "build_source", refuse)
     plan = kernel_of(plan, f, x)
-    assert plan.emitted.form == f"{other.mode}, kernel"
+    assert plan.program.form == f"{other.mode}, kernel"
     y = 0.3 - 0.7 * x
     same(run(plan, f, y), oracle_jacobian(f)(y))
 
@@ -630,21 +632,21 @@ def test_parameters_are_read_anew() -> None:
     same(J(x), oracle_jacobian(net)(x))
 
 
-def test_made_though_passes_win() -> None:
+def test_a_kernel_is_compiled_though_passes_win() -> None:
     """Passes that beat the operations one by one need not beat a kernel of them."""
     f, shape = PROBLEMS["pairs"]
     x = value(*shape)
     plan = replace(plan_of(f, x)[0], passes=1e-3)
     call, entry = Call(f, 0, False, (x,), {}), Entry.of(plan, False)
     for _ in range(4):
-        entry.ran(Tier.PROGRAM, 1.0, call)
+        entry.observe(Tier.PROGRAM, 1.0, call)
     for _ in range(3):
-        entry.ran(Tier.PASSES, 1e-3, call)
-    assert entry.tier() is Tier.PASSES
+        entry.observe(Tier.PASSES, 1e-3, call)
+    assert entry.next_tier() is Tier.PASSES
     after_many_runs(entry, Tier.PASSES, call)
-    assert entry.tier() is Tier.NATIVE
+    assert entry.next_tier() is Tier.NATIVE
     for _ in range(4):
-        entry.ran(Tier.NATIVE, 1e-5, call)
+        entry.observe(Tier.NATIVE, 1e-5, call)
     assert entry.settled_native() is not None
 
 

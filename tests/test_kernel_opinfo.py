@@ -53,7 +53,7 @@ def refusal(n: str) -> str | None:
             call = Call(f, argnums, False, inputs[0], {})
             try:
                 compiled = replace(
-                    compiled, emitted=with_kernel(compiled.programs, arguments(call), None, 20.0)
+                    compiled, program=with_kernel(compiled.programs, arguments(call), None, 20.0)
                 )
             except PlanRefused as refused:
                 why = why or re.sub(r"\d+", "n", str(refused).split("; ")[0])

@@ -40,7 +40,7 @@ def plan_with_products(f: Function, *args: Any) -> Any:
     """The plan, which keeps products whole."""
     plan, _ = plan_of(f, *args)
     plan = kernel_of(plan, f, *args)
-    assert "torchjac_strip" in plan.emitted.kernel.source.text
+    assert "torchjac_strip" in plan.program.kernel.source.text
     return plan
 
 
@@ -79,7 +79,7 @@ def test_a_diagonal_goes_with_the_smaller_matrix() -> None:
     plan, _ = plan_of(net, value(6), orders=("reverse",))
     scaled = [
         math.prod(call.results[0].shape)
-        for call in plan.emitted.recording.calls
+        for call in plan.program.recording.calls
         if call.operation is torch.ops.aten.mul.Tensor
     ]
     assert max(scaled) <= 128 * 6  # not 128 * 128

@@ -16,7 +16,7 @@ import torchjac
 from torchjac import ops
 from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.op_traits import FILLED
-from torchjac.ops import IN_PLACE, OPS, Fact, having
+from torchjac.ops import IN_PLACE, OPS, Fact, operators_with
 
 ROOT = Path(torchjac.__file__).parent
 # Facts that others imply.
@@ -112,7 +112,7 @@ def ran(operator: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 def having_any(*facts: Fact) -> list[Any]:
     """The operators that have one of these facts, in the order of their names."""
-    return sorted({o for fact in facts for o in having(fact)}, key=str)
+    return sorted({o for fact in facts for o in operators_with(fact)}, key=str)
 
 
 def numbers(tensors: list[Tensor]) -> set[float]:
@@ -127,7 +127,7 @@ class TestTable:
     @pytest.mark.parametrize("fact", list(Fact), ids=lambda f: f.name)
     def test_every_fact_has_a_row_and_a_reader(self, fact: Fact) -> None:
         """A fact that no room asks for is no fact of this library."""
-        assert having(fact)
+        assert operators_with(fact)
         assert f"        {fact.name}: " in (Fact.__doc__ or "")
         texts = [p.read_text() for p in ROOT.rglob("*.py") if p.name != "ops.py"]
         assert any(f"Fact.{fact.name}" in text for text in texts)
@@ -141,8 +141,8 @@ class TestTable:
 
     @pytest.mark.parametrize(("fact", "other"), IMPLIED, ids=str)
     def test_implied(self, fact: Fact, other: Fact) -> None:
-        assert having(fact) <= having(other)
-        assert having(fact | other) == having(fact)
+        assert operators_with(fact) <= operators_with(other)
+        assert operators_with(fact | other) == operators_with(fact)
 
     def test_no_facts_elsewhere(self) -> None:
         """Sets of operators stand in `ops`, but for those of the tracer and of rules."""
@@ -176,8 +176,8 @@ class TestAgainstTorch:
             for o in OPS
             if any(r.alias_info and not r.alias_info.is_write for r in o._schema.returns)
         }
-        assert having(Fact.VIEW) - views == known({aten._unsafe_view.default})
-        assert views - having(Fact.VIEW) == NOT_CHAINED
+        assert operators_with(Fact.VIEW) - views == known({aten._unsafe_view.default})
+        assert views - operators_with(Fact.VIEW) == NOT_CHAINED
 
     @pytest.mark.parametrize("operator", having_any(Fact.VIEW), ids=str)
     def test_views_begin_where_their_argument_does(self, operator: Any) -> None:
@@ -187,10 +187,10 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("operator", having_any(Fact.MOVE), ids=str)
     def test_moves(self, operator: Any) -> None:
         """All numbers of results are numbers of arguments, or the one that fills."""
-        if operator in having(Fact.UNINITIALIZED):
+        if operator in operators_with(Fact.UNINITIALIZED):
             return
         arguments, results = ran(operator)
-        if operator in having(Fact.FILL):
+        if operator in operators_with(Fact.FILL):
             assert numbers(results) <= {0.0, ARGUMENTS["fill_value"]}
         else:
             assert numbers(results) <= numbers(arguments) | {ARGUMENTS["value"]}
@@ -202,32 +202,32 @@ class TestAgainstTorch:
     )
     def test_filled(self, operator: Any) -> None:
         """Every element is the same number: 0, 1, or the one that is given."""
-        if operator in having(Fact.UNINITIALIZED):
+        if operator in operators_with(Fact.UNINITIALIZED):
             return
-        zeros, ones = operator in having(Fact.ZEROS), operator in having(Fact.ONES)
+        zeros, ones = operator in operators_with(Fact.ZEROS), operator in operators_with(Fact.ONES)
         assert (zeros, ones) == ("zeros" in str(operator), "ones" in str(operator))
         assert numbers(ran(operator)[1]) == {0.0 if zeros else 1.0 if ones else 2.0}
 
     def test_uninitialized(self) -> None:
         named = {o for o in OPS if o._schema.name.startswith(("aten::empty", "aten::new_empty"))}
-        assert having(Fact.UNINITIALIZED) == named
+        assert operators_with(Fact.UNINITIALIZED) == named
 
     def test_the_tracer_knows_the_same(self) -> None:
         """`op_traits.FILLED` lies below `ops`; it has whatever takes the shape of a tensor."""
-        rows = having(Fact.SHAPE_ONLY) | having(Fact.UNINITIALIZED)
+        rows = operators_with(Fact.SHAPE_ONLY) | operators_with(Fact.UNINITIALIZED)
         assert {o for o in rows if o._schema.arguments[0].name == "self"} == FILLED
 
     def test_fresh(self) -> None:
-        for operator in having(Fact.FRESH):
+        for operator in operators_with(Fact.FRESH):
             first, *rest = operator._schema.arguments
             assert first.name == "size"
             assert all(a.kwarg_only for a in rest)
-            assert operator in having(Fact.ZEROS) | having(Fact.UNINITIALIZED)
+            assert operator in operators_with(Fact.ZEROS) | operators_with(Fact.UNINITIALIZED)
 
     @pytest.mark.parametrize("operator", having_any(Fact.MOVE, Fact.BY_STRIDES), ids=str)
     def test_strides(self, operator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """The same numbers with other strides give something else, or an error; nowhere else."""
-        if operator in having(Fact.FILL):
+        if operator in operators_with(Fact.FILL):
             return
         _, before = ran(operator)
         monkeypatch.setitem(ARGUMENTS, "self", X.t().contiguous().t())
@@ -235,11 +235,11 @@ class TestAgainstTorch:
             same = all(map(torch.equal, before, ran(operator)[1]))
         except RuntimeError:
             same = False
-        assert same == (operator not in having(Fact.BY_STRIDES))
+        assert same == (operator not in operators_with(Fact.BY_STRIDES))
 
     def test_pointwise(self) -> None:
         """A row is for what torch has no tag for; the tag is asked otherwise."""
-        assert not [o for o in having(Fact.POINTWISE) if torch.Tag.pointwise in o.tags]
+        assert not [o for o in operators_with(Fact.POINTWISE) if torch.Tag.pointwise in o.tags]
 
     @pytest.mark.parametrize("operator", having_any(Fact.POINTWISE), ids=str)
     def test_pointwise_rows(self, operator: Any) -> None:
@@ -265,13 +265,15 @@ class TestAgainstTorch:
 
     def test_products(self) -> None:
         """Torch counts these as products of matrices, but for two."""
-        counted = {o for o in having(Fact.PRODUCT) if o.overloadpacket in flop_registry}
-        assert having(Fact.PRODUCT) - counted == known({aten.mv.default, aten.matmul.default})
-        plain = {o for o in having(Fact.PRODUCT) if len(o._schema.arguments) == 2}
-        assert having(Fact.CHAIN_PRODUCT) == plain - known({aten.matmul.default})
+        counted = {o for o in operators_with(Fact.PRODUCT) if o.overloadpacket in flop_registry}
+        assert operators_with(Fact.PRODUCT) - counted == known(
+            {aten.mv.default, aten.matmul.default}
+        )
+        plain = {o for o in operators_with(Fact.PRODUCT) if len(o._schema.arguments) == 2}
+        assert operators_with(Fact.CHAIN_PRODUCT) == plain - known({aten.matmul.default})
 
     def test_several_results(self) -> None:
-        for operator in having(Fact.ALL_DIFFERENTIABLE):
+        for operator in operators_with(Fact.ALL_DIFFERENTIABLE):
             returns = operator._schema.returns
             assert len(returns) > 1 or str(returns[0].type) == "List[Tensor]"
 
@@ -279,10 +281,10 @@ class TestAgainstTorch:
         """Facts about arguments are about arguments that are there."""
         named = {o: {a.name for a in o._schema.arguments} for o in OPS}
         sizes = {"size", "shape", "input_sizes"}
-        without = {o for o in having(Fact.SIZED) if not named[o] & sizes}
+        without = {o for o in operators_with(Fact.SIZED) if not named[o] & sizes}
         assert without == known({aten.scalar_tensor.default})
-        assert all({"dim", "index"} <= named[o] for o in having(Fact.BY_PLACE))
-        assert {o for o in OPS if "normalized_shape" in named[o]} == having(Fact.NORM)
+        assert all({"dim", "index"} <= named[o] for o in operators_with(Fact.BY_PLACE))
+        assert {o for o in OPS if "normalized_shape" in named[o]} == operators_with(Fact.NORM)
 
     def test_in_place(self) -> None:
         """Its argument is written to; the other operator has its name and no memory to write to."""

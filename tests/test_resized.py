@@ -18,7 +18,7 @@ from test_samples import ONE
 from torchjac.call import Call
 from torchjac.compiler.program.record import recording_of
 from torchjac.compiler.program.resize import NotResizable, _fit, resize
-from torchjac.export import _for_any_number
+from torchjac.export import _for_any_batch
 
 Function = Callable[..., Any]
 WORKLOADS = ["arm(joints=3, poses=40)", "chemistry(batch=40)", "bundle(observations=40)"]
@@ -27,7 +27,7 @@ WORKLOADS = ["arm(joints=3, poses=40)", "chemistry(batch=40)", "bundle(observati
 def module_of(f: Function, *args: Tensor) -> torch.nn.Module | None:
     plan, _ = plan_of(f, *args, batched=True)
     with torch.no_grad():
-        return _for_any_number(Call(f, 0, False, args, {}), plan)
+        return _for_any_batch(Call(f, 0, False, args, {}), plan)
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -51,7 +51,7 @@ def test_workloads(spec: str) -> None:
     x = w.make(0)
     plan, _ = plan_of(w.f, *x, batched=True)
     with torch.no_grad():
-        resized = _for_any_number(Call(w.f, 0, False, x, {}), plan)
+        resized = _for_any_batch(Call(w.f, 0, False, x, {}), plan)
     assert resized is not None
     for samples in (1, 12, 33):
         y = tuple(t[:samples] for t in x)
@@ -111,7 +111,7 @@ def test_failing_with_few_samples_is_no_failure(tmp_path: Path) -> None:
 
 def test_no_batch() -> None:
     plan, _ = plan_of(torch.sin, value(40))
-    assert _for_any_number(Call(torch.sin, 0, False, (value(40),), {}), plan) is None
+    assert _for_any_batch(Call(torch.sin, 0, False, (value(40),), {}), plan) is None
 
 
 @pytest.mark.parametrize(

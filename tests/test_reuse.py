@@ -160,7 +160,7 @@ def test_results_keep_their_numbers(f: Any) -> None:
 def test_memory_is_used_again() -> None:
     x = value(N, seed=1)
     plan, first = plan_of(outer, x)
-    assert "reused" in plan.emitted.module.code
+    assert "reused" in plan.program.module.code
     del first
     where = {run(plan, outer, x + 0.1 * k).data_ptr() for k in range(4)}
     assert len(where) <= 2

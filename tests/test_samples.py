@@ -58,7 +58,7 @@ ONE = {
 def plan_of_sample(f: Function, *args: Tensor, **how: Any) -> Any:
     """The plan, which is for one sample."""
     plan, J = plan_of(f, *args, batched=True, **how)
-    assert plan.emitted.samples is not None, plan.tried
+    assert plan.program.samples is not None, plan.tried
     return plan, J
 
 
@@ -187,7 +187,7 @@ def test_what_is_not_the_same_with_fewer(name: str) -> None:
         plan, _ = plan_of(f, x, batched=True)
     except (CaptureRefused, PlanRefused):
         return
-    assert plan.emitted.samples is None
+    assert plan.program.samples is None
     for y in (x, 100 + x):
         each = torch.arange(50)
         same(run(plan, f, y), want(y)[each, :, each])

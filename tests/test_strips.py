@@ -120,8 +120,8 @@ def with_numbers(net: nn.Module) -> Function:
 def plan_of_strips(f: Function, *args: Any) -> Any:
     """The plan, which is for strips of samples."""
     plan, J = plan_of(f, *args, batched=True)
-    assert plan.emitted.samples is not None, plan.tried
-    assert "TORCHJAC_STRIP" in plan.emitted.kernel.source.text
+    assert plan.program.samples is not None, plan.tried
+    assert "TORCHJAC_STRIP" in plan.program.kernel.source.text
     return plan, J
 
 
@@ -156,7 +156,7 @@ def test_memory_that_is_not_initialized_is_no_table() -> None:
     del garbage
     net, inputs = trained("silu")
     plan, _ = plan_of_strips(net, value(37, inputs))
-    assert {t.dtype.kind for t in plan.emitted.kernel.source.tables} <= {"i"}
+    assert {t.dtype.kind for t in plan.program.kernel.source.tables} <= {"i"}
 
 
 def test_parts_of_the_samples() -> None:
@@ -164,7 +164,7 @@ def test_parts_of_the_samples() -> None:
     net, inputs = trained("silu")
     x = value(101, inputs)
     plan, want = plan_of_strips(net, x)
-    kernel = plan.emitted.kernel
+    kernel = plan.program.kernel
     for cuts in ([0, 101], [0, 1, 50, 101], [0, 7, 8, 93, 101]):
         kernel._divided = lambda run, c=cuts: all([run(a, b) for a, b in pairwise(c)])
         same(run(plan, net, x), want)

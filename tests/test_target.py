@@ -71,8 +71,8 @@ def of(f: Function, *inputs: Tensor) -> Recording:
     for x in inputs:
         recorder.input(x)
     with torch.no_grad(), recorder:
-        made = f(*inputs)
-    return finish_recording(recorder, [made])
+        result = f(*inputs)
+    return finish_recording(recorder, [result])
 
 
 @BOTH

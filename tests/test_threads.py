@@ -77,7 +77,7 @@ class TestResults:
             plan = kernel_of(plan_of(f, x)[0], f, x)
         except PlanRefused as refusal:
             pytest.skip(f"no kernel: {refusal}")
-        kernel = plan.emitted.kernel
+        kernel = plan.program.kernel
         assert isinstance(kernel, Executable)
         if kernel._threads is not None:
             monkeypatch.setattr(kernel, "_threads", lambda go: go(3))

@@ -81,4 +81,4 @@ def test_near_the_best_order(name: str) -> None:
     same(J, oracle_jacobian(f)(value(N)))
     fewest = min(way.work.multiplications for way in plan.programs)
     assert fewest < 1.125 * best + 20 * N
-    assert plan.emitted.waists
+    assert plan.program.waists

@@ -18,27 +18,27 @@ Argnums = int | tuple[int, ...]
 
 
 def check_argnums(argnums: Any) -> None:
-    """Refuses argnums that are wrong whatever the arguments are.
+    """Refuses argnums that are wrong for every list of arguments.
 
     Raises:
-        ArgumentError: It is not an int or a nonempty tuple of different ints.
+        ArgumentError: `argnums` is neither an int nor a nonempty tuple of different ints.
     """
-    given = argnums if isinstance(argnums, tuple) else (argnums,)
-    if not given:
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not numbers:
         raise ArgumentError("torchjac: argnums must be non-empty, got ().")
-    for number in given:
+    for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool):
             raise ArgumentError(
                 f"torchjac: argnums must be int or Tuple[int, ...], got {type(number).__name__} "
                 f"in {argnums!r}."
             )
-    if len(set(given)) != len(given):
-        raise ArgumentError(f"torchjac: argnums elements must be unique, got {given}.")
+    if len(set(numbers)) != len(numbers):
+        raise ArgumentError(f"torchjac: argnums elements must be unique, got {numbers}.")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a user's function: what to differentiate, and what is passed through.
+    """One call of a user's function: differentiated arguments, and others that pass through.
 
     Arguments are flattened once, when their leaves are first read.
 
@@ -65,15 +65,17 @@ class Call:
         return flat
 
     @property
-    def _others(self) -> tuple[list[Any], TreeSpec]:
-        flat: tuple[list[Any], TreeSpec] | None = self.__dict__.get("_flat_others")
+    def _undifferentiated(self) -> tuple[list[Any], TreeSpec]:
+        flat: tuple[list[Any], TreeSpec] | None = self.__dict__.get("_flat_undifferentiated")
         if flat is None:
-            flat = self.__dict__["_flat_others"] = flatten((_without(self), self.kwargs))
+            flat = self.__dict__["_flat_undifferentiated"] = flatten(
+                (_undifferentiated(self), self.kwargs)
+            )
         return flat
 
     @property
     def leaves(self) -> list[Any]:
-        """Leaves of the differentiated arguments; not to be changed."""
+        """Leaves of the differentiated arguments; callers must not change the list."""
         return self._differentiated[0]
 
     @property
@@ -83,42 +85,52 @@ class Call:
 
     @property
     def other_leaves(self) -> list[Any]:
-        """Leaves of the other arguments, with None for differentiated ones; not to be changed."""
-        return self._others[0]
+        """Leaves of the other arguments, None for differentiated ones; read-only for callers."""
+        return self._undifferentiated[0]
 
     @property
     def other_spec(self) -> TreeSpec:
         """Nesting of the other arguments: positional ones, then keyword arguments."""
-        return self._others[1]
+        return self._undifferentiated[1]
 
     def positions(self) -> tuple[int, ...]:
         """Nonnegative positions of the differentiated arguments.
 
         Raises:
-            ArgumentError: A position is out of range, or named twice.
+            ArgumentError: A position is out of range, or stands twice.
         """
-        given = self.argnums if isinstance(self.argnums, tuple) else (self.argnums,)
+        numbers = self.argnums if isinstance(self.argnums, tuple) else (self.argnums,)
         count = len(self.args)
-        for number in given:
+        for number in numbers:
             if not -count <= number < count:
                 raise ArgumentError(
                     f"torchjac: Got argnum={number}, but only {count} positional inputs. Keyword "
                     f"arguments are passed through and not differentiated."
                 )
-        found = tuple([number % count for number in given])
-        if len(found) > 1 and len(set(found)) != len(found):
-            raise ArgumentError(f"torchjac: argnums elements must be unique, got {given}.")
-        return found
+        positions = tuple([number % count for number in numbers])
+        if len(positions) > 1 and len(set(positions)) != len(positions):
+            raise ArgumentError(f"torchjac: argnums elements must be unique, got {numbers}.")
+        return positions
 
     def differentiated(self) -> Any:
-        """The differentiated arguments as one tree: a single argument bare, several as a tuple."""
+        """The differentiated arguments as one tree; a tuple if `argnums` is a tuple."""
         positions = self.positions()
         if isinstance(self.argnums, tuple):
             return tuple(self.args[p] for p in positions)
         return self.args[positions[0]]
 
     def run(self, inputs: Any) -> tuple[Any, Any]:
-        """Evaluates the function with other differentiated arguments: `(output, returned)`."""
+        """Calls the function with other values of the differentiated arguments.
+
+        Args:
+            inputs: The differentiated arguments, nested as `differentiated` nests them.
+
+        Returns:
+            `(output, returned)`: the output to differentiate, and the whole return value.
+
+        Raises:
+            ArgumentError: With `has_aux` the function does not return a pair.
+        """
         positions = self.positions()
         values = inputs if isinstance(self.argnums, tuple) else (inputs,)
         args = list(self.args)
@@ -138,11 +150,15 @@ class Call:
         return returned[0], returned
 
     def traced(self) -> bool:
-        """Whether the arguments are not real values (FakeTensor, meta, make_fx)."""
+        """Whether an argument is a tensor without real values (FakeTensor, meta, make_fx)."""
         return modes.tracing(a for a in self.args if isinstance(a, Tensor))
 
     def name_input(self, position: int) -> str:
-        """Name of a differentiated leaf by its position among all of them."""
+        """Name of a differentiated leaf, for messages.
+
+        Args:
+            position: Its position among all differentiated leaves.
+        """
         names: list[str] = []
         for number in self.positions():
             parameter = self._parameter(number)
@@ -150,7 +166,7 @@ class Call:
         return names[position]
 
     def _parameter(self, number: int) -> str:
-        """Name of a positional parameter, for messages; empty where it has none."""
+        """Name of a positional parameter, for messages; empty if the signature has no name."""
         function = self.function
         try:
             signature = inspect.signature(
@@ -166,8 +182,8 @@ class Call:
         return f" (parameter {named[number]!r})" if number < len(named) else ""
 
 
-def to_differentiate(call: Call) -> list[Tensor]:
-    """The tensors of a call, so that what they give can be differentiated in any case."""
+def differentiable_variables(call: Call) -> list[Tensor]:
+    """The tensors of a call, as `variables`; every differentiated one requires a gradient."""
     count = len(call.leaves)
     return [
         x if i >= count or x.requires_grad else x.detach().requires_grad_()
@@ -176,23 +192,23 @@ def to_differentiate(call: Call) -> list[Tensor]:
 
 
 def arguments(call: Call) -> list[Tensor]:
-    """The tensors that a traced function takes before its cotangents, in order, without a graph."""
+    """The inputs of a traced function before its cotangents, in order, as tensors without graph."""
     return [t.detach() if t.requires_grad else t for t in variables(call)]
 
 
 def variables(call: Call) -> list[Tensor]:
-    """As `arguments`, with the graph that they have.
+    """The tensors of a call whose values may vary, with their graphs.
 
-    The differentiated ones come first, then other floating-point arguments.
+    Differentiated leaves come first, then other floating-point and complex ones.
     """
     if len(call.args) == len(call.positions()) and not call.kwargs:
         return list(call.leaves)
-    others = call.other_leaves
-    return [*call.leaves, *(others[i] for i in _variable(others))]
+    rest = call.other_leaves
+    return [*call.leaves, *(rest[i] for i in _varying_positions(rest))]
 
 
-def _variable(leaves: Sequence[Any]) -> list[int]:
-    """Which leaves may have any value."""
+def _varying_positions(leaves: Sequence[Any]) -> list[int]:
+    """Positions of the leaves whose values may vary: floating-point and complex tensors."""
     return [
         i
         for i, leaf in enumerate(leaves)
@@ -200,7 +216,7 @@ def _variable(leaves: Sequence[Any]) -> list[int]:
     ]
 
 
-def _without(call: Call) -> tuple[Any, ...]:
-    """Arguments that are not differentiated; None in the place of the others."""
-    taken = set(call.positions())
-    return tuple(None if i in taken else a for i, a in enumerate(call.args))
+def _undifferentiated(call: Call) -> tuple[Any, ...]:
+    """The positional arguments, with None for each differentiated one."""
+    positions = set(call.positions())
+    return tuple(None if i in positions else a for i, a in enumerate(call.args))

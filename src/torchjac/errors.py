@@ -1,7 +1,7 @@
-"""Every error and warning torchjac raises on purpose.
+"""Every error and warning that torchjac raises on purpose.
 
-All errors are `RuntimeError`s, because that is what `torch.autograd` and `torch.func` raise in the
-same places; the second base says what kind of mistake it is.
+All errors are `RuntimeError`s, as those of `torch.autograd` and `torch.func` in the same places. A
+second base class (`ValueError`, `TypeError`) names the kind of mistake.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ class TorchjacError(RuntimeError):
 
 
 class ArgumentError(TorchjacError, ValueError):
-    """An argument of a torchjac call is not what the call takes."""
+    """An argument of a torchjac call has a wrong type, value or shape."""
 
 
 class DtypeError(TorchjacError, TypeError):
-    """A Jacobian was asked of tensors that have none here: integer, bool or complex ones."""
+    """The Jacobian of integer, bool or complex tensors was requested."""
 
 
 class UnusedInputError(TorchjacError):
-    """No output depends on an input whose derivative was asked for."""
+    """No output depends on an input whose derivative was requested."""
 
 
 class CoupledBatchError(TorchjacError):
-    """`batched=True` was promised, but one sample's output depends on another sample's input."""
+    """With `batched=True` the output of one sample depends on the input of another sample."""
 
 
 class PlanError(TorchjacError):
@@ -32,15 +32,15 @@ class PlanError(TorchjacError):
 
 
 class PlanRefused(TorchjacError):
-    """A plan cannot be run on this program; the message is the reason.
+    """A plan cannot run on a program; the message is the reason.
 
-    Raised by engines and caught by the planner, which goes on to the next candidate. Users see it
-    only when they force a plan (`torchjac.testing.force_plan`).
+    Engines raise it, and the next candidate runs instead. Users see it only when they force a plan
+    (`torchjac.testing.force_plan`).
 
     Attributes:
-        lasting: Whether it will not run on other values either; if not, it is tried again.
-        user_code: Whether code of the user runs in the backward pass (or may).
-        operation: The operation that torch has no batching rule for, where that is the reason.
+        lasting: Whether the plan is refused at other values as well; if not, it is tried again.
+        user_code: Whether code of the user runs, or may run, in the backward pass.
+        operation: The operation without a batching rule in torch; None for another reason.
     """
 
     lasting = True
@@ -49,20 +49,20 @@ class PlanRefused(TorchjacError):
 
 
 class RefusedHere(PlanRefused):
-    """A plan cannot be run at these values."""
+    """A plan cannot run at these values."""
 
     lasting = False
 
 
 class NotKnownLinear(PlanRefused):
-    """The backward pass is not known to be linear in the cotangent."""
+    """The backward pass is not proved to be linear in the cotangent."""
 
 
 class Disagrees(PlanRefused):
-    """The result of a plan is not what a pass of autograd gives.
+    """The result of a plan differs from that of a pass of autograd.
 
     Attributes:
-        report: What the issue tracker needs to know.
+        report: A bug report for the issue tracker; None if there is none.
     """
 
     report: str | None = None
@@ -71,19 +71,19 @@ class Disagrees(PlanRefused):
 class CaptureRefused(TorchjacError):
     """A program cannot be captured as a graph; the message is the reason.
 
-    Caught where a program can be differentiated without being captured.
+    Callers catch it if they can differentiate the program without a capture.
     """
 
 
 class PatternError(TorchjacError, ValueError):
-    """A sparsity pattern does not fit the program, or does not fit into memory."""
+    """A sparsity pattern has a wrong shape for the program, or does not fit into memory."""
 
 
 class PatternMissed(PatternError):
-    """A pattern lacks an entry that is not zero.
+    """A pattern lacks a nonzero entry.
 
     Attributes:
-        place: Name of the input leaf, and the element of it, whose column lacks an entry.
+        place: The column that lacks an entry: name of the input leaf, and number of its element.
     """
 
     def __init__(self, name: str, element: int):
@@ -96,15 +96,15 @@ class PatternMissed(PatternError):
 
 
 class CompressionFailed(TorchjacError):
-    """Rows or columns that share a pass do not come out as they do alone; caught and warned of."""
+    """Compressed passes differ from plain ones; caught, with a warning."""
 
 
 class PatternWarning(UserWarning):
-    """A pattern could not be used; the result was computed without it, row by row."""
+    """A pattern is unusable; the result was computed row by row, without the pattern."""
 
 
 class LocalPatternWarning(UserWarning):
-    """A pattern could be found for the given values only, not for every input."""
+    """A pattern holds for the values of the arguments only, not for every input."""
 
 
 class UnusedInputWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""A function and its Jacobian as files that other programs use: the way to C and C++."""
+"""Exports a function and its Jacobian as C sources or an AOTInductor package."""
 
 from __future__ import annotations
 
@@ -38,27 +38,30 @@ from torchjac.request import Dense
 from torchjac.sparsity.detect import KEEP
 
 
-def export(path: Path, call: Call, plan: Compiled) -> list[Path]:
-    """Writes value and Jacobian down, as the suffix of the path says.
+def export(path: Path, call: Call, compiled: Compiled) -> list[Path]:
+    """Writes the value of a function and its Jacobian to files.
 
     Args:
-        path: `.pt2` for an AOTInductor package; else a file whose suffix is replaced by `.c`, `.h`
-            and `.hpp`, and whose stem names the function.
+        path: With the suffix `.pt2`, an AOTInductor package. With any other one, C sources: the
+            suffix is replaced by `.c`, `.h` and `.hpp`, and the stem names the function.
         call: The function and its arguments.
-        plan: Its plan.
+        compiled: The compiled Jacobian of the function.
+
+    Returns:
+        The files.
 
     Raises:
-        PlanError: It cannot be compiled, or has no scalar form.
+        PlanError: The package cannot be compiled, or the program has no scalar form.
     """
     if is_package(path):
-        return [_package(path, call, plan)]
+        return [_write_package(path, call, compiled)]
     name = identifier(path.stem)
     try:
-        program, values = _program(call, plan, name)
-    except Exception as refusal:  # whatever it is, there is no file
+        program, values = _render_c(call, compiled, name)
+    except Exception as refusal:  # no file is written after any error
         raise PlanError(f"torchjac: it cannot be written as C: {refusal}") from refusal
-    made = _described(call, plan, program, values, name)
-    texts = {".c": made.source, ".h": made.header, ".hpp": made.tensors}
+    unit = _describe(call, compiled, program, values, name)
+    texts = {".c": unit.source, ".h": unit.header, ".hpp": unit.tensors}
     files = [path.with_name(name + suffix) for suffix in texts]
     for file, text in zip(files, texts.values(), strict=True):
         file.write_text(text, encoding="utf-8")
@@ -66,30 +69,30 @@ def export(path: Path, call: Call, plan: Compiled) -> list[Path]:
 
 
 def is_package(path: Path) -> bool:
-    """Whether a path is that of an AOTInductor package."""
+    """Whether a path names an AOTInductor package: its suffix is `.pt2`."""
     return path.suffix == ".pt2"
 
 
-def _package(path: Path, call: Call, plan: Compiled) -> Path:
+def _write_package(path: Path, call: Call, compiled: Compiled) -> Path:
     inputs = [x.detach().contiguous() for x in variables(call)]
     try:
         with torch.no_grad():
-            made, batch = _for_any_number(call, plan), plan.shape[2]
-            if made is None:
-                fixed = plain_graph(without_last(plan.emitted.recording))
-                made, batch = _Both((trace_value(call, KEEP), ()), fixed), None
-            write_package(made, inputs, path, batch)
+            module, batch = _for_any_batch(call, compiled), compiled.shape[2]
+            if module is None:
+                fixed = plain_graph(without_last(compiled.program.recording))
+                module, batch = _ValueAndJacobian((trace_value(call, KEEP), ()), fixed), None
+            write_package(module, inputs, path, batch)
     except (NotCompiled, TorchjacError) as refusal:
         raise PlanError(f"torchjac: it cannot be packaged: {refusal}") from refusal
     return path
 
 
-# A graph of inputs and constants, and these.
+# A graph of inputs and constants, and its constants.
 _Graph = tuple[fx.GraphModule, tuple[Tensor, ...]]
 
 
-class _Both(nn.Module):
-    """The values of a function, then the parts of its Jacobian."""
+class _ValueAndJacobian(nn.Module):
+    """A module that returns the outputs of a function, then the parts of its Jacobian."""
 
     def __init__(self, value: _Graph, jacobian: _Graph):
         super().__init__()
@@ -107,107 +110,113 @@ class _Both(nn.Module):
         return (*values, *self.jacobian(*inputs, *constants))
 
 
-def _for_any_number(call: Call, plan: Compiled) -> _Both | None:
-    """What takes any number of samples; None where there are none, or it depends on how many.
+def _for_any_batch(call: Call, compiled: Compiled) -> _ValueAndJacobian | None:
+    """A module for any number of samples; None without a batch, or if operations depend on it.
 
-    It is compared with the function and with passes at these samples, at twice as many, and at one.
+    Its results are compared with the function and with passes at the samples of the call, at twice
+    as many, and at one sample.
     """
-    batch = plan.shape[2]
-    if batch is None or not isinstance(plan.output, Dense):
+    batch = compiled.shape[2]
+    if batch is None or not isinstance(compiled.output, Dense):
         return None
-    for mode in dict.fromkeys(way.mode for way in plan.programs):
-        # Whatever is wrong, sizes that do not fit or a function that fails: it is for these sizes.
+    for mode in dict.fromkeys(way.mode for way in compiled.programs):
+        # After any error (sizes that do not fit, a function that fails) the batch size is fixed.
         with suppress(Exception), modes.ordinary_tensors():
-            found = record_at_sizes(call, plan.derivative, batch, mode)
-            counts, values, jacobians = zip(*found, strict=True)
-            made = _Both(resize(values, counts), resize(jacobians, counts))
-            if all(_agrees(made, with_samples(call, batch, n)) for n in (batch, 2 * batch, 1)):
-                return made
+            recordings = record_at_sizes(call, compiled.derivative, batch, mode)
+            counts, values, jacobians = zip(*recordings, strict=True)
+            module = _ValueAndJacobian(resize(values, counts), resize(jacobians, counts))
+            if all(
+                _agrees_with_passes(module, with_samples(call, batch, n))
+                for n in (batch, 2 * batch, 1)
+            ):
+                return module
     return None
 
 
-def _agrees(made: _Both, call: Call) -> bool:
-    """Whether values and Jacobian at a call are those of the function and of passes."""
+def _agrees_with_passes(module: _ValueAndJacobian, call: Call) -> bool:
+    """Whether outputs agree with the function at a call, and the Jacobian with passes."""
     program, returned = capture_function(call, batched=True, create_graph=False, replayable=False)
     values = [x.detach() for x in flatten(returned[0] if call.has_aux else returned)[0]]
-    found = made(*(x.detach().contiguous() for x in variables(call)))
-    Reference(program).check(found[len(values) :], Dense())
-    return all(x.shape == y.shape and agree(x, y) for x, y in zip(found, values, strict=False))
+    results = module(*(x.detach().contiguous() for x in variables(call)))
+    Reference(program).check(results[len(values) :], Dense())
+    return all(x.shape == y.shape and agree(x, y) for x, y in zip(results, values, strict=False))
 
 
-def _program(call: Call, plan: Compiled, name: str) -> tuple[SourceUnit, list[Tensor]]:
-    """Value and Jacobian in C, and the values here."""
+def _render_c(call: Call, compiled: Compiled, name: str) -> tuple[SourceUnit, list[Tensor]]:
+    """The C of value and Jacobian, and the outputs of the function at the call."""
     inputs = [x.detach().contiguous() for x in variables(call)]
     with torch.no_grad():
         module = trace_value(call, KEEP)
         values = list(module(*inputs))
-    value = _value(call, plan, module)
+    value = _record_value(call, compiled, module)
 
     def write(way: TensorProgram) -> SourceUnit:
         parts = [jacobian_of(way), (value, len(values))]
         if way.samples is not None:
             few, many = way.samples
             return build_batch_source(parts, few, many, f"{name}_body", Deployment.STANDALONE)
-        return build_source(parts, plan.shape[2], f"{name}_body", Deployment.STANDALONE)
+        return build_source(parts, compiled.shape[2], f"{name}_body", Deployment.STANDALONE)
 
-    _, program = render_first(plan.programs, write)
-    _check(program, plan, inputs, values)
+    _, program = render_first(compiled.programs, write)
+    _verify_c(program, compiled, inputs, values)
     return program, values
 
 
-def _value(call: Call, plan: Compiled, module: fx.GraphModule) -> Recording:
-    """The function, recorded with as many samples as the plan is."""
-    samples = plan.emitted.samples
+def _record_value(call: Call, compiled: Compiled, module: fx.GraphModule) -> Recording:
+    """The operations of the function, recorded for the number of samples of the program."""
+    samples = compiled.program.samples
     if samples is not None:
-        less = first_samples(call, samples[1])
-        assert less is not None, "there is a plan for fewer samples"
-        call, many = less[0], module
+        fewer = first_samples(call, samples[1])
+        assert fewer is not None, "there is a plan for fewer samples"
+        call, many = fewer[0], module
         module = trace_value(call, KEEP)
         if not is_batch_invariant(module, many, *samples):
             raise PlanRefused("with fewer samples it runs other operations")
     return recording_of(module, [x.detach().contiguous() for x in variables(call)])
 
 
-def _check(
-    program: SourceUnit, plan: Compiled, inputs: Sequence[Tensor], values: Sequence[Tensor]
+def _verify_c(
+    program: SourceUnit, compiled: Compiled, inputs: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
-    """Compares what C gives here with what the plan and the function give.
+    """Compares the results of the C code with those of the program and of the function.
 
-    Where there is no compiler it cannot be compared: it is for another machine.
+    Without a C compiler nothing is compared: the code is for another machine.
 
     Raises:
-        PlanRefused: It is something else.
+        PlanRefused: The results differ, or are not finite.
     """
     try:
         kernel = Executable(program)
     except NoCompiler:
         return
     with torch.no_grad():
-        got, want = kernel(inputs), plan.emitted(inputs)
-    if want is None:
+        got, expected = kernel(inputs), compiled.program(inputs)
+    if expected is None:
         raise PlanRefused("the result is not finite at these arguments")
-    if got is None or not all(map(agree, got, [*want, *values])):
+    if got is None or not all(map(agree, got, [*expected, *values])):
         raise PlanRefused("C does not give what the function and its plan give")
 
 
-def _described(
-    call: Call, plan: Compiled, program: SourceUnit, values: Sequence[Tensor], name: str
+def _describe(
+    call: Call, compiled: Compiled, program: SourceUnit, values: Sequence[Tensor], name: str
 ) -> Standalone:
-    """The files, with names for all arguments."""
-    named = _different(_names(call), name)
+    """The texts of the files, with names for all arguments."""
+    input_names = _distinct_names(_input_names(call), name)
     many = program.samples
 
     def array(label: str, about: str, shape: Sequence[int], dtype: torch.dtype) -> Array:
         each = many is not None and len(shape) > 0 and shape[0] == many
-        return Array(label, about, tuple(shape[1:] if each else shape), _name(dtype), None, each)
+        return Array(
+            label, about, tuple(shape[1:] if each else shape), _dtype_name(dtype), None, each
+        )
 
     inputs = [
-        array(n, "an argument", s, d) for n, (s, d) in zip(named, program.inputs, strict=True)
+        array(n, "an argument", s, d) for n, (s, d) in zip(input_names, program.inputs, strict=True)
     ]
     count = len(program.outputs) - len(values)
     shapes = program.outputs
     known: list[Array] = []
-    pattern = plan.output.pattern
+    pattern = compiled.output.pattern
     if pattern is not None:
         rows, columns = pattern.shape
         starts, places = pattern.starts, pattern.columns
@@ -223,7 +232,7 @@ def _described(
         for k, (shape, dtype) in enumerate(shapes[:count]):
             i, j = divmod(k, across)
             label = "jacobian" if count == 1 else f"jacobian_{i}_{j}"
-            about = f"of output {i} with respect to {named[j]}"
+            about = f"of output {i} with respect to {input_names[j]}"
             outputs.append(array(label, about, shape, dtype))
     for k, (shape, dtype) in enumerate(shapes[count:]):
         label = "value" if len(values) == 1 else f"value_{k}"
@@ -231,8 +240,8 @@ def _described(
     return standalone(program, name, inputs, outputs, known)
 
 
-def _names(call: Call) -> list[str]:
-    """A name for each input: that of the parameter where an argument is one tensor."""
+def _input_names(call: Call) -> list[str]:
+    """A name for each input: that of the parameter if the argument is one tensor."""
     function: Callable[..., Any] = getattr(call.function, "forward", call.function)
     try:
         parameters = list(inspect.signature(function).parameters)
@@ -240,38 +249,38 @@ def _names(call: Call) -> list[str]:
         parameters = []
     positions = list(call.positions())
     order = positions + [k for k in range(len(call.args)) if k not in positions]
-    found: list[str] = []
+    names: list[str] = []
     for k in order:
         base = parameters[k] if k < len(parameters) else f"x{k}"
-        leaves = _counted(call.args[k], k in positions)
-        found += [base] if leaves == 1 else [f"{base}_{i}" for i in range(leaves)]
-    left = len(variables(call)) - len(found)
-    found += [f"more_{i}" for i in range(left)]
-    return found
+        leaves = _count_inputs(call.args[k], k in positions)
+        names += [base] if leaves == 1 else [f"{base}_{i}" for i in range(leaves)]
+    left = len(variables(call)) - len(names)
+    names += [f"more_{i}" for i in range(left)]
+    return names
 
 
-def _different(names: Sequence[str], function: str) -> list[str]:
-    """Names that C tells apart, from each other and from what else the function takes.
+def _distinct_names(names: Sequence[str], function: str) -> list[str]:
+    """Names as C identifiers, distinct from each other and from other names of the C function.
 
-    Sizes are macros, in capital letters: so names may not differ by case alone.
+    Macros of sizes are in capital letters: names differ by more than case.
     """
-    taken = {"jacobian", "value", "work", "samples", "in", "out", "table", function.lower()}
-    found = []
+    reserved = {"jacobian", "value", "work", "samples", "in", "out", "table", function.lower()}
+    distinct: list[str] = []
     for base in map(identifier, names):
         name, k = base, 1
-        while name.lower() in taken or name.startswith(("jacobian_", "value_")):
+        while name.lower() in reserved or name.startswith(("jacobian_", "value_")):
             name, k = f"{base.removeprefix('jacobian_').removeprefix('value_')}_{k}", k + 1
             name = f"of_{name}" if name.startswith(("jacobian_", "value_")) else name
-        taken.add(name.lower())
-        found.append(name)
-    return found
+        reserved.add(name.lower())
+        distinct.append(name)
+    return distinct
 
 
-def _counted(argument: Any, differentiated: bool) -> int:
-    """How many inputs an argument is."""
+def _count_inputs(argument: Any, differentiated: bool) -> int:
+    """The number of inputs among the leaves of an argument."""
     leaves = [x for x in flatten(argument)[0] if isinstance(x, Tensor)]
     return len(leaves if differentiated else [x for x in leaves if x.is_floating_point()])
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The Jacobian of a function, as an object: callable, reusable, inspectable."""
+"""The Jacobian of a function as a callable object, with its pattern, record, plans and exports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from torchjac.sparsity.pattern import Pattern
 
 
 class Jacobian:
-    """The Jacobian of a function: callable, reusable, inspectable. Made by `torchjac.jacobian`."""
+    """The Jacobian of a function, as a callable object; `torchjac.jacobian` creates it.
+
+    Example:
+        >>> J = torchjac.jacobian(lambda q: q * q)
+        >>> J(torch.tensor([1., 2.]))
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
 
     def __init__(
         self,
@@ -63,7 +70,15 @@ class Jacobian:
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The Jacobian at these arguments; `(J, aux)` with `has_aux=True`."""
+        """The Jacobian at the arguments of f; `(J, aux)` with `has_aux=True`.
+
+        Returns:
+            Tensors `out.shape + in.shape`, nested as outputs x inputs; sparse matrices
+            `(out.numel(), in.numel())` with a sparse layout.
+
+        Raises:
+            TorchjacError: As for `torchjac.jacobian`; errors of f pass through.
+        """
         fast_path = self._dispatcher.fast_path
         if fast_path is not None and not kwargs:
             jacobian = fast_path(args)
@@ -74,11 +89,19 @@ class Jacobian:
         return (jacobian, value[1]) if has_aux else jacobian
 
     def value_and(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """`(f(x), J)` from one forward pass; `((output, aux), J)` with `has_aux=True`."""
+        """The return value and the Jacobian from one run of f.
+
+        Returns:
+            `(f(x), J)`; `((output, aux), J)` with `has_aux=True`.
+        """
         return self._evaluate(args, kwargs, replayable=False, is_value_read=True)
 
     def explain(self, *args: Any, **kwargs: Any) -> Record:
-        """Computes the Jacobian once and tells how: engine, mode, passes, chunk, time, refusals."""
+        """Computes the Jacobian once, and returns the record of this run.
+
+        Returns:
+            A `Record`: engine, mode, passes, chunk, seconds, refused plans; print it.
+        """
         self._evaluate(args, kwargs, replayable=not self._request.has_aux)
         record = last_run()
         assert record is not None, "every evaluation leaves a record"
@@ -89,36 +112,37 @@ class Jacobian:
         return replace(record, refusals=refusals, report=self._dispatcher.report)
 
     def pattern(self, *args: Any, **kwargs: Any) -> Pattern:
-        """The sparsity pattern, valid for every input of the shapes of these arguments.
+        """The sparsity pattern for all inputs of the shapes of these arguments.
 
-        f runs once as usual; then the derivative that PyTorch would run is traced without values
-        and read operation by operation. Floating-point arguments may take any value; integer and
-        bool arguments, and tensors that the function reads from elsewhere, count as they are now.
-        Where shapes or control flow depend on values the pattern is that of these values, and says
-        so.
+        f runs once as usual. Then its derivative is traced without values, and analyzed operation
+        by operation. The pattern holds for any values of floating-point arguments, and for the
+        current values of integer and bool arguments and of other tensors that f reads. Where shapes
+        or control flow depend on values, the pattern holds for the values of these arguments only,
+        and a `LocalPatternWarning` gives the reason.
 
         Returns:
-            A `Pattern`; print it, or see its `blame` for the operations that made it dense.
+            A `Pattern` of `out.numel()` rows and `in.numel()` columns; print it, or see its `blame`
+            for the operations that made it dense.
 
         Raises:
             CaptureRefused: The derivative cannot be traced.
         """
         call = self._dispatcher.call(args, kwargs)
-        found = pattern_of_function(call)
-        if found.scope == "local":
+        pattern = pattern_of_function(call)
+        if pattern.scope == "local":
             warnings.warn(
-                f"torchjac: the pattern holds for these values only, because {found.reason}.",
+                f"torchjac: the pattern holds for these values only, because {pattern.reason}.",
                 LocalPatternWarning,
                 stacklevel=2,
             )
-        return found
+        return pattern
 
     def save(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Writes the plan for these arguments to a file, so that it need not be found again.
+        """Writes the plan for these arguments to a file, which spares other processes the search.
 
-        Data only (JSON and arrays): nothing in it is executed on load. Constants that the function
-        reads are in it; values of arguments, and tensors that require a gradient, are not. It says
-        what is computed, though: load files of those whom you trust to give the right Jacobian.
+        The file is data only (JSON and arrays): loading executes no code. It holds the constants
+        that f reads, but neither values of arguments nor tensors that require a gradient. A plan
+        determines the computed Jacobian: load only files from sources that you trust.
 
         Args:
             path: The file; it is replaced.
@@ -126,7 +150,7 @@ class Jacobian:
             **kwargs: Keyword arguments of f.
 
         Raises:
-            PlanError: Calls with these arguments cannot be planned; the message says why.
+            PlanError: Calls with these arguments have no plan; the message is the reason.
 
         Example:
             >>> J = torchjac.jacobian(f)
@@ -137,41 +161,44 @@ class Jacobian:
         self._dispatcher.save(path, call)
 
     def load(self, path: str | Path) -> Jacobian:
-        """Reads a plan that `save` wrote, for calls like the one it was made for.
+        """Reads a plan that `save` wrote.
 
-        It is used where the function does what it did then, operation by operation; its first use
-        is checked as that of any plan. For other calls it is as if it were not there.
+        The plan is used for calls in which f runs the same operations as when the plan was saved.
+        Its first use is verified against passes, as that of any plan. Other calls ignore it.
+
+        Args:
+            path: The file.
 
         Returns:
             This Jacobian.
 
         Raises:
-            PlanError: The file holds something else, or a plan for another version of torch.
+            PlanError: The file holds no plan, or a plan for another version of torch.
             OSError: The file cannot be read.
         """
         self._dispatcher.load(path)
         return self
 
     def export(self, path: str | Path, *args: Any, **kwargs: Any) -> list[Path]:
-        """Writes f and its Jacobian for other programs: the way to C and C++.
+        """Exports f and its Jacobian to C or C++.
 
-        As *plain C* (any suffix but `.pt2`): a `.c` and a `.h` with no dependency at all, and a
-        `.hpp` that calls them with tensors of libtorch. The function in them takes dense arrays of
-        the shapes and dtypes of these arguments and writes J and `f(x)`; of a sparse result the
-        entries, row by row, with the pattern beside them in constant arrays. With `batched=True`
-        and 32 samples or more it takes the number of samples, which need not be that of these
-        arguments. Many threads may call it at once. The header says what is where.
+        *Plain C* (any suffix but `.pt2`): a `.c` and a `.h` without dependencies, and a `.hpp` that
+        calls them with tensors of libtorch. The C function takes dense arrays of the shapes and
+        dtypes of these arguments, and writes J and `f(x)`. Of a sparse J it writes the entries, row
+        by row; constant arrays hold the pattern. With `batched=True` and 32 samples or more the
+        function takes any number of samples. Many threads may call it at once. The header documents
+        all arrays.
 
-        As an *AOTInductor package* (`.pt2`): what `AOTIModelPackageLoader` loads in C++ and
-        `torch._inductor.aoti_load_package` in Python. It gives the outputs of f, then the blocks
-        of J, row by row, or the entries of a sparse result. With `batched=True` and 32 samples or
-        more it takes any number of samples, unless operations depend on how many there are; all
-        other sizes are those of these arguments. Compiling takes half a minute.
+        *AOTInductor package* (`.pt2`): `AOTIModelPackageLoader` loads it in C++, and
+        `torch._inductor.aoti_load_package` in Python. It returns the outputs of f, then the blocks
+        of J, row by row, or the entries of a sparse J. With `batched=True` and 32 samples or more
+        it takes any number of samples, unless operations depend on this number; all other sizes are
+        those of these arguments. Compiling takes half a minute.
 
-        Parameters and other tensors that f reads are in either as they are now.
+        Both hold the current values of parameters and of other tensors that f reads.
 
         Args:
-            path: Its suffix says what is written; its stem names the files and the function.
+            path: The suffix selects the format; the stem names the files and the function.
             *args: Arguments of f.
             **kwargs: Keyword arguments of f.
 
@@ -179,8 +206,8 @@ class Jacobian:
             The files.
 
         Raises:
-            PlanError: Calls with these arguments have no plan, or it cannot be written so; the
-                message says why.
+            PlanError: Calls with these arguments have no plan, or the plan cannot be exported; the
+                message is the reason.
 
         Example:
             >>> torchjac.jacobian(f).export("build/arm", q)  # arm.c, arm.h, arm.hpp
@@ -188,19 +215,19 @@ class Jacobian:
         """
         call = self._dispatcher.call(args, kwargs)
         packaged = is_package(Path(path))
-        plan = self._dispatcher.compiled(call, "whole tensors" if packaged else "any")
-        return export(Path(path), call, plan)
+        compiled = self._dispatcher.compiled(call, "whole tensors" if packaged else "any")
+        return export(Path(path), call, compiled)
 
     def spy(self, *args: Any, path: str | Path | None = None, **kwargs: Any) -> Any:
         """Plots the pattern at these arguments; see `Pattern.spy`."""
         return self.pattern(*args, **kwargs).spy(path)
 
     def __reduce__(self) -> Any:
-        """Copies and pickles hold the function and the options, not what calls have shown."""
-        return _again, (type(self), self._function, self._argnums, self._request)
+        """Copies and pickles hold the function and the options, but no captures and timings."""
+        return _rebuild, (type(self), self._function, self._argnums, self._request)
 
     def __repr__(self) -> str:
-        """Names the function and what is differentiated."""
+        """The name of the function, and the positions of the differentiated arguments."""
         name = getattr(self._function, "__qualname__", repr(self._function))
         return f"torchjac.{self._request.entry}({name}, argnums={self._argnums})"
 
@@ -211,33 +238,34 @@ class Jacobian:
         replayable: bool,
         is_value_read: bool = False,
     ) -> tuple[Any, Any]:
-        """What f returned, and the Jacobian.
+        """The return value of f, and the Jacobian.
 
         Args:
             args: Positional arguments of f.
             kwargs: Keyword arguments of f.
             replayable: Whether f may run once more.
-            is_value_read: Whether anybody reads what f returned.
+            is_value_read: Whether the caller uses the return value; None stands for it if not.
         """
         dispatcher = self._dispatcher
         return dispatcher(dispatcher.call(args, kwargs), replayable, is_value_read)
 
 
-def _again(kind: type[Jacobian], *given: Any) -> Jacobian:
-    """A Jacobian like another one."""
-    function, argnums, request = given
+def _rebuild(
+    kind: type[Jacobian], function: Callable[..., Any], argnums: Argnums, request: Request
+) -> Jacobian:
+    """A Jacobian from the state of a pickle."""
     options = {f.name: getattr(request, f.name) for f in fields(request) if f.name != "output"}
     return kind(function, argnums, **options, **options_of(request.output))
 
 
 class Hessian(Jacobian):
-    """The Hessian of a function: the Jacobian of a gradient, whose value is the function's."""
+    """The Hessian of a function f: the Jacobian of its gradient; `value_and` returns `f(x)`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The Hessian at these arguments."""
+        """The Hessian at the arguments of f, of shape `out.shape + in.shape + in.shape`."""
         return self._evaluate(args, kwargs, replayable=False)[1]
 
     def value_and(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """`(f(x), H)` from one forward pass."""
+        """The return value and the Hessian, `(f(x), H)`, from one run of f."""
         (_, value), hessian = self._evaluate(args, kwargs, replayable=False, is_value_read=True)
         return value, hessian

@@ -1,7 +1,7 @@
-"""The request: what a call asks for, and the output that it asks for of the Jacobian.
+"""The request: the options of a call, and the specification of its output.
 
-`Output` is the specification that crosses the stages. Each stage has one place that goes by its
-kind: `passes.verify`, `accumulate.output`, `layout.assemble`, `compiler.store`, `export`.
+`Output` crosses all stages. Each stage depends on its class in one module: `passes.verify`,
+`accumulate.output`, `layout.assemble`, `compiler.store`, `export`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchjac.sparsity.pattern import Pattern
 Mode = Literal["reverse", "forward"]
 # A torch layout, or a SciPy class of sparse matrices.
 Layout = Any
-# Layouts of torch that a result may have.
+# Layouts of torch for results.
 _LAYOUTS = frozenset({torch.strided, torch.sparse_csr, torch.sparse_coo})
 
 
@@ -40,11 +40,11 @@ class Dense:
 
     @property
     def description(self) -> None:
-        """No words for the record."""
+        """No description in the record."""
         return None
 
     def size(self, rows: int, columns: int) -> int:
-        """The number of entries of a Jacobian of these rows and columns."""
+        """The number of entries of a Jacobian of this shape."""
         return rows * columns
 
 
@@ -57,9 +57,9 @@ class Sparse:
     Attributes:
         layout: `torch.sparse_csr` or `torch.sparse_coo`.
         container: The SciPy class of each matrix; None for tensors.
-        user_pattern: The structural nonzeros as the user wrote them; None to find them.
-        pattern: The structural nonzeros; None while they are not known. Then the entries that are
-            nonzero at the primal are the result.
+        user_pattern: The structural nonzeros from the user; None to detect them.
+        pattern: The structural nonzeros; None if they are unknown: then the result has the entries
+            that are nonzero at the primal.
     """
 
     layout: torch.layout
@@ -69,24 +69,24 @@ class Sparse:
 
     @property
     def description(self) -> str | None:
-        """The pattern in words, for the record."""
+        """The pattern in words, for the record; None without a pattern."""
         if self.pattern is None:
             return None
         origin = self.pattern.scope if self.user_pattern is None else "given"
         return f"{self.pattern.nnz} nonzeros, {origin}"
 
     def size(self, rows: int, columns: int) -> int:
-        """The number of entries of a Jacobian of these rows and columns."""
+        """The number of stored entries of a Jacobian of this shape."""
         return rows * columns if self.pattern is None else self.pattern.nnz
 
     def of_pattern(self, pattern: Pattern | None) -> Sparse:
-        """The same output with its structural nonzeros filled in, or taken out."""
+        """The same output with another pattern; None removes the pattern."""
         return replace(self, pattern=pattern)
 
     def in_container(self, blocks: Iterable[Any]) -> list[Any]:
-        """The blocks, as matrices of the SciPy class if there is one."""
+        """The blocks as matrices of the SciPy class, or unchanged without a class."""
         container = self.container
-        return list(blocks) if container is None else [_in_scipy(b, container) for b in blocks]
+        return list(blocks) if container is None else [_to_scipy(b, container) for b in blocks]
 
 
 Output = Dense | Sparse
@@ -96,7 +96,7 @@ def output_of(layout: Layout, pattern: Any = None) -> Output:
     """The output for the options `layout` and `pattern`.
 
     Raises:
-        ArgumentError: There is no such layout, or the pattern is for a dense one.
+        ArgumentError: The layout is unknown, or it is dense and there is a pattern.
     """
     if layout is torch.strided:
         if pattern is not None:
@@ -124,7 +124,7 @@ def options_of(output: Output) -> dict[str, Any]:
     return {"layout": output.container or output.layout, "pattern": output.user_pattern}
 
 
-def _in_scipy(block: Any, container: Any) -> Any:
+def _to_scipy(block: Any, container: Any) -> Any:
     parts = (block.values(), block.col_indices(), block.crow_indices())
     arrays = tuple(p.cpu().numpy() for p in parts)
     return container(scipy.sparse.csr_array(arrays, shape=tuple(block.shape)))
@@ -132,17 +132,17 @@ def _in_scipy(block: Any, container: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asks for: the options of `torchjac.jacobian`.
+    """The options of `torchjac.jacobian`.
 
     Attributes:
         entry: The public call, for records and messages.
-        output: What of the Jacobian is computed, and in which form.
+        output: The entries of the Jacobian to compute, and their layout.
         has_aux: Whether the function returns `(output, aux)`.
         batched: Whether leading axes are a batch of independent samples.
         strict: Whether an input that no output depends on is an error.
-        create_graph: Whether the result keeps its graph.
-        memory_budget: Bytes that intermediate values may take; None for the default.
-        compile: Whether native code is made at the first call.
+        create_graph: Whether the result can be differentiated.
+        memory_budget: Largest number of bytes of intermediate values; None for the default.
+        compile: Whether the first call compiles native code.
     """
 
     entry: str = "jacobian"
@@ -156,10 +156,10 @@ class Request:
 
 
 def check_graph(output: Output, create_graph: bool) -> None:
-    """Refuses an output whose graph cannot be kept.
+    """Refuses a sparse output that has to be differentiable.
 
     Raises:
-        ArgumentError: A sparse result would have to be differentiable.
+        ArgumentError: The output is sparse, and `create_graph` is set.
     """
     if create_graph and not isinstance(output, Dense):
         raise ArgumentError(

@@ -85,9 +85,9 @@ def watched() -> Iterator[Noted]:
         noted.add("program", lambda: _program(instance))
 
     with (
-        _replaced(vars(tiers), "_COMPILE", 1e-3),
-        _replaced(vars(tiers), "_COMPILE_NODE", 0.0),
-        _replaced(vars(tiers), "_NATIVE_LEAST", 1e-3),
+        _replaced(vars(tiers), "_COMPILE_SECONDS", 1e-3),
+        _replaced(vars(tiers), "_COMPILE_SECONDS_PER_NODE", 0.0),
+        _replaced(vars(tiers), "_MIN_NATIVE_BANK", 1e-3),
         _replaced(vars(costs), "_BUILD", 1e-3),
         _replaced(vars(costs), "_LOWERED_NUMBER", 0.0),
         _replaced(sys.modules, "torch._inductor.compile_fx", None),

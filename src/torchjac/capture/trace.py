@@ -19,7 +19,7 @@ from torchjac._torch import modes
 from torchjac._torch.autograd import backward, gradient_node, sequence_number
 from torchjac._torch.pytree import flatten, leaf_names, unflatten
 from torchjac._torch.trace import trace as tracing
-from torchjac.call import Call, _variable
+from torchjac.call import Call, _varying_positions
 from torchjac.capture.checks import check_leaves
 from torchjac.capture.eager import PASS_THROUGH, RETURN_AS_AUX
 from torchjac.capture.eager_graph import EagerGraph
@@ -136,7 +136,7 @@ class FunctionOfTensors:
         self._leaves, self._spec = call.leaves, call.spec
         check_leaves(self._leaves, call.name_input, "input", PASS_THROUGH)
         self._other_leaves, self._other_spec = call.other_leaves, call.other_spec
-        self._variable = _variable(self._other_leaves)
+        self._variable = _varying_positions(self._other_leaves)
         self.row_shapes: list[torch.Size] = []
         self.column_shapes = [t.shape for t in self._leaves]
 

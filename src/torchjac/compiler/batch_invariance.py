@@ -14,19 +14,19 @@ from torchjac._torch.operators import aten
 from torchjac._torch.pytree import flatten, unflatten
 from torchjac._torch.trace.op_traits import OpOverload
 from torchjac.call import Call
-from torchjac.ops import Fact, having
+from torchjac.ops import Fact, operators_with
 
 # Numbers of few samples: a number that is no size of the arguments, and a prime, so that it divides
 # none by accident.
 _FEW = (7, 11, 13, 17, 19, 23)
 # Samples of a batch, at least, for which planning with few samples pays.
 MANY = 32
-_UNIFORM = having(Fact.UNIFORM)
-_POINTWISE = having(Fact.POINTWISE)
-_BY_PLACE = having(Fact.BY_PLACE)
-_NORMS = having(Fact.NORM)
-_SIZED = having(Fact.SIZED)
-_PER_SAMPLE = having(Fact.PER_SAMPLE)
+_UNIFORM = operators_with(Fact.UNIFORM)
+_POINTWISE = operators_with(Fact.POINTWISE)
+_BY_PLACE = operators_with(Fact.BY_PLACE)
+_NORMS = operators_with(Fact.NORM)
+_SIZED = operators_with(Fact.SIZED)
+_PER_SAMPLE = operators_with(Fact.PER_SAMPLE)
 # Names of arguments that are axes.
 _AXES = ("dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis", "source", "destination")
 

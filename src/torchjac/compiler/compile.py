@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch import modes
-from torchjac.call import Call, arguments, to_differentiate, variables
+from torchjac.call import Call, arguments, differentiable_variables, variables
 from torchjac.capture.eager_graph import EagerGraph
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.capture.trace import trace_function
@@ -73,14 +73,14 @@ class Known:
 
 
 @gc_paused()
-def planned(
-    call: Call, program: EagerGraph, request: Request, known: Known
+def compile_jacobian(
+    call: Call, graph: EagerGraph, request: Request, known: Known
 ) -> tuple[Compiled, Any]:
     """A compiled Jacobian, verified, and its value at the arguments of a call.
 
     Args:
         call: The function and its arguments.
-        program: The eager graph at these arguments, to verify the compiled Jacobian against.
+        graph: The eager graph at these arguments, to verify the compiled Jacobian against.
         request: What the user asks for.
         known: What is known of the function.
 
@@ -97,22 +97,22 @@ def planned(
             "gradients do not go everywhere that numbers go (detach, no_grad, custom functions), "
             "so the derivative of the result is not that of its operations"
         )
-    task = _Task(call, derivative, program, request, known, Reference(program), started)
+    task = _Task(call, derivative, graph, request, known, Reference(graph), started)
     with modes.ordinary_tensors():
         try:
             verified = _per_sample(task)
         except (PlanRefused, CaptureRefused, Disagrees) as refusal:
             verified = _all_samples(task)
             refused = Tried("reverse", refused=str(refusal), form="kernel of one sample")
-            if program.batch is not None:
+            if graph.batch is not None:
                 verified = replace(verified, tried=(*verified.tried, refused))
-    nest, samples = program.nest, program.batch
+    nest, samples = graph.nest, graph.batch
     output = verified.output
     compiled = Compiled(
         derivative,
         verified.program,
         output,
-        assembler(output, nest, program.device),
+        assembler(output, nest, graph.device),
         (derivative.m // (samples or 1), derivative.n // (samples or 1), samples),
         known.passes,
         task.budget,
@@ -286,7 +286,7 @@ def _verify_graph(program: TensorProgram, task: _Task) -> tuple[Tensor, ...]:
         parts = program([*leaves, *tensors[count:]])
         assert parts is not None, "it was finite before"
         task.reference.check_graph(parts, leaves, parameters)
-        parts = program(to_differentiate(task.call))
+        parts = program(differentiable_variables(task.call))
     assert parts is not None, "it was finite before"
     return parts
 

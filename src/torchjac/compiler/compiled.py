@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjac._torch import modes
-from torchjac.call import Call, arguments, to_differentiate
+from torchjac.call import Call, arguments, differentiable_variables
 from torchjac.capture.eager_graph import EagerGraph
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.compiler.native import PATIENCE, with_kernel
@@ -50,7 +50,7 @@ class Compiled:
 
     Attributes:
         derivative: The linear program that was accumulated.
-        emitted: The tensor program, with its native code if there is any.
+        program: The tensor program, with its native code if there is any.
         output: The output that it computes, with its pattern if it has one.
         finish: Nests the parts of the result as the user nests outputs and inputs.
         shape: Rows, columns, samples.
@@ -62,7 +62,7 @@ class Compiled:
     """
 
     derivative: LinearProgram
-    emitted: TensorProgram
+    program: TensorProgram
     output: Output
     finish: Callable[[Any], Any]
     shape: tuple[int, int, int | None]
@@ -75,20 +75,20 @@ class Compiled:
     @property
     def programs(self) -> tuple[TensorProgram, ...]:
         """All tensor programs of this Jacobian."""
-        return (self.emitted, *self.alternatives)
+        return (self.program, *self.alternatives)
 
     def parts(self, call: Call) -> tuple[Tensor, ...] | None:
         """Blocks, or the values of the pattern, at the arguments of a call; None if not finite."""
-        keeps = self.emitted.differentiable
+        keeps = self.program.differentiable
         with torch.set_grad_enabled(keeps), modes.ordinary_tensors():
-            return self.emitted(to_differentiate(call) if keeps else arguments(call))
+            return self.program(differentiable_variables(call) if keeps else arguments(call))
 
     def __call__(self, call: Call) -> Any:
         """The Jacobian at the arguments of a call; None where it is not finite."""
         parts = self.parts(call)
         return None if parts is None else self.finish(parts)
 
-    def checked(self, call: Call, program: EagerGraph) -> Any:
+    def checked(self, call: Call, graph: EagerGraph) -> Any:
         """The Jacobian at the arguments of a call, compared with passes; None where not finite.
 
         Raises:
@@ -98,7 +98,7 @@ class Compiled:
         parts = self.parts(call)
         if parts is None:
             return None
-        Reference(program).check(parts, self.output)
+        Reference(graph).check(parts, self.output)
         return self.finish(parts)
 
     def native(self, call: Call) -> Compiled:
@@ -113,4 +113,4 @@ class Compiled:
         with modes.ordinary_tensors():
             program = with_kernel(self.programs, arguments(call), self.shape[2], PATIENCE)
         tried = Tried(program.mode, cost_model().seconds(program.work), form=program.form)
-        return replace(self, emitted=program, tried=(*self.tried, tried), alternatives=())
+        return replace(self, program=program, tried=(*self.tried, tried), alternatives=())

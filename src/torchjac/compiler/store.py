@@ -56,7 +56,7 @@ class Saved:
             PlanError: It has none.
         """
         try:
-            program, arrays = serialize(plan.emitted, _constants(plan.derivative))
+            program, arrays = serialize(plan.program, _constants(plan.derivative))
             about = {
                 "format": _FORMAT,
                 "version": _VERSION,

@@ -1,1 +1,1 @@
-"""The just-in-time compiler: which code answers a call, and when better code is made."""
+"""The just-in-time compiler chooses the code that answers a call, and compiles when it pays."""

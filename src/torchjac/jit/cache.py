@@ -1,4 +1,4 @@
-"""A small memory of captures: each is used only for calls that it holds for."""
+"""The capture cache: recent captures of one function, each with the guard of its calls."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torchjac.guards.guard import Guard, Unguardable, build_guard
 from torchjac.guards.objects import inert
 
 V = TypeVar("V")
-Before = Guard | Unguardable
+# The guard of a call, or the reason why there is none.
+GuardResult = Guard | Unguardable
 
 
 @inert
 class CaptureCache(Generic[V]):
-    """What was made for recent calls, the last used first. Safe to share between threads.
+    """Values for recent calls, each with its guard, in the order of use. Safe between threads.
 
     Args:
-        size: Number of captures that are kept.
-        policy: What of a module's tensors matters.
+        size: Number of entries; the least recently used one is evicted.
+        policy: What the guards compare of the tensors of a module.
     """
 
     def __init__(self, size: int = 8, policy: Policy = Policy()):  # noqa: B008
@@ -32,95 +33,95 @@ class CaptureCache(Generic[V]):
         self._refused: str | None = None
 
     def __len__(self) -> int:
-        """Number of captures that are kept."""
+        """Number of entries."""
         return len(self._entries)
 
     @property
     def refused(self) -> str | None:
-        """Why the last capture was not kept; None if it was."""
+        """Why the last value was not inserted; None if it was."""
         return self._refused
 
     def lookup(self, call: Call) -> V | None:
-        """What was made for a call like this one, or None."""
+        """The value of the first entry whose guard holds for a call; None if no guard holds."""
         for entry in self._snapshot():
             mismatch = entry[0].mismatch(call)
             if mismatch is None:
                 self._move_to_front(entry)
                 return entry[1]
             if mismatch.final:
-                self._drop(entry)
+                self._remove(entry)
         return None
 
     def latest(self) -> tuple[Guard, V] | None:
-        """What was used last, and the guard of its calls."""
+        """The guard and the value of the most recently used entry; None if the cache is empty."""
         entries = self._snapshot()
         return entries[0] if entries else None
 
     def store(self, call: Call, value: V) -> str | None:
-        """Keeps a value for calls like this one.
+        """Builds the guard of a call now, and inserts a value with it.
 
         Returns:
-            Why it is not kept, or None if it is.
+            Why the value is not inserted; None if it is.
         """
-        return self.keep(self.before(call), call, value)
+        return self.insert(self.build_guard(call), call, value)
 
-    def get_or_make(self, call: Call, make: Callable[[], V]) -> V:
-        """What was made for a call like this one, else what `make` makes now.
+    def get_or_create(self, call: Call, create: Callable[[], V]) -> V:
+        """The value for a call: that of an entry whose guard holds, else a new one.
 
-        Two threads may both make a value for the same call; either is right.
+        Two threads may both create a value for the same call; either value is right.
         """
-        found = self.lookup(call)
-        if found is not None:
-            return found
-        before = self.before(call)  # what `make` starts from, not what it leaves
-        value = make()
-        self.keep(before, call, value)
+        cached = self.lookup(call)
+        if cached is not None:
+            return cached
+        guard = self.build_guard(call)  # of the state before `create`, which may change it
+        value = create()
+        self.insert(guard, call, value)
         return value
 
-    def before(self, call: Call) -> Before:
-        """What a call reads now."""
+    def build_guard(self, call: Call) -> GuardResult:
+        """The guard of a call, which compares all that the function reads with its state now."""
         return build_guard(call, self._policy)
 
     def mismatches(self, call: Call) -> tuple[str, ...]:
-        """Why each capture does not hold for a call, the last used first."""
-        found = (entry[0].mismatch(call) for entry in self._snapshot())
-        return tuple(mismatch.reason for mismatch in found if mismatch is not None)
+        """Why the guard of each entry does not hold for a call, the most recently used first."""
+        results = (entry[0].mismatch(call) for entry in self._snapshot())
+        return tuple(mismatch.reason for mismatch in results if mismatch is not None)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Removes all entries."""
         with self._lock:
             self._entries.clear()
 
-    def keep(self, print_: Before, call: Call, value: V) -> str | None:
-        """Keeps a value for calls like this one, unless what they read has changed since.
+    def insert(self, guard: GuardResult, call: Call, value: V) -> str | None:
+        """Inserts a value, unless the state that its guard compares has changed since.
 
         Args:
-            print_: What the call read before the value was made.
+            guard: The guard, built before the value was computed.
             call: The call.
-            value: What was made for it.
+            value: The value for calls that the guard holds for.
 
         Returns:
-            Why it is not kept, or None if it is.
+            Why the value is not inserted; None if it is.
         """
-        if isinstance(print_, Unguardable):
-            self._refused = print_.reason
+        if isinstance(guard, Unguardable):
+            self._refused = guard.reason
             return self._refused
-        changed = print_.mismatch(call)
+        changed = guard.mismatch(call)
         if changed is not None:
             self._refused = f"running the function changes what it reads: {changed.reason}"
             return self._refused
-        if print_.has_grown():  # results were frozen that it does not know
-            again = build_guard(call, self._policy)
-            if isinstance(again, Unguardable):
-                self._refused = again.reason
+        if guard.has_grown():  # the function filled an lru_cache, whose new results are frozen
+            rebuilt = build_guard(call, self._policy)
+            if isinstance(rebuilt, Unguardable):
+                self._refused = rebuilt.reason
                 return self._refused
-            if again.has_grown():
+            if rebuilt.has_grown():
                 self._refused = "its caches grow all the time"
                 return self._refused
-            print_ = again
+            guard = rebuilt
         self._refused = None
         with self._lock:
-            self._entries.insert(0, (print_, value))
+            self._entries.insert(0, (guard, value))
             del self._entries[self._size :]
         return None
 
@@ -130,11 +131,11 @@ class CaptureCache(Generic[V]):
 
     def _move_to_front(self, entry: tuple[Guard, V]) -> None:
         with self._lock:
-            for position, kept in enumerate(self._entries):
-                if kept is entry:
+            for position, candidate in enumerate(self._entries):
+                if candidate is entry:
                     self._entries.insert(0, self._entries.pop(position))
                     return
 
-    def _drop(self, entry: tuple[Guard, V]) -> None:
+    def _remove(self, entry: tuple[Guard, V]) -> None:
         with self._lock:
-            self._entries = [kept for kept in self._entries if kept is not entry]
+            self._entries = [candidate for candidate in self._entries if candidate is not entry]

@@ -1,4 +1,4 @@
-"""Checking: a context in which every result of compiled code is compared with passes."""
+"""A context in which every result of compiled code is compared with passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass through the stages: structure, plan, engine, layout, and the record of it."""
+"""Evaluates a Jacobian by passes: structure, plan, passes, layout, and the record."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from torchjac.passes.modes import evaluate
 from torchjac.passes.plan import Batching, Plan
 from torchjac.passes.race import Race, race_for, single_pass
 from torchjac.passes.structure import Structure, analyze
-from torchjac.record import Candidate, Record, remember
+from torchjac.record import Candidate, Record, set_last_record
 from torchjac.request import Request, Sparse
 
-_warned_of: set[str] = set()
+_warned_operations: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
-    """What a record is made of, if one is asked for; holds no tensor alive.
+class PassRun:
+    """The data of a record, which is made only when the user reads it; holds no tensor alive.
 
     Attributes:
-        structure: Rows and columns.
+        structure: Rows and columns, without the graph.
         entry: The public call.
         layout: Layout of the result.
         budget: Bytes that the user allows; None for the default.
         race: The candidates.
-        plan: The one that ran.
-        passes: Passes it took.
-        chunk: Most seeds that one of them carried.
+        plan: The plan that ran.
+        passes: Number of passes.
+        chunk: Largest number of seeds in one pass.
         seconds: Wall time of passes and layout.
-        pattern: The pattern that passes were restricted to, in words.
+        pattern: The pattern that passes were restricted to, in words; None without one.
     """
 
     structure: Structure
@@ -62,7 +62,7 @@ class Ran:
     pattern: str | None
 
     def record(self) -> Record:
-        """The record for the user."""
+        """The record of this run."""
         measured = {p: min(runs) for p, runs in self.race.measured.items()}
         return Record(
             entry=self.entry,
@@ -86,39 +86,39 @@ class Ran:
         )
 
 
-def solve(
-    program: EagerGraph,
+def evaluate_passes(
+    eager_graph: EagerGraph,
     request: Request,
     key: Hashable | None = None,
     independent: bool = False,
 ) -> Arranged:
-    """Computes a Jacobian and remembers what ran.
+    """The Jacobian of an eager graph by passes; leaves a record.
 
-    Candidates are tried until one is not refused; the row loop never is.
+    Candidates run in turn until one is not refused; the row loop never is.
 
     Args:
-        program: The eager graph to differentiate.
-        request: What the user asks for, with the pattern of the output if it is known.
-        key: Tells the functions of different callers apart; None for no function.
+        eager_graph: The eager graph to differentiate.
+        request: The options of the user, with the pattern of the output if it is known.
+        key: Identifies the function, whose measurements are shared; None for tensors of a graph.
         independent: Whether the samples of the batch are proved to be independent.
 
     Raises:
         CoupledBatchError: Samples of a batch are not independent.
-        PlanRefused: A plan was forced and cannot be run.
-        TorchjacError: A differentiable Jacobian of a compiled function was asked for.
+        PlanRefused: A forced plan is refused.
+        TorchjacError: The Jacobian has to be differentiable, and torch.compile made the function.
     """
     output = request.output
-    if output.pattern is not None:  # samples are rows and columns like all others
-        program = replace(program, batch=None)
-    structure = analyze(program, output.pattern, independent)
-    if program.create_graph and structure.graph and not structure.graph.differentiable:
+    if output.pattern is not None:  # the pattern covers all samples: no axis is a batch
+        eager_graph = replace(eager_graph, batch=None)
+    structure = analyze(eager_graph, output.pattern, independent)
+    if eager_graph.create_graph and structure.graph and not structure.graph.differentiable:
         raise TorchjacError(
             "torchjac: the function was compiled by torch.compile, whose backward torch cannot "
             "differentiate again, so create_graph=True, nested Jacobians and Hessians are not "
             "possible. Use the function as it was before torch.compile."
         )
     try:
-        return _solved(program, structure, request, key)
+        return _evaluate_structure(eager_graph, structure, request, key)
     except PatternMissed as missed:
         if isinstance(output, Sparse) and output.user_pattern is not None:
             raise
@@ -136,24 +136,24 @@ def solve(
         )
     assert isinstance(output, Sparse), "a dense output has no pattern"
     request = replace(request, output=output.of_pattern(None))
-    return solve(program, request, key, independent)
+    return evaluate_passes(eager_graph, request, key, independent)
 
 
-def _solved(
-    program: EagerGraph, structure: Structure, request: Request, key: Hashable | None
+def _evaluate_structure(
+    eager_graph: EagerGraph, structure: Structure, request: Request, key: Hashable | None
 ) -> Arranged:
-    race = _race(program, structure, request, key)
+    race = _race_of(eager_graph, structure, request, key)
     if modes.needs_passes_context():
-        with modes.passes((*program.outputs, *program.inputs)):
-            return _run(program, structure, request, race)
-    return _run(program, structure, request, race)
+        with modes.passes((*eager_graph.outputs, *eager_graph.inputs)):
+            return _run_candidates(eager_graph, structure, request, race)
+    return _run_candidates(eager_graph, structure, request, race)
 
 
-def _race(
-    program: EagerGraph, structure: Structure, request: Request, key: Hashable | None
+def _race_of(
+    eager_graph: EagerGraph, structure: Structure, request: Request, key: Hashable | None
 ) -> Race:
     graph = structure.graph
-    if modes.tracing(program.inputs):
+    if modes.tracing(eager_graph.inputs):
         if structure.batch is not None:
             raise ArgumentError(
                 "torchjac: batched=True needs real values (independence of the samples is tested "
@@ -163,61 +163,63 @@ def _race(
     if graph is None:
         return single_pass(structure)
 
-    def study() -> tuple[Structure, Profile, int]:
-        budget = request.memory_budget or default_budget(program.device)
-        light = replace(structure.without_graph(), pattern=structure.pattern)
-        return light, profile(program, graph), budget
+    def analyze_graph() -> tuple[Structure, Profile, int]:
+        budget = request.memory_budget or default_budget(eager_graph.device)
+        shapes_only = replace(structure.without_graph(), pattern=structure.pattern)
+        return shapes_only, profile(eager_graph, graph), budget
 
     shapes = (structure.rows, structure.columns, structure.batch)
     pattern = structure.pattern
     context = (
-        program.create_graph,
-        program.replay is None,
+        eager_graph.create_graph,
+        eager_graph.replay is None,
         request.memory_budget,
         None if pattern is None else pattern.digest,
         structure.independent,
     )
     return race_for(
         (key, graph.kind, shapes, context),
-        study,
-        replayable=program.replay is not None and not program.create_graph,
+        analyze_graph,
+        replayable=eager_graph.replay is not None and not eager_graph.create_graph,
     )
 
 
-def _run(program: EagerGraph, structure: Structure, request: Request, race: Race) -> Arranged:
+def _run_candidates(
+    eager_graph: EagerGraph, structure: Structure, request: Request, race: Race
+) -> Arranged:
     refused: dict[Plan, PlanRefused] = {}
     while True:
         try:
             plan = race.next(refused)
-        except PlanRefused as nothing_left:
-            raise next(reversed(refused.values()), nothing_left) from None
+        except PlanRefused as no_candidate:
+            raise next(reversed(refused.values()), no_candidate) from None
         started = now()
         try:
             arranged = arrange(
-                evaluate(program, structure, plan) if structure.m and structure.n else (),
-                program,
+                evaluate(eager_graph, structure, plan) if structure.m and structure.n else (),
+                eager_graph,
                 structure,
                 request.output,
             )
         except PlanRefused as refusal:
             refused[replace(plan, checked=False)] = refusal
             if refusal.lasting:
-                substitute = _substitute(plan, refusal)
-                passing = refusal.user_code and refusal.operation is None
-                race.refuse(replace(plan, checked=False), str(refusal), substitute, passing)
+                batching = _fallback_batching(plan, refusal)
+                may_pass_later = refusal.user_code and refusal.operation is None
+                race.refuse(replace(plan, checked=False), str(refusal), batching, may_pass_later)
                 _warn_of_loop(refusal)
             continue
         except Exception:
-            race.readmit(refused)  # the row loop fails as well: it was not the plans' fault
+            race.readmit(refused)  # the row loop fails as well: the refused plans may be right
             raise
         if not race.settled:
-            _synchronize(program)
+            _synchronize(eager_graph)
         seconds = now() - started
         race.record_run(plan, seconds)
-        shape = structure.without_graph()
+        shapes_only = structure.without_graph()
         output = request.output
-        ran = Ran(
-            shape,
+        run = PassRun(
+            shapes_only,
             request.entry,
             output.layout,
             request.memory_budget,
@@ -228,7 +230,7 @@ def _run(program: EagerGraph, structure: Structure, request: Request, race: Race
             seconds,
             output.description,
         )
-        remember(ran.record)
+        set_last_record(run.record)
         return replace(arranged, work=race.work)
 
 
@@ -238,8 +240,8 @@ def _independence(structure: Structure) -> str | None:
     return "proved" if structure.independent else "tested"
 
 
-def _substitute(plan: Plan, refusal: PlanRefused) -> Batching | None:
-    """Another way to batch the passes of a refused plan, if there is a safe one."""
+def _fallback_batching(plan: Plan, refusal: PlanRefused) -> Batching | None:
+    """The batching to try after a refused plan; None if no other one is safe."""
     if plan.mode != "reverse" or plan.chunk == 1 or plan.batching != "functorch":
         return None
     if refusal.operation is not None:
@@ -248,18 +250,18 @@ def _substitute(plan: Plan, refusal: PlanRefused) -> Batching | None:
     return None if refusal.user_code else "legacy"
 
 
-def _synchronize(program: EagerGraph) -> None:
-    """Waits for the device, where calls return before the work is done (only to measure it)."""
-    if program.device.type == "cuda":
-        torch.cuda.synchronize(program.device)
+def _synchronize(eager_graph: EagerGraph) -> None:
+    """Waits for a CUDA device, whose calls return early, so that the clock measures its work."""
+    if eager_graph.device.type == "cuda":
+        torch.cuda.synchronize(eager_graph.device)
 
 
 def _warn_of_loop(refusal: PlanRefused) -> None:
-    """Says once per operation that rows are looped over because of it."""
+    """Warns once an operation that rows are looped over, because it has no batching rule."""
     operation = refusal.operation
-    if operation is None or operation in _warned_of:
+    if operation is None or operation in _warned_operations:
         return
-    _warned_of.add(operation)
+    _warned_operations.add(operation)
     warnings.warn(
         f"torchjac: torch has no batching rule for {operation}, so rows are looped over: inside "
         f"that operation or as a whole, whichever measures faster. The result is the same.",

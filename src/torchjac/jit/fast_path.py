@@ -1,7 +1,7 @@
 """The fast path: check the guard predicate, then call the native kernel.
 
-The same guard decides as in the dispatcher (`guards.guard`). A call that the predicate does not
-pass goes through the dispatcher.
+The predicate belongs to the guard that the dispatcher uses (`guards.guard`). A call that the
+predicate rejects goes to the dispatcher.
 """
 
 from __future__ import annotations
@@ -23,39 +23,38 @@ from torchjac.guards.guard import Guard
 from torchjac.host.clock import now
 from torchjac.jit.checking import is_checking
 from torchjac.passes.race import forced
-from torchjac.record import Record, remember
+from torchjac.record import Record, set_last_record
 
 FastPath = Callable[[tuple[Any, ...]], Any]
 
 
 def has_fast_path(compiled: Compiled) -> bool:
-    """Whether native code of our own gives the result, so that a fast path may lead to it."""
-    return isinstance(compiled.emitted.kernel, Executable)
+    """Whether the program has a native kernel of torchjac, which a fast path can call."""
+    return isinstance(compiled.program.kernel, Executable)
 
 
-def fast_path(
+def build_fast_path(
     call: Call,
     guard: Guard | None,
     compiled: Compiled,
     record: Callable[[float], Record],
 ) -> FastPath | None:
-    """The fast path: check the guard predicate, then call the native kernel.
+    """A function that checks the guard predicate, then calls the native kernel.
 
-    It returns the Jacobian at arguments like those of a call, or None where the dispatcher is to
-    answer.
+    It takes positional arguments, and returns the Jacobian; None if the dispatcher has to answer.
 
     Args:
-        call: A call that the compiled Jacobian is for.
-        guard: The guard of its entry; None where another entry was used since.
-        compiled: The compiled Jacobian, whose native code answers for good.
-        record: The record of a run, of its seconds.
+        call: A call that the guard holds for.
+        guard: The guard of the entry; None if another entry was used since.
+        compiled: The compiled Jacobian of the entry, in its settled native tier.
+        record: Makes the record of a run from its wall time in seconds.
 
     Returns:
-        The fast path; None where calls like this one have none.
+        The fast path; None if there is none for calls of this form.
     """
     if guard is None or call.kwargs or call.has_aux:
         return None
-    kernel = compiled.emitted.kernel
+    kernel = compiled.program.kernel
     assert isinstance(kernel, Executable)
     plain = all(
         type(x) is Tensor and x.is_floating_point() and x.is_contiguous() and not x.is_neg()
@@ -74,23 +73,23 @@ def fast_path(
         try:
             if compiling() or not holds(args):
                 return None
-        except RuntimeError:  # a setting that cannot be read: where precisions of backends differ
+        except RuntimeError:  # a setting cannot be read: the precisions of backends differ
             return None
         parts, fine = evaluate([args[k] for k in order] if order else args)
         if not fine:
             return None
         value, took = finish(parts), now() - started
-        remember(partial(record, took))
+        set_last_record(partial(record, took))
         return value
 
     return jacobian
 
 
 def _order(call: Call) -> list[int]:
-    """Which argument each input of the kernel is: the differentiated ones, then the others.
+    """Positions of the arguments in the order of the kernel's inputs, differentiated ones first.
 
-    Empty where they stand in this order.
+    Empty if the arguments stand in this order.
     """
-    taken = list(call.positions())
-    order = taken + [k for k in range(len(call.args)) if k not in taken]
+    positions = list(call.positions())
+    order = positions + [k for k in range(len(call.args)) if k not in positions]
     return [] if order == sorted(order) else order

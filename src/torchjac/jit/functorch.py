@@ -1,6 +1,6 @@
-"""Inside `torch.vmap`, a torch.func transform or `torch.compile`: torch.func does the work.
+"""Delegates to torch.func inside `torch.vmap`, a torch.func transform or `torch.compile`.
 
-There tensors are wrapped, and only torch.func's own transforms nest in what surrounds them.
+Tensors are wrapped there, and only torch.func's own transforms nest in the surrounding ones.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 
 from torchjac.call import Call
 from torchjac.errors import ArgumentError
-from torchjac.record import Record, remember
+from torchjac.record import Record, set_last_record
 from torchjac.request import Dense, Request
 
 
 def delegate(call: Call, request: Request) -> tuple[Any, Any]:
-    """Evaluates with `torch.func.jacrev`: `(returned, J)`.
+    """The return value of the function and its Jacobian, by `torch.func.jacrev`.
 
     Raises:
-        ArgumentError: `batched=True` or a sparse layout, which cannot be had there.
+        ArgumentError: `batched=True` or a sparse layout, which torch.func does not have.
     """
     if request.batched:
         raise ArgumentError(
@@ -33,13 +33,15 @@ def delegate(call: Call, request: Request) -> tuple[Any, Any]:
             "torch.compile. Use layout=torch.strided."
         )
 
-    def both(*args: Any) -> tuple[Any, Any]:
+    def output_and_returned(*args: Any) -> tuple[Any, Any]:
         returned = call.function(*args, **call.kwargs)
         return (returned[0] if call.has_aux else returned), returned
 
-    jacobian, returned = torch.func.jacrev(both, call.argnums, has_aux=True)(*call.args)
+    jacobian, returned = torch.func.jacrev(output_and_returned, call.argnums, has_aux=True)(
+        *call.args
+    )
     if not torch.compiler.is_compiling():
-        remember(lambda: _record(request.entry))
+        set_last_record(lambda: _record(request.entry))
     return returned, jacobian
 
 

@@ -1,8 +1,7 @@
-"""What earlier calls of one function have shown, used only while nothing has changed.
+"""Patterns and independence proofs of one function, memoized under guards.
 
-A capture holds for a call if everything that the function could read is as it was (`guards.guard`
-says what that is, and what no guard can see). A function of which that cannot be told, or that
-changes all the time, is not captured again and again: it is treated as one that is not known.
+A memoized value holds for a call if its guard does (`guards.guard`). A function that has no guard,
+or whose state changes all the time, is analyzed ever less often, and counts as unknown in between.
 """
 
 from __future__ import annotations
@@ -27,126 +26,135 @@ from torchjac.sparsity.pattern import Pattern, user_pattern
 
 V = TypeVar("V")
 
-# Seconds that a proof takes.
-_PROOF = 0.03
-# Captures in a row that were not used again, after which the next one waits.
-_PATIENCE = 3
-# It waits for two to the power of their number calls, and at most of this number.
-_DOUBLINGS = 12
+# Seconds: a proof of independence waits until passes have taken longer.
+_PROOF_SECONDS = 0.03
+# Misses in a row after which the memo skips calls.
+_MAX_MISSES = 3
+# The memo skips 2^misses calls; the exponent is at most this.
+_MAX_DOUBLINGS = 12
+# Seconds that tracing any graph takes (2 cores, torch 2.13).
+_TRACE_SECONDS = 3e-3
+# Seconds that tracing takes for each operation of the graph (2 cores, torch 2.13).
+_TRACE_SECONDS_PER_NODE = 0.3e-3
+# A pattern is detected if passes take this many times longer than tracing.
+_MIN_GAIN = 2
 
 
 @inert
 class Memos:
-    """The pattern of one function, and whether its samples are independent."""
+    """Memoizes the pattern of one function, and whether its samples are independent."""
 
     def __init__(self) -> None:
-        """Begins with nothing."""
+        """Starts with empty memos."""
         self._patterns: _Memo[Pattern] = _Memo(_global_pattern)
-        self._independent: _Memo[bool] = _Memo(_proved)
+        self._independent: _Memo[bool] = _Memo(_is_independent)
         self._seconds = 0.0
 
-    def pattern(self, call: Call, program: EagerGraph) -> Pattern | None:
-        """The pattern at these arguments: for every input if possible, else of this graph."""
-        return self._patterns.find(call) or pattern_if_worth(program)
+    def pattern(self, call: Call, graph: EagerGraph) -> Pattern | None:
+        """The pattern at the arguments of a call, global if possible; None if it does not pay."""
+        return self._patterns.lookup(call) or pattern_if_it_pays(graph)
 
     def independent(self, call: Call) -> bool:
         """Whether the samples of a batch are proved to be independent.
 
-        The proof takes longer than a few evaluations, so it waits until calls have taken longer.
+        The proof takes longer than a few evaluations: it waits until passes have taken longer.
         """
-        return self._seconds > _PROOF and bool(self._independent.find(call))
+        return self._seconds > _PROOF_SECONDS and bool(self._independent.lookup(call))
 
-    def spent(self, seconds: float) -> None:
-        """Notes how long a call took."""
+    def add_run_time(self, seconds: float) -> None:
+        """Adds the seconds that a call took by passes."""
         self._seconds += seconds
 
 
 class _Memo(Generic[V]):
-    """Remembers what was made for calls of one function; waits where that does not pay."""
+    """Memoizes an analysis of calls of one function; backs off while its results are not reused."""
 
-    def __init__(self, make: Callable[[Call], V | None]):
-        """Takes what makes a value, or None where there is none."""
-        self._make = make
-        # What training changes is not part of a pattern: parameters count by their shape.
+    def __init__(self, analyze: Callable[[Call], V | None]):
+        """Starts empty.
+
+        Args:
+            analyze: Computes the value for a call; None if there is none.
+        """
+        self._analyze = analyze
+        # The values of parameters are no part of a pattern: guards compare their shapes.
         self._cache: CaptureCache[tuple[V | None]] = CaptureCache(
             policy=Policy(parameters="shapes")
         )
-        self._unused = 0
-        self._rest = 0
+        self._misses = 0  # in a row
+        self._calls_to_skip = 0
 
-    def find(self, call: Call) -> V | None:
-        """What was made for a call like this one; made now if it is worth a try."""
-        found = self._cache.lookup(call)
-        if found is not None:
-            self._unused = 0
-            return found[0]
-        if self._rest:
-            self._rest -= 1
+    def lookup(self, call: Call) -> V | None:
+        """The value for a call: memoized, or computed now; None if none, or while backing off."""
+        cached = self._cache.lookup(call)
+        if cached is not None:
+            self._misses = 0
+            return cached[0]
+        if self._calls_to_skip:
+            self._calls_to_skip -= 1
             return None
-        self._unused += 1
-        (value,) = self._cache.get_or_make(call, lambda: (self._make(call),))
+        self._misses += 1
+        (value,) = self._cache.get_or_create(call, lambda: (self._analyze(call),))
         if self._cache.refused is not None:
-            self._unused = max(self._unused, _PATIENCE)
-        if self._unused >= _PATIENCE:
-            self._rest = 2 ** min(self._unused, _DOUBLINGS)
+            self._misses = max(self._misses, _MAX_MISSES)
+        if self._misses >= _MAX_MISSES:
+            self._calls_to_skip = 2 ** min(self._misses, _MAX_DOUBLINGS)
         return value
 
 
 def _global_pattern(call: Call) -> Pattern | None:
     try:
         return global_pattern(call)
-    except Exception:  # a Jacobian can be had without: what went wrong shows in .pattern()
+    except Exception:  # no pattern is needed here: the public `pattern()` raises the error
         return None
 
 
-def _proved(call: Call) -> bool:
+def _is_independent(call: Call) -> bool:
     try:
         return is_independent(call)
     except Exception:  # the samples are tested instead
         return False
 
 
-# Seconds that tracing a graph takes, and an operation of it (2 cores, torch 2.13).
-_TRACE, _TRACE_NODE = 3e-3, 0.3e-3
-
-
-def with_pattern(output: Output, program: EagerGraph, find: Callable[[], Pattern | None]) -> Output:
-    """The output with the pattern that passes are restricted to, if there is one.
+def with_pattern(
+    output: Output, graph: EagerGraph, lookup_pattern: Callable[[], Pattern | None]
+) -> Output:
+    """The output with the pattern that passes are restricted to, if it is sparse and has one.
 
     Args:
-        output: What of the Jacobian is wanted.
-        program: The eager graph that is differentiated.
-        find: Finds the pattern of the program.
+        output: The requested output.
+        graph: The eager graph to differentiate.
+        lookup_pattern: Returns the pattern of the graph; None if it is unknown. Called only where
+            the user gives no pattern.
 
     Raises:
-        PatternError: The user's pattern does not fit the program.
+        PatternError: The shape of the user's pattern differs from that of the Jacobian.
     """
     if not isinstance(output, Sparse):
         return output
     if output.user_pattern is not None:
-        shapes = [[tuple(t.shape) for t in leaves] for leaves in _leaves(program)]
+        shapes = [[tuple(t.shape) for t in leaves] for leaves in _leaves(graph)]
         pattern: Pattern | None = user_pattern(output.user_pattern, *shapes)
-    elif modes.tracing(program.inputs) or not program.outputs or not program.inputs:
+    elif modes.tracing(graph.inputs) or not graph.outputs or not graph.inputs:
         pattern = None
     else:
-        pattern = find()
+        pattern = lookup_pattern()
     if pattern is None or not all(pattern.shape):
         return output
-    if program.batch is not None and not pattern.batched and output.user_pattern is None:
-        return output  # samples may be coupled: plain passes find out, and say where
+    if graph.batch is not None and not pattern.batched and output.user_pattern is None:
+        return output  # samples may be coupled: plain passes test it, and name the samples
     return output.of_pattern(pattern)
 
 
-def pattern_if_worth(program: EagerGraph) -> Pattern | None:
-    """The pattern of a graph, where finding it costs less than it can save."""
-    nodes, seconds = plain_seconds(program, default_budget(program.device))
-    if seconds < 2 * (_TRACE + _TRACE_NODE * nodes):
+def pattern_if_it_pays(graph: EagerGraph) -> Pattern | None:
+    """The pattern of a graph; None if detection is predicted to cost more than it can save."""
+    nodes, seconds = plain_seconds(graph, default_budget(graph.device))
+    if seconds < _MIN_GAIN * (_TRACE_SECONDS + _TRACE_SECONDS_PER_NODE * nodes):
         return None
     try:
-        return pattern_of_graph(program)
+        return pattern_of_graph(graph)
     except (CaptureRefused, PatternError):
         return None
 
 
-def _leaves(program: EagerGraph) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    return program.nest.outputs, program.nest.inputs
+def _leaves(graph: EagerGraph) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    return graph.nest.outputs, graph.nest.inputs

@@ -1,11 +1,11 @@
-"""The tiers: which code answers a call, and when better code is made.
+"""The state machine of the tiers: it decides which code answers a call, and when to compile.
 
 Tier 0 (passes) evaluates the autograd graph of the call. Tier 1 (program) is a straight line of
-tensor operations; tier 2 (native) is machine code. A *function* is `Cold` or `Warming` for calls
-that no entry of its cache holds for. An *entry* is compiled code with the guard that it holds
-under: it is in `Trial` or `Settled`, or it is `Rejected`.
+tensor operations. Tier 2 (native) is machine code. A *function* is `Cold` or `Warming` for calls
+that miss the capture cache. An *entry* of the cache is compiled code with its guard: its state is
+`Trial`, `Settled` or `Rejected`.
 
-`step` is a pure function of state and event. It knows neither torch nor a clock: events carry the
+`step` is a pure function of state and event, without torch and without a clock: events carry the
 predicted and the measured seconds. `docs/architecture.md` has the table of states and events, and
 `tests/test_tiers.py` tests it row by row. The models are the header of HotSpot's compilation policy
 (banks of work), LuaJIT (penalties for traces that fail) and PyPy (guards and side exits).
@@ -19,41 +19,45 @@ from dataclasses import dataclass, replace
 
 from torchjac.host.contest import Contest, Rules
 
-# Predicted seconds of tracing, accumulating and verifying a function: of any, and an operation.
-_COMPILE = 25e-3
-_COMPILE_NODE = 0.8e-3
-# Predicted seconds of making native code of one sample: of any, and an operation.
-_PER_SAMPLE = 0.3
-_PER_SAMPLE_NODE = 4e-3
-# Predicted seconds of a call beside its passes: of any, an operation, and times the passes
-# (2 quiet cores, torch 2.13, float64: 0.10 ms for 5 operations, 0.82 for 101, 3.0 for 423; batches
-# and hidden layers take up to 2.5 times as long).
-_CALL = 80e-6
-_CALL_NODE = 4e-6
-_CALL_PASSES = 1.5
-# Timed runs of a tier in a trial. The first run of a new tier does not count.
-_RUNS = 3
-# Passes predicted this many times slower than the new tier measured: the trial skips them.
-_CLEAR = 4.0
-# A tier measured this many times slower than the fastest one: the trial stops running it.
-_BEATEN = 20.0
-# Seconds of work that an entry banks, at least, before native code is made.
-_NATIVE_LEAST = 0.3
-# Predicted seconds of making native code above which `compile=True` must ask for it.
-_NATIVE_MOST = 30.0
-# Refusals in a row after which `compile=True` waits for a warm-up as well.
-_REFUSALS = 3
-# Entries that answered no call yet, or compilations that said nothing, after which `compile=True`
-# waits for a warm-up as well.
-_UNUSED = 8
-# A warm-up is never longer than two to this power times the cost of compiling.
-_DOUBLINGS = 10
-# Calls that miss the fast path for each that installs another one, at most.
-_SELDOM = 256
+# Predicted seconds of tracing, accumulating and verifying any function.
+_COMPILE_SECONDS = 25e-3
+# Predicted seconds of compiling for each operation of the autograd graph.
+_COMPILE_SECONDS_PER_NODE = 0.8e-3
+# Predicted seconds of compiling the native code of one sample, for any function.
+_SAMPLE_KERNEL_SECONDS = 0.3
+# Predicted seconds of compiling the native code of one sample, for each operation.
+_SAMPLE_KERNEL_SECONDS_PER_NODE = 4e-3
+# The next three predict a call by passes (2 quiet cores, torch 2.13, float64: 0.10 ms for 5
+# operations, 0.82 for 101, 3.0 for 423; batches and hidden layers take up to 2.5 times as long).
+# Predicted seconds of any call.
+_CALL_SECONDS = 80e-6
+# Predicted seconds of a call for each operation of the autograd graph.
+_CALL_SECONDS_PER_NODE = 4e-6
+# Predicted seconds of a call for each predicted second of its passes.
+_CALL_SECONDS_PER_PASS_SECOND = 1.5
+# Timed runs of a tier in a trial, after the warm-up run of a new tier.
+_TRIAL_RUNS = 3
+# The trial skips passes that are predicted this many times slower than the new tier measured.
+_SKIP_FACTOR = 4.0
+# The trial stops a tier that is measured this many times slower than the fastest one.
+_STOP_FACTOR = 20.0
+# Seconds of work that an entry banks, at least, before native code is compiled.
+_MIN_NATIVE_BANK = 0.3
+# Predicted seconds: longer native compilations run only with `compile=True`.
+_MAX_NATIVE_STALL = 30.0
+# After this many refusals in a row `compile=True` waits for a warm-up as well.
+_MAX_REFUSALS = 3
+# After this many entries in a row without a hit, or compilations without a result because values
+# were not finite, `compile=True` waits for a warm-up as well.
+_MAX_UNUSED = 8
+# A warm-up takes at most 2^this times the cost of compiling.
+_MAX_DOUBLINGS = 10
+# At most this many calls miss the fast path before another one is installed.
+_MAX_FAST_PATH_BACKOFF = 256
 
 
 class Tier(enum.IntEnum):
-    """What answers a call."""
+    """The kind of code that answers a call."""
 
     PASSES = 0
     PROGRAM = 1
@@ -61,14 +65,14 @@ class Tier(enum.IntEnum):
 
 
 class Action(enum.Enum):
-    """What the dispatcher does next."""
+    """The next action of the dispatcher."""
 
     NOTHING = "nothing"
-    PASS = "answer the call by passes"
-    WATCH = "build the guard of the call, then answer it by passes or compile"
+    RUN_PASSES = "answer the call by passes"
+    BUILD_GUARD = "build the guard of the call, then answer it by passes or compile"
     COMPILE = "compile the function, and answer the call by the result"
-    MAKE_NATIVE = "make native code of the entry's program"
-    INSTALL = "install the fast path"
+    COMPILE_NATIVE = "make native code of the entry's program"
+    INSTALL_FAST_PATH = "install the fast path"
 
 
 # States.
@@ -76,21 +80,21 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cold:
-    """No call of the function was seen that no entry holds for."""
+    """No call of the function has missed the cache yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Warming:
-    """Calls are answered by passes until their work pays for compiling.
+    """Passes answer the calls that miss the cache, until their work pays for compiling.
 
     Attributes:
         nodes: Operations of the autograd graph that was captured last.
-        cost: Predicted seconds of compiling it.
+        cost: Predicted seconds of compiling that graph.
         work: Predicted seconds of the last call.
         banked: Predicted seconds of the calls since the last compilation.
         refusals: Compilations in a row that were refused.
-        unused: Compilations since an entry was last of use for the first time.
-        undecided: Compilations in a row that said nothing, as values were not finite.
+        unused: Compilations since an entry had its first hit.
+        undecided: Compilations in a row without a result, because values were not finite.
     """
 
     nodes: int
@@ -109,8 +113,8 @@ class Trial:
     Attributes:
         contest: The tiers and their timings.
         banked: Predicted seconds of the entry's runs.
-        cost: Predicted seconds of making native code; infinite where it is made now, was made or
-            refused, or cannot be made.
+        cost: Predicted seconds of compiling native code; infinite if that is under way, done,
+            refused or impossible.
     """
 
     contest: Contest[Tier]
@@ -126,7 +130,7 @@ class Settled:
         tier: The tier.
         contest: The tiers and their timings.
         banked: Predicted seconds of the entry's runs.
-        cost: As of `Trial`.
+        cost: As in `Trial`.
     """
 
     tier: Tier
@@ -137,10 +141,10 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Passes answer: the calls that an entry holds for, or all calls of a function.
+    """Passes answer all calls of an entry, or of a function.
 
     Attributes:
-        reason: Why there is no compiled code for them.
+        reason: Why there is no compiled code.
     """
 
     reason: str
@@ -156,10 +160,10 @@ State = FunctionState | EntryState
 
 @dataclass(frozen=True, slots=True)
 class Missed:
-    """No entry holds for a call.
+    """A call has missed the cache.
 
     Attributes:
-        eager: Whether the user asked for compiled code at once.
+        eager: Whether to compile at the first call: by request, or from loaded plans.
     """
 
     eager: bool = False
@@ -167,13 +171,13 @@ class Missed:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """The autograd graph of a call that was missed is there.
+    """The autograd graph of a call that missed the cache is captured.
 
     Attributes:
         nodes: Operations of the graph.
         passes: Predicted seconds of its passes.
-        is_batch: Whether it has many samples, so that native code of one is made in the same turn.
-        eager: Whether the user asked for compiled code at once.
+        is_batch: Whether it has many samples: compiling includes the native code of one sample.
+        eager: As in `Missed`.
     """
 
     nodes: int
@@ -183,11 +187,11 @@ class Captured:
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
-    """Passes answered a call that was missed.
+class PassesAnswered:
+    """Passes answered a call that missed the cache.
 
     Attributes:
-        passes: Predicted seconds of the passes; 0 where nothing was predicted.
+        passes: Predicted seconds of the passes; 0 without a prediction.
     """
 
     passes: float = 0.0
@@ -195,23 +199,23 @@ class Passed:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A plan has arrived: an entry was made."""
+    """The function is compiled: the cache has a new entry."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The function could not be compiled, or native code could not be made of an entry.
+    """A compilation of the function, or of native code of an entry, was refused.
 
     Attributes:
-        reason: Why.
+        reason: Why it was refused.
     """
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Hit:
-    """An entry with compiled code holds for a call, its first one."""
+class FirstHit:
+    """The guard of an entry with compiled code holds for a call for the first time."""
 
 
 # Events of an entry.
@@ -234,15 +238,16 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class NotFinite:
-    """A side exit: compiled code gave a result that is not finite.
+    """A side exit: compiled code returned a result that is not finite.
 
-    Of a function: it could not be compared with passes at these values, or is not for these inputs.
+    As an event of a function: the compiler does not take these inputs, or compiled code could not
+    be compared with passes at these values.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class NativeArrived:
-    """Native code was made of the entry's program.
+    """The native code of an entry is compiled.
 
     Attributes:
         predicted: Predicted seconds of a run.
@@ -253,16 +258,18 @@ class NativeArrived:
 
 @dataclass(frozen=True, slots=True)
 class Disagreed:
-    """Compiled code gave another result than passes.
+    """Compiled code returned a result that differs from that of passes.
 
     Attributes:
-        reason: What was compared, and how it differs.
+        reason: The compared products, and their difference.
     """
 
     reason: str
 
 
-FunctionEvent = Missed | Captured | Passed | Compiled | Refused | Hit | NotFinite | Disagreed
+FunctionEvent = (
+    Missed | Captured | PassesAnswered | Compiled | Refused | FirstHit | NotFinite | Disagreed
+)
 EntryEvent = Ran | NotFinite | NativeArrived | Refused | Disagreed
 Event = FunctionEvent | EntryEvent
 
@@ -272,10 +279,14 @@ def compile_cost(nodes: int, is_batch: bool) -> float:
 
     Args:
         nodes: Operations of its autograd graph.
-        is_batch: Whether it has many samples, so that native code of one is made in the same turn.
+        is_batch: Whether it has many samples: compiling includes the native code of one sample.
     """
-    cost = _COMPILE + _COMPILE_NODE * nodes
-    return cost + _PER_SAMPLE + _PER_SAMPLE_NODE * nodes if is_batch else cost
+    cost = _COMPILE_SECONDS + _COMPILE_SECONDS_PER_NODE * nodes
+    return (
+        cost + _SAMPLE_KERNEL_SECONDS + _SAMPLE_KERNEL_SECONDS_PER_NODE * nodes
+        if is_batch
+        else cost
+    )
 
 
 def call_work(nodes: int, passes: float) -> float:
@@ -285,25 +296,25 @@ def call_work(nodes: int, passes: float) -> float:
         nodes: Operations of its autograd graph.
         passes: Predicted seconds of the passes.
     """
-    return _CALL + _CALL_NODE * nodes + _CALL_PASSES * passes
+    return _CALL_SECONDS + _CALL_SECONDS_PER_NODE * nodes + _CALL_SECONDS_PER_PASS_SECOND * passes
 
 
-def begin(tier: Tier, predicted: float, passes: float, cost: float = math.inf) -> Trial:
+def begin_trial(tier: Tier, predicted: float, passes: float, cost: float = math.inf) -> Trial:
     """The trial of a new entry.
 
     Args:
-        tier: The tier that its compiled code is of.
-        predicted: Predicted seconds of a run of it.
+        tier: The tier of its compiled code.
+        predicted: Predicted seconds of a run of this tier.
         passes: Predicted seconds of passes.
-        cost: Predicted seconds of making native code of it; infinite where that is not to be done.
+        cost: Predicted seconds of compiling native code; infinite if that is done or impossible.
     """
-    rules = Rules(runs=_RUNS, beaten=_BEATEN)
-    contest = Contest({Tier.PASSES: _CALL + _CALL_PASSES * passes}, rules)
+    rules = Rules(runs=_TRIAL_RUNS, beaten=_STOP_FACTOR)
+    contest = Contest({Tier.PASSES: _CALL_SECONDS + _CALL_SECONDS_PER_PASS_SECOND * passes}, rules)
     return Trial(contest.with_candidate(tier, predicted, warmups=1), cost=cost)
 
 
 def step(state: State, event: Event) -> tuple[State, Action]:
-    """The state after an event, and what the dispatcher does next."""
+    """The state after an event, and the next action of the dispatcher."""
     if isinstance(state, (Cold, Warming)):
         return _step_function(state, event)
     return _step_entry(state, event)
@@ -312,19 +323,19 @@ def step(state: State, event: Event) -> tuple[State, Action]:
 def _step_function(state: Cold | Warming, event: Event) -> tuple[State, Action]:
     match state, event:
         case Cold(), Missed():
-            return state, Action.WATCH
+            return state, Action.BUILD_GUARD
         case Warming(), Missed(eager):
-            return state, Action.WATCH if _is_due(state, eager) else Action.PASS
+            return state, Action.BUILD_GUARD if _is_due(state, eager) else Action.RUN_PASSES
         case _, Captured(nodes, passes, is_batch, eager):
             cost, work = compile_cost(nodes, is_batch), call_work(nodes, passes)
             if isinstance(state, Cold):
                 state = Warming(nodes, cost, work)
             else:
                 state = replace(state, nodes=nodes, cost=cost, work=work)
-            return state, Action.COMPILE if _is_due(state, eager) else Action.PASS
-        case Warming(), Passed(passes):
+            return state, Action.COMPILE if _is_due(state, eager) else Action.RUN_PASSES
+        case Warming(), PassesAnswered(passes):
             work = call_work(state.nodes, passes) if passes else state.work
-            warmer = Warming(  # at every call: a third of what `replace` takes
+            warmer = Warming(  # runs at every call: takes a third of the time of `replace`
                 state.nodes,
                 state.cost,
                 work,
@@ -334,25 +345,29 @@ def _step_function(state: Cold | Warming, event: Event) -> tuple[State, Action]:
                 state.undecided,
             )
             return warmer, Action.NOTHING
-        case Warming(), NotFinite():  # the bank is spent; no failure is counted
-            return replace(state, banked=0.0, undecided=state.undecided + 1), Action.PASS
+        case Warming(), NotFinite():  # empties the bank, counts no refusal
+            return replace(state, banked=0.0, undecided=state.undecided + 1), Action.RUN_PASSES
         case _, Disagreed(reason):
-            return Rejected(reason), Action.PASS
+            return Rejected(reason), Action.RUN_PASSES
         case Warming(), Compiled():
             compiled = Warming(state.nodes, state.cost, state.work, unused=state.unused + 1)
             return compiled, Action.NOTHING
         case Warming(), Refused():
             return replace(state, banked=0.0, refusals=state.refusals + 1), Action.NOTHING
-        case Warming(), Hit():
+        case Warming(), FirstHit():
             return (replace(state, unused=0) if state.unused else state), Action.NOTHING
     return state, Action.NOTHING
 
 
 def _is_due(state: Warming, eager: bool) -> bool:
     """Whether the work of this call and of those before pays for compiling."""
-    if eager and state.refusals < _REFUSALS and max(state.unused, state.undecided) < _UNUSED:
+    if (
+        eager
+        and state.refusals < _MAX_REFUSALS
+        and max(state.unused, state.undecided) < _MAX_UNUSED
+    ):
         return True
-    doublings = min(state.refusals + state.unused, _DOUBLINGS)
+    doublings = min(state.refusals + state.unused, _MAX_DOUBLINGS)
     warmup: float = state.cost * 2**doublings
     return state.banked + state.work >= warmup
 
@@ -360,46 +375,46 @@ def _is_due(state: Warming, eager: bool) -> bool:
 def _step_entry(state: EntryState, event: Event) -> tuple[State, Action]:
     match state, event:
         case Rejected(), _:
-            return state, Action.PASS
+            return state, Action.RUN_PASSES
         case _, Ran(tier, seconds, work):
-            return _ran(state, tier, seconds, work)
+            return _step_run(state, tier, seconds, work)
         case _, NotFinite():
-            return state, Action.PASS
+            return state, Action.RUN_PASSES
         case _, NativeArrived(predicted):
             contest = state.contest.with_candidate(Tier.NATIVE, predicted, 1)
             return Trial(contest, state.banked), Action.NOTHING
         case _, Refused():
             return replace(state, cost=math.inf), Action.NOTHING
         case _, Disagreed(reason):
-            return Rejected(reason), Action.PASS
+            return Rejected(reason), Action.RUN_PASSES
     return state, Action.NOTHING
 
 
-def _ran(
+def _step_run(
     state: Trial | Settled, tier: Tier, seconds: float, work: float
 ) -> tuple[EntryState, Action]:
-    banked = state.banked + _CALL + work
+    banked = state.banked + _CALL_SECONDS + work
     if isinstance(state, Trial):
         contest = state.contest.timed(tier, seconds)
-        state = _decided(Trial(contest, banked, state.cost))
+        state = _settle_if_decided(Trial(contest, banked, state.cost))
     else:
         state = Settled(state.tier, state.contest, banked, state.cost)
-    if banked < max(_NATIVE_LEAST, state.cost):
+    if banked < max(_MIN_NATIVE_BANK, state.cost):
         return state, Action.NOTHING
-    # Asked for once: other threads may run the entry while native code is made.
-    return replace(state, cost=math.inf), Action.MAKE_NATIVE
+    # Only once: other threads may run the entry while native code is compiled.
+    return replace(state, cost=math.inf), Action.COMPILE_NATIVE
 
 
-def _decided(state: Trial) -> Trial | Settled:
-    """Settled, where no run is left that could change the winner."""
+def _settle_if_decided(state: Trial) -> Trial | Settled:
+    """The state after a trial: `Settled` if no further run could change the winner."""
     if tier_to_run(state, None) is not None:
         return state
     return Settled(state.contest.winner(), state.contest, state.banked, state.cost)
 
 
-def is_too_long(cost: float) -> bool:
-    """Whether making native code takes longer than a call may stall for nobody's asking."""
-    return _NATIVE_MOST < cost < math.inf
+def stalls_too_long(cost: float) -> bool:
+    """Whether compiling native code stalls a call for too long without `compile=True`."""
+    return _MAX_NATIVE_STALL < cost < math.inf
 
 
 def tier_to_run(state: EntryState, default: Tier | None = Tier.PASSES) -> Tier | None:
@@ -407,14 +422,14 @@ def tier_to_run(state: EntryState, default: Tier | None = Tier.PASSES) -> Tier |
 
     Args:
         state: The state of an entry.
-        default: The answer where nothing is left to be run.
+        default: The result for a trial without a tier left to run.
     """
     if isinstance(state, Rejected):
         return Tier.PASSES
     if isinstance(state, Settled):
         return state.tier
     contest = state.contest
-    too_slow = contest.predicted[Tier.PASSES] > _CLEAR * contest.fastest()
+    too_slow = contest.predicted[Tier.PASSES] > _SKIP_FACTOR * contest.fastest()
     skips = too_slow and Tier.PASSES not in contest.timings
     tier = contest.next(lambda t: not (skips and t is Tier.PASSES))
     return default if tier is None else tier
@@ -424,19 +439,21 @@ def tier_to_run(state: EntryState, default: Tier | None = Tier.PASSES) -> Tier |
 
 
 @dataclass(frozen=True, slots=True)
-class Misses:
-    """Calls that the fast path could have answered, and did not.
+class FastPathMisses:
+    """Counts calls that a fast path could have answered, with exponential backoff.
 
     Attributes:
-        count: How many there were since one was installed.
-        until: How many there are when the next one is installed.
+        count: Misses since a fast path was installed.
+        backoff: Misses until the next one is installed.
     """
 
     count: int = 0
-    until: int = 1
+    backoff: int = 1
 
-    def more(self) -> tuple[Misses, Action]:
-        """The state after one more miss, and whether another fast path is installed."""
-        if self.count + 1 < self.until:
+    def add(self) -> tuple[FastPathMisses, Action]:
+        """The state after one more miss, and the next action of the dispatcher."""
+        if self.count + 1 < self.backoff:
             return replace(self, count=self.count + 1), Action.NOTHING
-        return Misses(0, min(2 * self.until, _SELDOM)), Action.INSTALL
+        return FastPathMisses(
+            0, min(2 * self.backoff, _MAX_FAST_PATH_BACKOFF)
+        ), Action.INSTALL_FAST_PATH

@@ -21,7 +21,7 @@ from torchjac._torch.operators import aten, known
 from torchjac._torch.trace import trace as tracing
 from torchjac.capture.linear_program import LinearProgram
 from torchjac.linear.maps import UNKNOWN, ComputedFactors, Factors, times
-from torchjac.ops import Fact, having
+from torchjac.ops import Fact, operators_with
 
 
 def _with_strides_of(value: Tensor, like: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def _with_strides_of(value: Tensor, like: Tensor) -> Tensor:
     return copy.copy_(value)
 
 
-_BY_STRIDES = having(Fact.BY_STRIDES)
+_BY_STRIDES = operators_with(Fact.BY_STRIDES)
 
 
 class KnownValues:
@@ -247,12 +247,12 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 # Factory functions, and the number that fills their result; None where an argument holds it.
 SHAPE_ONLY: Mapping[Any, float | None] = MappingProxyType(
     {
-        **dict.fromkeys(having(Fact.SHAPE_ONLY)),
-        **dict.fromkeys(having(Fact.SHAPE_ONLY | Fact.ZEROS), 0.0),
-        **dict.fromkeys(having(Fact.SHAPE_ONLY | Fact.ONES), 1.0),
+        **dict.fromkeys(operators_with(Fact.SHAPE_ONLY)),
+        **dict.fromkeys(operators_with(Fact.SHAPE_ONLY | Fact.ZEROS), 0.0),
+        **dict.fromkeys(operators_with(Fact.SHAPE_ONLY | Fact.ONES), 1.0),
     }
 )
-UNINITIALIZED = having(Fact.UNINITIALIZED)
+UNINITIALIZED = operators_with(Fact.UNINITIALIZED)
 
 
 def _move_factors(values: KnownValues, node: fx.Node) -> Tensor:

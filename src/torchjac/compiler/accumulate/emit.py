@@ -75,14 +75,14 @@ def emit(
     return TensorProgram(recording, module, constants, module.forward, *about)
 
 
-def evaluated(emitted: TensorProgram, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def evaluated(program: TensorProgram, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The result of a program to be checked, on memory that is aligned differently.
 
     Raises:
         RefusedHere: The result is not finite.
     """
     with torch.no_grad():
-        parts = emitted([elsewhere(x) for x in inputs])
+        parts = program([elsewhere(x) for x in inputs])
     if parts is None:
         raise RefusedHere("values are not finite")
     return parts

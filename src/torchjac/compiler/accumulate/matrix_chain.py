@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from torchjac.host.costs import PRODUCT_START
-from torchjac.ops import Fact, having
+from torchjac.ops import Fact, operators_with
 
 _MOST_CUTS = 48  # values of a chain; the widest ones of a longer chain are left out
 
@@ -162,4 +162,4 @@ def _row_cost(node: fx.Node) -> int:
     return max([int(value.numel()), *(int(x.numel()) for x in tensors[:1])])
 
 
-_PRODUCTS = having(Fact.CHAIN_PRODUCT)
+_PRODUCTS = operators_with(Fact.CHAIN_PRODUCT)

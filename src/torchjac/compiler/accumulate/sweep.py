@@ -35,7 +35,7 @@ from torchjac.linear.known_values import SHAPE_ONLY, KnownValues, topological_or
 from torchjac.linear.maps import ComputedFactors, Factors, LinearMap, Shape
 from torchjac.linear.maps.factors import is_unknown
 from torchjac.linear.rules import Concat, NoRule, NotLinear, Op, ZeroPreserving, local_of
-from torchjac.ops import Fact, having
+from torchjac.ops import Fact, operators_with
 
 Record = Callable[[Callable[[], Any]], Any]
 
@@ -168,7 +168,7 @@ def _is_cheap(target: Any) -> bool:
 
 
 # Names, so that every overload of an operator counts.
-_CHEAP = frozenset(op._schema.name.split("::")[1] for op in having(Fact.CHEAP))
+_CHEAP = frozenset(op._schema.name.split("::")[1] for op in operators_with(Fact.CHEAP))
 
 
 class Sweep:

@@ -20,14 +20,14 @@ from torchjac.compiler.codegen.ops_pointwise import POINTWISE
 from torchjac.compiler.codegen.ops_reduce import CONTRACTIONS
 from torchjac.compiler.codegen.scalar_ir import ArrayRef, Deployment, Granularity, Indices
 from torchjac.errors import PlanRefused
-from torchjac.ops import IN_PLACE, Fact, having
+from torchjac.ops import IN_PLACE, Fact, operators_with
 
 _ALWAYS_UNROLL = 500  # scalar operations: unroll fully
 _MAX_UNROLL = 60_000  # scalar operations (of a sample): more are never unrolled
 _PREFER_UNROLLED = 1500  # expressions and stores: no loops for unrolled programs up to this size
 _ROLLED_GAIN = 6  # ratio: loops replace a longer unrolled program if they are this much shorter
 _WHOLE_WORK = 1500  # scalar products (of a sample): from here on matrix products stay whole
-_PRODUCTS = having(Fact.LOOPED_PRODUCT)
+_PRODUCTS = operators_with(Fact.LOOPED_PRODUCT)
 _WHOLE_INNER = 8  # terms of inner products: shorter ones do not count as matrix products
 _MAX_OPERATIONS = 200_000_000  # scalar operations: more are refused
 

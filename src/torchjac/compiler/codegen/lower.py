@@ -36,7 +36,7 @@ from torchjac.compiler.codegen.scalar_ir import (
 from torchjac.compiler.codegen.scalar_ops import PREDICATES
 from torchjac.compiler.program.optimize import fold_constants
 from torchjac.errors import PlanRefused
-from torchjac.ops import IN_PLACE, Fact, having
+from torchjac.ops import IN_PLACE, Fact, operators_with
 
 EXPRESSIONS = 40_000  # scalar operations of a program: more are refused
 _LITERAL_ELEMENTS = 4096  # elements: a constant of an unrolled program becomes literals
@@ -373,8 +373,8 @@ class Lowering:
         return np.array(lowered, dtype=np.int64)
 
 
-_FILLS = having(Fact.FILL)
-_MOVES = having(Fact.MOVE)
+_FILLS = operators_with(Fact.FILL)
+_MOVES = operators_with(Fact.MOVE)
 
 
 # Scalar operations of these dtypes; floating-point dtypes have all operations.

@@ -11,7 +11,7 @@ from torchjac._torch.operators import aten, known
 from torchjac._torch.trace.ir import Value
 from torchjac.compiler.program.buffers import ReusedBuffer
 from torchjac.host.costs import COPIED_BYTES, MAPPED_BYTES
-from torchjac.ops import Fact, having
+from torchjac.ops import Fact, operators_with
 
 # Operations that can write to the destination of a copy; it is their argument `out`.
 _WRITERS: dict[Any, Any] = known(
@@ -28,8 +28,8 @@ _WRITERS: dict[Any, Any] = known(
         torch.mm: torch.mm,
     }
 )
-_FRESH = having(Fact.FRESH)
-_ZEROS = having(Fact.ZEROS)
+_FRESH = operators_with(Fact.FRESH)
+_ZEROS = operators_with(Fact.ZEROS)
 # Not facts of operators: pairs of an operator and its Python binding, as this pass meets them.
 _MULTIPLY = known({aten.mul.Tensor, torch.mul})
 

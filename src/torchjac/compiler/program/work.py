@@ -10,7 +10,7 @@ from torch import fx
 from torchjac._torch.trace.ir import Instruction, Value
 from torchjac._torch.trace.recording import Recording, values_in
 from torchjac.host.costs import CACHED_BYTES, ProgramWork
-from torchjac.ops import Fact, having
+from torchjac.ops import Fact, operators_with
 
 
 def work_of_call(call: Instruction) -> ProgramWork:
@@ -53,5 +53,5 @@ def _bytes(values: Iterable[Value]) -> int:
     return total
 
 
-_PRODUCTS = having(Fact.PRODUCT)
-_NOT_COMPUTED = having(Fact.NOT_COMPUTED)
+_PRODUCTS = operators_with(Fact.PRODUCT)
+_NOT_COMPUTED = operators_with(Fact.NOT_COMPUTED)
