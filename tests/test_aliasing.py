@@ -157,3 +157,68 @@ def test_zero_blocks_can_be_written_to() -> None:
     out = torchjac.jac(leaf(3).sin(), leaf(2), allow_unused=True)
     out[0, 0] = 1
     assert out.sum() == 1
+
+
+C = value(3)
+
+
+class Holder:
+    """An object with a tensor that may be an argument as well."""
+
+    def __init__(self) -> None:
+        self.c = C
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x * self.c).sin() + x
+
+
+class Layer(torch.nn.Module):
+    """A buffer that may be an argument as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("c", C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.c).sin() + x
+
+
+def _of_two(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sin() + x
+
+
+def _of_dict(x: dict[str, Tensor]) -> Tensor:
+    return _of_two(x["a"], x["b"])
+
+
+# Function, positions to differentiate, and arguments in which a tensor has two roles.
+TWO_ROLES: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
+    "two arguments": (_of_two, (0, 1), (C, C)),
+    "one of two is differentiated": (_of_two, 0, (C, C)),
+    "two leaves of a dict": (_of_dict, 0, ({"a": C, "b": C},)),
+    "closure": (lambda x: (x * C).sin() + x, 0, (C,)),
+    "attribute": (Holder(), 0, (C,)),
+    "buffer": (Layer(), 0, (C,)),
+    "default argument": (lambda x, c=C: (x * c).sin() + x, 0, (C,)),
+    "views": (_of_two, (0, 1), (C[:2], C[:2])),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["plain", "graph"])
+@pytest.mark.parametrize("name", TWO_ROLES)
+def test_a_tensor_with_two_roles_at_the_call_that_compiles(name: str, create_graph: bool) -> None:
+    """The roles are two inputs (or an input and a constant) of the compiled code all the same."""
+    f, argnums, arguments = TWO_ROLES[name]
+    J = torchjac.jacobian(f, argnums, compile=True, create_graph=create_graph)
+    J(*arguments)
+
+    def anew(x: Any) -> Any:
+        return {k: anew(v) for k, v in x.items()} if isinstance(x, dict) else torch.rand_like(x)
+
+    for _ in range(3):
+        fresh = tuple(anew(x) for x in arguments)
+        got = J(*fresh)
+        want = torch.func.jacrev(f, argnums)(*fresh)
+        for a, b in zip(*map(torch.utils._pytree.tree_leaves, (got, want)), strict=True):
+            same(a.detach(), b)
+    assert J.explain(*fresh).engine == "accumulate"

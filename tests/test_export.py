@@ -171,6 +171,22 @@ def test_two_arguments(tmp_path: Path) -> None:
     same(got["value_0"], f(x, y)[0])
 
 
+def test_one_tensor_for_two_arguments(tmp_path: Path) -> None:
+    """The file is for two arrays all the same."""
+
+    def f(left: Tensor, right: Tensor) -> Tensor:
+        return (left * right).sin() + left
+
+    x, y = value(3), value(3, seed=1)
+    files = torchjac.jacobian(f, argnums=(0, 1)).export(tmp_path / "two", x, x)
+    sizes = {"jacobian_0_0": 9, "jacobian_0_1": 9, "value": 3}
+    got = ran(files, {"left": x, "right": y}, sizes)
+    want = oracle_jacobian(f, (0, 1))(x, y)
+    for j in range(2):
+        same(got[f"jacobian_0_{j}"].view(3, 3), want[j])
+    same(got["value"], f(x, y))
+
+
 def test_parameters_are_as_they_were(tmp_path: Path) -> None:
     """A file cannot see that a network is trained."""
     torch.manual_seed(0)

@@ -6,6 +6,21 @@ second base class (`ValueError`, `TypeError`) names the kind of mistake.
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
+
+# Files of torchjac, which no warning names.
+_HERE = str(Path(__file__).parent)
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warns at the line that called torchjac: Python shows a warning once for each line."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
 
 class TorchjacError(RuntimeError):
     """Base of every error that torchjac raises on purpose."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from torchjac.call import Argnums, check_argnums
-from torchjac.errors import ArgumentError, LocalPatternWarning
+from torchjac.errors import ArgumentError, LocalPatternWarning, warn
 from torchjac.export import export, is_package
 from torchjac.host.memory import check_budget
 from torchjac.jit.dispatcher import Dispatcher
@@ -130,10 +129,9 @@ class Jacobian:
         call = self._dispatcher.call(args, kwargs)
         pattern = pattern_of_function(call)
         if pattern.scope == "local":
-            warnings.warn(
+            warn(
                 f"torchjac: the pattern holds for these values only, because {pattern.reason}.",
                 LocalPatternWarning,
-                stacklevel=2,
             )
         return pattern
 

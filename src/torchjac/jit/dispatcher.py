@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -36,6 +35,7 @@ from torchjac.errors import (
     RefusedHere,
     UnusedInputError,
     UnusedInputWarning,
+    warn,
 )
 from torchjac.guards.builder import Policy
 from torchjac.guards.guard import Unguardable
@@ -324,9 +324,7 @@ class Dispatcher:
             not isinstance(getattr(self._function, "_dispatcher", None), Dispatcher)
             and self._request.entry != "hessian"
         ):
-            warnings.warn(
-                unused_in_function(graph, arranged.unused), UnusedInputWarning, stacklevel=6
-            )
+            warn(unused_in_function(graph, arranged.unused), UnusedInputWarning)
 
     def _predict(self, graph: EagerGraph) -> tuple[int, float]:
         """Operations of an autograd graph, and predicted seconds of passes over it."""

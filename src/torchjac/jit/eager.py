@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from torchjac.errors import (
     PatternWarning,
     PlanRefused,
     TorchjacError,
+    warn,
 )
 from torchjac.host.clock import now
 from torchjac.host.memory import default_budget
@@ -122,17 +122,15 @@ def evaluate_passes(
     except PatternMissed as missed:
         if isinstance(output, Sparse) and output.user_pattern is not None:
             raise
-        warnings.warn(
+        warn(
             f"{missed} torchjac found this pattern itself: please report the function. The rows "
             f"are evaluated without it.",
             PatternWarning,
-            stacklevel=4,
         )
     except CompressionFailed as failed:
-        warnings.warn(
+        warn(
             f"torchjac: {failed}. The rows are evaluated without a pattern.",
             PatternWarning,
-            stacklevel=4,
         )
     assert isinstance(output, Sparse), "a dense output has no pattern"
     request = replace(request, output=output.of_pattern(None))
@@ -262,9 +260,8 @@ def _warn_of_loop(refusal: PlanRefused) -> None:
     if operation is None or operation in _warned_operations:
         return
     _warned_operations.add(operation)
-    warnings.warn(
+    warn(
         f"torchjac: torch has no batching rule for {operation}, so rows are looped over: inside "
         f"that operation or as a whole, whichever measures faster. The result is the same.",
         LoopWarning,
-        stacklevel=6,
     )

@@ -16,7 +16,7 @@ from torchjac.compiler.accumulate import output
 from torchjac.compiler.accumulate.output import Goal
 from torchjac.compiler.accumulate.sweep import Sweep
 from torchjac.compiler.program.optimize import fold_constants, optimized_graph
-from torchjac.compiler.program.record import EveryOperation
+from torchjac.compiler.program.record import EveryOperation, own_copies
 from torchjac.compiler.program.tensor_program import TensorProgram
 from torchjac.errors import PlanRefused, RefusedHere
 
@@ -45,7 +45,7 @@ def emit(
     recorder = Recorder(EveryOperation(), parameters_vary=True)
     placeholders = [n for n in derivative.module.graph.nodes if n.op == "placeholder"]
     free = [p for p in placeholders if p not in derivative.cotangents]
-    inputs = [x.contiguous() for x in inputs]
+    inputs = own_copies(inputs)
     for tensor in inputs:
         recorder.input(tensor)
 

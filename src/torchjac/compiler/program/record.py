@@ -29,9 +29,19 @@ class EveryOperation:
         return 0
 
 
+def own_copies(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs to record with, contiguous and with memory of their own.
+
+    A tensor may be passed twice, or be a constant of the program as well. The recorder knows values
+    by their tensors and their memory, and would take the two for one.
+    """
+    return [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
+
+
 def recording_of(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Recording:
     """The operations of a graph at some inputs, with its constants folded."""
     recorder = Recorder(EveryOperation(), parameters_vary=True)
+    inputs = own_copies(inputs)
     for tensor in inputs:
         recorder.input(tensor)
     with torch.no_grad(), recorder:
