@@ -64,7 +64,7 @@ def test_two_lines_give_two_warnings() -> None:
     assert len({w.lineno for w in caught if w.category is UnusedInputWarning}) == 2
 
 
-def test_a_pattern_that_is_given_up() -> None:
+def test_a_dropped_pattern() -> None:
     """Compressed passes fail a check: torch's batching rule of this backward is wrong in 2.13."""
 
     def f(x: Tensor) -> Tensor:
