@@ -218,7 +218,8 @@ class TestCorners:
             "assert ('ignore', None, Warning, None, 0) not in warnings.filters\n"
         )
         for _ in range(3):
-            done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+            command = [sys.executable, "-X", "faulthandler", "-c", text]  # a crash shows its stack
+            done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
 
     def test_where_no_thread_can_be_started(
